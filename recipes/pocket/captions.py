@@ -1,0 +1,83 @@
+"""What the captions say, and which subjects the base learns to draw."""
+
+import re
+
+import numpy as np
+
+from recipes.pocket.config import CARTOON_VENDOR, NUM_CAPTIONS_PER_SUBJECT, SCORER_TEST_VENDOR, UnetConfig
+from recipes.pocket.drawings import Drawings, Subject
+
+MAX_KEYWORDS = 4
+
+# emojibase's subgroups whose subjects a small model can draw: hearts, animals, plants, food, vehicles,
+# sky and weather, celebrations, sports, games, clothes, music, light, writing, tools.
+KNOWN_SUBGROUPS = (14, *range(34, 48), 50, 53, 54, 55, 56, 59, 60, 61, 62, 63, 65, 68, 71, 75, 77, 78)
+# Faces of people, clocks, signs, scenes that vendors draw too differently, and near twins of other subjects.
+NOT_DRAWN = (
+    r"clock|moon face|sun with face|wind face|face with|front facing|oncoming|sign$|stop|signal|traffic"
+    r"|medal|button|suit$|joker|mahjong|playing cards|dolls|clothes|swimsuit|bikini|kimono|performing"
+    r"|spiral calendar|(waxing|waning|first quarter|last quarter|new|full) .*moon|new moon|full moon"
+    r"|behind (small|large|rain)|cloud with (snow|lightning|rain)$|admission|envelope|ceremony|streamer"
+    r"|tilted right|dvd|pen$|black nib|with key|locked with|hammer and|closed umbrella|umbrella on ground"
+    r"|umbrella with|snowman without|guide dog|service dog|small airplane|departure|arrival|articulated"
+    r"|minibus|trolleybus|light rail|metro|station|monorail|mountain railway|suspension|cableway|tramway"
+    r"|railway car|high speed|motorway|railway track|wheelchair|foggy|dusk|night|cityscape|sunrise|sunset"
+    r"|milky way|landslide|national park|running shirt|martial|game$|hockey|lacrosse|flag in hole|rice cracker"
+    r"|roasted|oden|fish cake|dango|shallow pan|stuffed|bento|curry rice|herb$|sheaf|wilted|blossom$|rosette"
+    r"|dragon face|two hump|water buffalo|^ox$|^ewe$|^boar$|paw prints|pig nose|black cat|black bird|microbe"
+    r"|motor boat|speedboat|passenger ship|ferry$|construction|police car light|videocassette|film|projector"
+    r"|camera with|tear off|chart|glasses$|womans|mans shoe|pile|beverage box|sake|pouring|clinking|without handle|letter|ribbon$|(growing|beating|revolving|two|on|orange|yellow|brown|black|white|grey|light blue|pink|purple|green|blue) hearts?$"
+    r"|heart exclamation|heart decoration|on fire|mending|^fog$|sparkler|barber|^seat$|tanabata|pine dec|prayer|^memo$|^link$|clamp|^ticket$|goal net|confetti|slot"
+)
+
+
+def subject_captions(subject: Subject, seed: int) -> list[str]:
+    """The fixed caption variants of one subject.
+
+    The name, the name with some keywords (half of the variants), and keywords alone.
+    A subject without keywords gets its name every time. Reads no global randomness:
+    the same subject and seed give the same captions.
+    """
+    if not subject.keywords:
+        return [subject.name] * NUM_CAPTIONS_PER_SUBJECT
+    generator = np.random.default_rng([seed, *subject.id.encode()])
+    captions = [subject.name]
+    for variant in range(1, NUM_CAPTIONS_PER_SUBJECT):
+        count = min(len(subject.keywords), int(generator.integers(1, MAX_KEYWORDS)))
+        keywords = list(generator.permutation(subject.keywords)[:count])
+        # Of eight: 0 and 5 the name, 1-4 the name and keywords, 6 and 7 keywords alone.
+        if variant == 5:
+            captions.append(subject.name)
+        elif variant < 5:
+            captions.append(", ".join([subject.name, *keywords]))
+        else:
+            captions.append(", ".join(keywords))
+    return captions
+
+
+def prompt_of(subject: Subject) -> str:
+    """The caption a reader would type for a subject: its name and its first two keywords."""
+    distinct = [word for word in subject.keywords if word.rstrip("s") not in subject.name]
+    return ", ".join([subject.name, *distinct[:2]])
+
+
+def drawn_by(drawings: Drawings) -> dict[str, set[str]]:
+    """Which vendors draw each subject."""
+    vendors: dict[str, set[str]] = {}
+    for vendor, subject_id in zip(drawings.vendor, drawings.subject_id, strict=True):
+        vendors.setdefault(subject_id, set()).add(vendor)
+    return vendors
+
+
+def known_subjects(drawings: Drawings, config: UnetConfig) -> list[Subject]:
+    """The subjects the U-Net learns: concrete, and drawn by every vendor that can test or adapt it."""
+    needed = {*config.vendors, CARTOON_VENDOR, SCORER_TEST_VENDOR}
+    vendors = drawn_by(drawings)
+    known = [
+        subject
+        for subject in drawings.subjects.values()
+        if subject.subgroup in KNOWN_SUBGROUPS
+        and needed <= vendors.get(subject.id, set())
+        and not re.search(NOT_DRAWN, subject.name)
+    ]
+    return known[: config.max_subjects]

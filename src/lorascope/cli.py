@@ -1,0 +1,282 @@
+"""The command line. Results go to stdout, progress and logs to stderr; heavy imports happen inside the commands."""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from lorascope import __version__
+from lorascope.config import StudyConfig, load_study, preset_names, preset_text, reference_table
+from lorascope.console import configure_logging, duration, log, size
+from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, ConfigError, LorascopeError
+
+if TYPE_CHECKING:
+    from lorascope.study import Study
+
+_STAGES = Group("Stages of a run", sort_key=1)
+_MORE = Group("More", sort_key=2)
+
+app = App(
+    name="lorascope",
+    version=__version__,
+    help="Train Stable Diffusion LoRA candidates under equal conditions and see with evidence which one to keep.",
+    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run or an arm failed (state kept), 130 interrupted (the same command goes on).",
+)
+
+StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
+Preset = Annotated[str | None, Parameter(help=f"preset to start from: {', '.join(preset_names())}")]
+RunDirOption = Annotated[Path | None, Parameter(help="run folder; runs/<name> when absent")]
+Overrides = Annotated[list[str] | None, Parameter(name=["--set", "-s"], help="key=value, for example --set train.epochs=2; may be repeated", negative="")]
+Run = Annotated[Path, Parameter(help="run folder, such as runs/pocket")]
+AsJson = Annotated[bool, Parameter(name="--json", help="print the result as JSON", negative="")]
+Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], help="print the result's path only", negative="")]
+Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], help="log details", negative="")]
+
+
+@app.command
+def study(
+    file: StudyFile = None,
+    *,
+    preset: Preset = None,
+    run_dir: RunDirOption = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, Parameter(help="print the plan and stop", negative="")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Run a whole study: data, encode, train, sample, score, report. The same command again goes on where it stopped.
+
+    Examples:
+
+    lorascope study                          the pocket study
+
+    lorascope study --preset smoke           a first try in under a minute
+
+    lorascope study my.toml --set train.epochs=2 --run-dir runs/two-epochs
+    """
+    _set_level(quiet, verbose)
+    config = load_study(file, preset, overrides or [])
+    if dry_run:
+        _print_plan(config, as_json)
+        return EXIT_DONE
+    job = _new_study(config, run_dir)
+    try:
+        job.run(shlex.join(["lorascope", *sys.argv[1:]]))
+    finally:
+        if job.run_dir.report_md.exists() and (job.run_dir.manifest()["stages"].get("report")):
+            _print_result(job, as_json, quiet)
+    return EXIT_DONE
+
+
+def _stage(name: str) -> Any:
+    """Make the command of one stage."""
+    text = {
+        "data": "Check pictures and captions, find duplicates, split into train and held-out (data.json).",
+        "encode": "Encode pictures and captions once; later runs find them in the cache.",
+        "train": "Train all arms (adapters/, metrics.jsonl); an interrupted training goes on.",
+        "sample": "Draw the prompts with the base and every arm (images/).",
+        "score": "Compare merged with unmerged output and score every picture (scores.parquet).",
+        "report": "Write report.html, report.md and figures from what the run folder holds.",
+    }[name]
+
+    def command(
+        run: Run,
+        *,
+        study_file: Annotated[Path | None, Parameter(name="--study", help="study file for a run folder that is still empty")] = None,
+        preset: Preset = None,
+        overrides: Overrides = None,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+    ) -> int:
+        _set_level(quiet, verbose)
+        job = _open_study(run, study_file, preset, overrides)
+        with job.working(shlex.join(["lorascope", *sys.argv[1:]])):
+            match name:
+                case "data":
+                    job.prepare_data()
+                case "score":
+                    job.check_merge()
+                    job.score()
+                case _:
+                    getattr(job, name)()
+        if name == "score":
+            from lorascope.score import read_scores, scores_as_dict, scores_as_markdown
+
+            scores = read_scores(job.run_dir)
+            print(json.dumps(scores_as_dict(scores), indent=2) if as_json else scores_as_markdown(scores))
+        elif name == "report":
+            print(json.dumps({"report": str(job.run_dir.report_html)}) if as_json else job.run_dir.report_html)
+        elif name in ("train", "sample"):
+            job.raise_faults()
+        return EXIT_DONE
+
+    command.__name__ = name
+    command.__doc__ = text
+    return app.command(command, group=_STAGES)
+
+
+for _name in ("data", "encode", "train", "sample", "score", "report"):
+    _stage(_name)
+
+
+@app.command(group=_MORE)
+def merge(
+    run: Run,
+    out: Annotated[Path, Parameter(help="new folder for the pipeline")],
+    *,
+    arm: Annotated[str, Parameter(help="arm to merge, such as r16")],
+) -> int:
+    """Merge one arm into the base and write a complete diffusers pipeline folder in float32.
+
+    Example: lorascope merge runs/pocket merged --arm r16
+    """
+    _set_level(False, False)
+    job = _open_study(run, None, None, None)
+    with job.run_dir.lock():
+        job.save_merged(arm, out)
+    print(out)
+    return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def presets(name: Annotated[str | None, Parameter(help="preset to print as TOML")] = None, /) -> int:
+    """List the presets, or print one as TOML to copy: lorascope presets recommended > my.toml"""
+    if name is not None:
+        print(preset_text(name), end="")
+        return EXIT_DONE
+    for preset in preset_names():
+        comment = preset_text(preset).splitlines()[0].removeprefix("# ")
+        print(f"{preset:<14} {comment}")
+    return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def keys() -> int:
+    """Print every key of a study file with type, default and meaning (Markdown)."""
+    print(reference_table(), end="")
+    return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def env() -> int:
+    """Print what a bug report needs: versions, device, threads, caches and variables."""
+    import importlib.metadata
+    import platform
+
+    facts = {"lorascope": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "cyclopts", "numpy", "pillow", "pyarrow"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    import torch
+
+    from lorascope.cache import default_cache_dir
+
+    facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts["threads"] = str(torch.get_num_threads())
+    facts["cache"] = str(default_cache_dir())
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        facts[name] = os.environ.get(name, "")
+    for key, value in facts.items():
+        print(f"{key:<22}{value}")
+    return EXIT_DONE
+
+
+def _new_study(config: StudyConfig, run_dir: Path | None) -> "Study":
+    log.info("lorascope %s: study %s, arms %s", __version__, config.name, ", ".join(arm.name for arm in config.expand_arms()))
+    from lorascope.study import Study
+
+    return Study(config, run_dir or Path("runs") / config.name)
+
+
+def _open_study(run: Path, study_file: Path | None, preset: str | None, overrides: list[str] | None) -> "Study":
+    if (run / "study.toml").exists():
+        if study_file or preset or overrides:
+            raise ConfigError(f"{run}: has its study.toml already, so --study, --preset and --set cannot change it: leave them out or name a new run folder")
+        from lorascope.study import Study
+
+        return Study.open(run)
+    if not (study_file or preset):
+        raise ConfigError(f"{run}: no study.toml here: name a run folder, or give --study FILE or --preset NAME to start one")
+    return _new_study(load_study(study_file, preset, overrides or []), run)
+
+
+def _print_plan(config: StudyConfig, as_json: bool) -> None:
+    from lorascope.study import plan_study
+
+    plan = plan_study(config)
+    if as_json:
+        print(json.dumps(vars(plan), indent=2))
+        return
+    modules = f"{plan.modules} modules" if plan.modules else "modules known once the base is loaded"
+    print(f"study {config.name}: {len(plan.arms)} arms on {config.base.model}, {modules}")
+    for arm in plan.arms:
+        parameters = f"{arm['parameters']:,} parameters, {size(4 * arm['parameters'])}" if arm["parameters"] else "size known once the base is loaded"
+        print(f"  {arm['name']:<20} rank {arm['rank']:<4} alpha {arm['alpha']:g} (scale {arm['scale']:g})  lr {arm['lr']:g}  seed {arm['seed']}  {parameters}")
+    steps = f"{plan.steps:,} steps" if plan.steps else "steps known once the data is read"
+    pictures = f"{plan.num_train:,} pictures" if plan.num_train else "all pictures of the source"
+    print(f"training   {pictures} x {config.train.epochs} epochs, batch {config.train.batch_size}: {steps}, {min(len(plan.arms), config.train.max_stacked_arms)} arms in one pass")
+    print(f"sampling   {plan.pictures:,} pictures, {config.sample.steps} steps, guidance {config.sample.guidance:g}")
+    print(f"time       {'about ' + duration(plan.estimated_s) + ' (rough)' if plan.estimated_s else 'not known before the base and data are at hand'}")
+    print(f"disk       about {size(plan.estimated_bytes)}")
+
+
+def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
+    from lorascope.report import verdict_of
+
+    verdict = verdict_of(job.run_dir)
+    if as_json:
+        print(json.dumps({"run": str(job.run_dir.path), "report": str(job.run_dir.report_html), "keep": verdict.keep, "answer": verdict.answer}))
+    elif quiet:
+        print(job.run_dir.report_html)
+    else:
+        print(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
+
+
+def _set_level(quiet: bool, verbose: bool) -> None:
+    configure_logging(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = os.environ.get("LORASCOPE_DEBUG") == "1"
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        return result if isinstance(result, int) else EXIT_DONE
+    except CycloptsError as error:
+        print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_INPUT
+    except LorascopeError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"lorascope: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lorascope: interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_DONE
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"lorascope: a fault of ours: {type(error).__name__}: {error} (LORASCOPE_DEBUG=1 shows where)", file=sys.stderr)
+        return EXIT_FAULT

@@ -1,0 +1,50 @@
+"""The errors a user can cause or meet. The command line prints each as one line and exits with its code.
+
+Every message names the value received, the constraint and the remedy. Anything that is not a `LorascopeError` is a
+fault of ours and exits with code 1.
+"""
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_INPUT = 2
+EXIT_RUN_FAILED = 3
+EXIT_GATE_REJECTED = 4
+EXIT_INTERRUPTED = 130
+
+
+class LorascopeError(Exception):
+    """Base of all errors that are the user's to fix."""
+
+    exit_code = EXIT_INPUT
+
+
+class ConfigError(LorascopeError):
+    """A study file, preset, override or run folder that cannot be used as given."""
+
+
+class DataError(LorascopeError):
+    """Pictures, captions or prompts that cannot be used."""
+
+
+class BaseModelError(LorascopeError):
+    """A base model or scorer that cannot be loaded."""
+
+
+class AdapterError(LorascopeError):
+    """Adapter targets, files or merges that do not fit the base."""
+
+
+class CacheError(LorascopeError):
+    """Encoded latents or text states that do not belong to this run's inputs."""
+
+
+class StorageError(LorascopeError):
+    """The run folder cannot be written: full, read-only, or in use by another process."""
+
+    exit_code = EXIT_RUN_FAILED
+
+
+class RunError(LorascopeError):
+    """Training, sampling or scoring failed; what was finished is kept."""
+
+    exit_code = EXIT_RUN_FAILED

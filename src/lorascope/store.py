@@ -1,0 +1,234 @@
+"""Everything about files: atomic writes, digests, and the layout of a run folder.
+
+A file appears under its name complete or not at all: it is written beside its target, flushed to disk, and renamed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lorascope.errors import StorageError
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
+    errno.EROFS: "the file system is read-only: choose another folder with --run-dir",
+    errno.EACCES: "permission denied: choose a folder you may write with --run-dir",
+    errno.EPERM: "permission denied: choose a folder you may write with --run-dir",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder with --run-dir",
+    errno.EEXIST: "a file stands where a folder is needed: choose another folder with --run-dir",
+}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn operating-system errors on writing `path` into a one-line `StorageError` with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REMEDIES.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
+        raise StorageError(f"{path}: cannot be written: {reason}") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
+            _sync_directory(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` atomically, as indented JSON; a NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON from `path`; raise `StorageError` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: not there: run the stage that writes it first") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
+
+
+def digest_bytes(*parts: bytes) -> str:
+    """SHA-256 of the parts, each preceded by its length, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of `value` as canonical JSON: equal values give equal digests whatever the order of their keys."""
+    return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_folder(directory: Path, patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt")) -> str:
+    """SHA-256 over names and contents of the matching files below `directory`."""
+    paths = sorted({path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()})
+    return digest_json([[path.relative_to(directory).as_posix(), digest_file(path)] for path in paths])
+
+
+class JsonLines:
+    """An append-only log of records, one JSON object a line, that a resumed run can cut back to a known length."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def rewind(self, length_bytes: int) -> None:
+        """Drop everything after the first `length_bytes` bytes: records of steps that will be done again."""
+        self.close()
+        if self.path.exists():
+            with storage_errors(self.path):
+                os.truncate(self.path, length_bytes)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append one record; it reaches the disk at the next `sync`."""
+        if self._file is None:
+            with storage_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab")
+        with storage_errors(self.path):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+    def sync(self) -> int:
+        """Flush to disk and return the length in bytes, to be stored in a checkpoint for `rewind`."""
+        if self._file is None:
+            return self.path.stat().st_size if self.path.exists() else 0
+        with storage_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close; a later `append` opens the file again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete records; a last line cut short by a crash is left out."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+
+class RunDir:
+    """Paths and manifest of one run folder. ARCHITECTURE.md lists what each file holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.study_toml = path / "study.toml"
+        self.manifest_json = path / "manifest.json"
+        self.data_json = path / "data.json"
+        self.metrics_jsonl = path / "metrics.jsonl"
+        self.scores_parquet = path / "scores.parquet"
+        self.features_safetensors = path / "features.safetensors"
+        self.merge_check_json = path / "merge_check.json"
+        self.adapters_dir = path / "adapters"
+        self.checkpoints_dir = path / "checkpoints"
+        self.images_dir = path / "images"
+        self.figures_dir = path / "figures"
+        self.report_html = path / "report.html"
+        self.report_md = path / "report.md"
+        self.log_path = path / "lorascope.log"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, empty before the first stage."""
+        if not self.manifest_json.exists():
+            return {"stages": {}}
+        manifest: dict[str, Any] = read_json(self.manifest_json)
+        return manifest
+
+    def is_finished(self, stage: str, inputs: str) -> bool:
+        """Whether `stage` ended with the inputs of this digest."""
+        entry = self.manifest()["stages"].get(stage)
+        return entry is not None and entry["inputs"] == inputs
+
+    def finish(self, stage: str, inputs: str, seconds: float, **facts: Any) -> None:
+        """Record that `stage` ended: digest of its inputs, time taken in seconds, and further facts."""
+        manifest = self.manifest()
+        manifest["stages"][stage] = {"inputs": inputs, "seconds": round(seconds, 3), **facts}
+        write_json(self.manifest_json, manifest)
+
+    def describe(self, **facts: Any) -> None:
+        """Set top-level facts of the manifest: versions, commit, device, times."""
+        write_json(self.manifest_json, {**self.manifest(), **facts})
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; raise `StorageError` if another process holds it."""
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise StorageError(
+                f"{self.path}: another lorascope process is working in this run folder: wait for it, or choose another with --run-dir"
+            ) from error
+        try:
+            yield
+        finally:
+            file.close()

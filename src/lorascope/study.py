@@ -1,0 +1,630 @@
+"""A study: its plan, and its stages run in order in a run folder.
+
+Every stage can be called alone and again; what is finished for the same inputs is skipped.
+"""
+
+import copy
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorascope import __version__
+from lorascope.adapter import AdapterBank, Slice, Target, count_parameters, load_peft, merge, resolve_targets, save_peft
+from lorascope.base import Base, choose_device, load_base, load_tokenizer, resolve_model
+from lorascope.cache import Encoded, default_cache_dir, encode_dataset
+from lorascope.config import Arm, StudyConfig, load_study
+from lorascope.console import duration, log, log_to_file, size, track
+from lorascope.data import Dataset, Prompt, load_dataset, load_prompts, prepare_data
+from lorascope.errors import ConfigError, RunError, StorageError
+from lorascope.features import load_encoder
+from lorascope.report import Report, build_report
+from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
+from lorascope.score import Generated, score_run
+from lorascope.store import JsonLines, RunDir, digest_json, read_json, storage_errors, write_json, write_text
+from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records, require_any_active
+
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
+_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
+_TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
+_EFFICIENCY = 0.25  # share of a matrix product's speed that U-Nets reach, for the rough estimate of a dry run
+
+
+class Study:
+    """One study in its run folder."""
+
+    def __init__(self, config: StudyConfig, run_dir: Path, cache_dir: Path | None = None) -> None:
+        self.config = config
+        self.run_dir = RunDir(run_dir)
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.device = choose_device(config.device)
+        self.warnings: list[str] = []
+
+    @classmethod
+    def open(cls, run_dir: Path, cache_dir: Path | None = None) -> "Study":
+        """The study of an existing run folder; raise `ConfigError` if it holds none."""
+        if not (run_dir / "study.toml").is_file():
+            raise ConfigError(f"{run_dir}: no study.toml here: name a run folder, or start one with `lorascope study`")
+        return cls(load_study(run_dir / "study.toml", environment={}), run_dir, cache_dir)
+
+    def run(self, command: str = "lorascope.Study.run()") -> Report:
+        """All stages, then the report.
+
+        Raises `RunError` at the end when an arm failed or merged and unmerged outputs differ; everything else is done
+        and kept by then.
+        """
+        with self.working(command):
+            self.prepare_data()
+            self.encode()
+            self.train()
+            self.sample()
+            self.check_merge()
+            self.score()
+            report = self.report()
+        self.raise_faults()
+        return report
+
+    @contextmanager
+    def working(self, command: str) -> Iterator[None]:
+        """Hold the run folder, freeze the configuration in it, and log to it."""
+        with self.run_dir.lock():
+            self._freeze()
+            with log_to_file(self.run_dir.log_path):
+                self._describe(command)
+                yield
+
+    def _freeze(self) -> None:
+        """Write `study.toml`, or raise `ConfigError` if the folder belongs to another configuration."""
+        path = self.run_dir.study_toml
+        if not path.exists():
+            write_text(path, self.config.to_toml())
+            return
+        frozen = load_study(path, environment={})
+        changed = _differences(frozen.model_dump(mode="json"), self.config.model_dump(mode="json"))
+        if changed:
+            key, old, new = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{self.run_dir.path}: made with another configuration: {key} was {old!r}, now {new!r}{more}: "
+                "choose another folder with --run-dir, or delete this one"
+            )
+
+    def _describe(self, command: str) -> None:
+        facts = self.run_dir.manifest()
+        self.run_dir.describe(
+            lorascope=__version__,
+            versions={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+            commit=_commit(),
+            device=_device_facts(self.device),
+            command=facts.get("command", command),
+            started=facts.get("started", _now()),
+            config_digest=self.config.digest(),
+        )
+
+    @functools.cached_property
+    def base(self) -> Base:
+        """The frozen base, loaded at first use."""
+        base = load_base(self.config.base, self.device, self.config.train.precision)
+        shown = base.describe()
+        log.info("base     %s: U-Net %.1f M parameters, %s, %s", self.config.base.model, shown["parameters"]["unet"] / 1e6, shown["dtype"], shown["prediction_type"])
+        targets = resolve_targets(base.unet, self.config.adapter.targets)
+        self.run_dir.describe(
+            base={**shown, "model": self.config.base.model},
+            adapter={"modules": len(targets), "targets": list(self.config.adapter.targets)},
+        )
+        return base
+
+    @functools.cached_property
+    def targets(self) -> list[Target]:
+        """The adapted Linear layers."""
+        return resolve_targets(self.base.unet, self.config.adapter.targets)
+
+    @contextmanager
+    def _stage(self, name: str, inputs: str) -> Iterator[Callable[..., None]]:
+        """Time a stage and record its end with the facts given to the yielded function."""
+        facts: dict[str, Any] = {}
+        started = time.perf_counter()
+        yield facts.update
+        self.run_dir.finish(name, inputs, time.perf_counter() - started, **facts)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> Dataset:
+        """Check the pictures and captions, find duplicates, split; writes `data.json`."""
+        inputs = self.config.digest("data", "base")
+        if self.run_dir.is_finished("data", inputs):
+            return self.dataset
+        tokenizer = load_tokenizer(self.config.base)
+        with self._stage("data", inputs) as note:
+            with track("data", 1, "pictures") as task:
+
+                def show(done: int, total: int) -> None:
+                    task.set_total(total)
+                    task.advance(done - task.completed)
+
+                dataset = prepare_data(
+                    self.config.data, lambda caption: len(tokenizer(caption).input_ids), tokenizer.model_max_length, show
+                )
+            write_json(self.run_dir.data_json, dataset.summary)
+            note(fingerprint=dataset.summary["fingerprint"])
+        summary = dataset.summary
+        log.info(
+            "data     %d pictures to train on, %d held out; %d refused, %d treated, %d groups of duplicates (data.json lists them)",
+            len(dataset.train), len(dataset.heldout), len(summary["refused"]), len(summary["treated"]), len(summary["duplicates"]),
+        )  # fmt: skip
+        return dataset
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The pictures of the run, from `data.json`."""
+        return load_dataset(self.config.data, read_json(self.run_dir.data_json))
+
+    # -- encode -------------------------------------------------------------------------------------------------------
+
+    def encode(self) -> tuple[Encoded, Encoded]:
+        """Train and held-out pictures as latents and text states, from the cache where they are in it."""
+        return self.encoded
+
+    @functools.cached_property
+    def encoded(self) -> tuple[Encoded, Encoded]:
+        """Encoded train and held-out pictures."""
+        dataset = self.dataset
+        inputs = digest_json([dataset.summary["fingerprint"], self.base.digest])
+        started = time.perf_counter()
+        with track("encode", len(dataset.train) + len(dataset.heldout), "pictures") as task:
+            train, heldout, num_encoded = encode_dataset(dataset, self.base, self.cache_dir, task.advance)
+        seconds = time.perf_counter() - started
+        log.info("encode   %s", f"{num_encoded} pictures in {duration(seconds)}" if num_encoded else "all in the cache")
+        if not self.run_dir.is_finished("encode", inputs):
+            self.run_dir.finish("encode", inputs, seconds, encoded=num_encoded)
+        return train, heldout
+
+    # -- train --------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train all arms, in groups that share one pass; writes `adapters/` and `metrics.jsonl`."""
+        inputs = self._train_inputs()
+        if self.run_dir.is_finished("train", inputs):
+            return
+        train, heldout = self.encoded
+        stacked = self.config.train.max_stacked_arms
+        arms = self.config.expand_arms()
+        groups = [arms[start : start + stacked] for start in range(0, len(arms), stacked)]
+        with self._stage("train", inputs) as note:
+            for group in groups:
+                self._train_group(group, train, heldout, inputs)
+            note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
+
+    def _train_inputs(self) -> str:
+        return digest_json([self.config.digest("train", "arms", "adapter"), self.dataset.summary["fingerprint"], self.base.digest, str(self.device)])
+
+    def _train_group(self, arms: Sequence[Arm], train: Encoded, heldout: Encoded, inputs: str) -> None:
+        section, run_dir = self.config.train, self.run_dir
+        label = arms[0].name
+        checkpoint = run_dir.checkpoints_dir / f"{label}.safetensors"
+        group_inputs = digest_json([inputs, [arm.name for arm in arms]])
+        if all((run_dir.adapters_dir / arm.name / "training.json").exists() for arm in arms):
+            checkpoint.unlink(missing_ok=True)
+            return
+        bank = AdapterBank(self.base.unet, self.targets, arms).attach()
+        trainer = Trainer(self.base, bank, train, section)
+        metrics = JsonLines(run_dir.metrics_jsonl)
+        log.info(
+            "train    %s: %d modules, %s; %d steps of %d pictures%s",
+            " + ".join(arm.name for arm in arms), len(self.targets),
+            ", ".join(f"{arm.name} {count_parameters(self.targets, arm.rank):,} parameters ({size(4 * count_parameters(self.targets, arm.rank))})" for arm in arms),
+            trainer.num_steps, section.batch_size, " each, in one pass" if len(arms) > 1 else "",
+        )  # fmt: skip
+        try:
+            if checkpoint.exists():
+                facts = trainer.load_checkpoint(checkpoint, group_inputs)
+                metrics.rewind(facts["metrics_bytes"])
+                failures, last_epoch = dict(facts["failures"]), {name: list(values) for name, values in facts["last_epoch"].items()}
+                log.info("train    going on from step %d", trainer.step)
+            else:
+                failures, last_epoch = {}, {arm.name: [] for arm in arms}
+                trainer.save_checkpoint(checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": {}, "last_epoch": last_epoch})
+            probe = _Probe(self.base, bank, train.first(section.num_probe), heldout.first(section.num_probe), metrics)
+            if trainer.step == 0 and arms[0] == self.config.expand_arms()[0]:
+                probe.record_base()
+            epoch_ends = {count_steps(section, len(train), epoch): epoch for epoch in range(1, section.epochs + 1)}
+            with _deferred_signals() as interrupted, track("train", trainer.num_steps, "steps", trainer.step) as task:
+                for record in trainer.run():
+                    self._log_step(record, arms, metrics, failures)
+                    if record.step > trainer.num_steps - trainer.num_steps / section.epochs:
+                        for arm, loss in zip(arms, record.losses, strict=True):
+                            last_epoch[arm.name].append(loss)
+                    if record.step in epoch_ends:
+                        probe.record(arms, record.step, epoch_ends[record.step])
+                        bank.select_all()
+                    at_end = record.step == trainer.num_steps
+                    if interrupted() or (record.step % section.checkpoint_every_steps == 0 and not at_end):
+                        trainer.save_checkpoint(checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": failures, "last_epoch": last_epoch})
+                    task.advance(1, "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(arms, record.losses, strict=True)))
+                    if interrupted():
+                        log.info("train    stopped after step %d; the same command goes on from here", record.step)
+                        raise KeyboardInterrupt
+            metrics.sync()
+        finally:
+            metrics.close()
+            bank.detach()
+        for index, arm in enumerate(arms):
+            self._write_adapter(bank, index, arms, trainer, failures.get(arm.name), last_epoch[arm.name])
+        checkpoint.unlink(missing_ok=True)
+        log.info("train    done in %s", duration(trainer.seconds))
+
+    def _log_step(self, record: StepRecord, arms: Sequence[Arm], metrics: JsonLines, failures: dict[str, str]) -> None:
+        for arm, loss, norm, lr, failed in zip(arms, record.losses, record.grad_norms, record.lrs, record.failed, strict=True):
+            if failed:
+                if arm.name not in failures:
+                    failures[arm.name] = f"loss or gradient is not finite at step {record.step}"
+                    log.warning("train    %s failed: %s; the other arms go on", arm.name, failures[arm.name])
+                continue
+            metrics.append(
+                {"kind": "train", "step": record.step, "epoch": round(record.epoch, 6), "arm": arm.name, "loss": loss, "grad_norm": norm, "lr": lr}
+            )
+        require_any_active(record, [arm.name for arm in arms])
+
+    def _write_adapter(self, bank: AdapterBank, index: int, arms: Sequence[Arm], trainer: Trainer, failure: str | None, losses: list[float]) -> None:
+        arm, section = bank.arms[index], self.config.train
+        folder = self.run_dir.adapters_dir / arm.name
+        memory, memory_kind = peak_memory(self.device)
+        facts: dict[str, Any] = {
+            **arm.model_dump(),
+            "arm": arm.name,
+            "scale": arm.scale,
+            "steps": trainer.num_steps,
+            "epochs": section.epochs,
+            "modules": len(self.targets),
+            "parameters": count_parameters(self.targets, arm.rank),
+            "group": [other.name for other in arms],
+            "run_time_s": round(trainer.seconds, 3),
+            "images_per_s": round(trainer.num_steps * section.batch_size * len(arms) / max(trainer.seconds, 1e-9), 3),
+            "peak_memory_bytes": memory,
+            "peak_memory_kind": memory_kind,
+            "failed": failure,
+        }
+        if failure is None:
+            facts["file_bytes"] = save_peft(bank, index, folder, self.config.adapter.targets, self.config.base.model)
+            facts["final_loss"] = float(np.mean(losses))
+        write_json(folder / "training.json", facts)
+
+    def _training(self, arm: Arm) -> dict[str, Any]:
+        facts: dict[str, Any] = read_json(self.run_dir.adapters_dir / arm.name / "training.json")
+        return facts
+
+    def trained_arms(self) -> list[Arm]:
+        """The arms that did not fail."""
+        return [arm for arm in self.config.expand_arms() if self._training(arm)["failed"] is None]
+
+    def load_bank(self, arms: Sequence[Arm]) -> AdapterBank:
+        """The trained adapters of `arms` in one bank, not attached."""
+        bank = AdapterBank(self.base.unet, self.targets, arms)
+        for index, arm in enumerate(arms):
+            bank.load_state_dict(index, load_peft(self.run_dir.adapters_dir / arm.name)[0])
+        return bank
+
+    # -- sample -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the study."""
+        return load_prompts(self.config.sample.prompts, self.config.sample.num_prompts)
+
+    def sample(self) -> None:
+        """Draw every prompt with the base and every arm; writes `images/`."""
+        inputs = digest_json([self._train_inputs(), self.config.digest("sample")])
+        if self.run_dir.is_finished("sample", inputs):
+            return
+        section = self.config.sample
+        arms = self.trained_arms()
+        jobs = plan_jobs(self.prompts, section.seeds)
+        shape = latent_shape_of(self.base, self.config.data.resolution_px)
+        bank = self.load_bank(arms).attach()
+        models = [("base", Slice(0, 0.0)), *((arm.name, Slice(index)) for index, arm in enumerate(arms))]
+        try:
+            with self._stage("sample", inputs) as note, track("sample", len(jobs) * len(models), "pictures") as task:
+                for start in range(0, len(models), section.batch_size):
+                    chunk = models[start : start + section.batch_size]
+                    for batch in batches_of(jobs, len(chunk), section.batch_size):
+                        paths = [[self._image_path(name, job) for job in batch] for name, _ in chunk]
+                        if not all(path.exists() for row in paths for path in row):
+                            pictures, _ = draw_pictures(self.base, bank, [item for _, item in chunk], batch, shape, section)
+                            for (name, _), row, pixels in zip(chunk, paths, pictures.numpy(), strict=True):
+                                for path, job, picture in zip(row, batch, pixels, strict=True):
+                                    save_picture(path, picture, job, name, section)
+                        task.advance(len(batch) * len(chunk))
+                note(pictures=len(jobs) * len(models))
+        finally:
+            bank.detach()
+        log.info("sample   %d pictures: %d prompts x %d seeds x (base + %d arms)", len(jobs) * len(models), len(self.prompts), len(section.seeds), len(arms))
+
+    def _image_path(self, arm: str, job: Job) -> Path:
+        return self.run_dir.images_dir / arm / job.file_name
+
+    # -- merge --------------------------------------------------------------------------------------------------------
+
+    def check_merge(self) -> None:
+        """Compare merged with unmerged output for every arm; writes `merge_check.json`."""
+        inputs = digest_json([self._train_inputs(), self.config.digest("sample"), "merge"])
+        if self.run_dir.is_finished("merge_check", inputs):
+            return
+        arms, section = self.trained_arms(), self.config.sample
+        job = plan_jobs(self.prompts, section.seeds)[0]
+        shape = latent_shape_of(self.base, self.config.data.resolution_px)
+        tolerance = MERGE_TOLERANCE[self.base.unet.dtype]
+        results = {}
+        with self._stage("merge_check", inputs):
+            bank = self.load_bank(arms)
+            for index, arm in enumerate(arms):
+                bank.attach()
+                pictures, latents = draw_pictures(self.base, bank, [Slice(index)], [job], shape, section)
+                bank.detach()
+                merged_unet = self.merged_unet(bank, index)
+                idle = AdapterBank(merged_unet, self.targets[:1], [arm])  # strength 0: the merged weights alone
+                merged = _with_unet(self.base, merged_unet)
+                merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
+                error = float((merged_latents - latents).norm() / latents.norm())
+                results[arm.name] = {
+                    "relative_error": error,
+                    "tolerance": tolerance,
+                    "mean_pixel_difference": float((merged_pictures.float() - pictures.float()).abs().mean()),
+                    "ok": error <= tolerance,
+                }
+            write_json(self.run_dir.merge_check_json, results)
+        log.info("merge    merged equals unmerged: %s", "yes" if all(item["ok"] for item in results.values()) else "NO")
+
+    def merged_unet(self, bank: AdapterBank, index: int) -> UNet2DConditionModel:
+        """A copy of the base's U-Net with one adapter merged into its weights."""
+        unet: UNet2DConditionModel = copy.deepcopy(self.base.unet)
+        merge(unet, bank, index)
+        return unet
+
+    def save_merged(self, arm_name: str, folder: Path) -> None:
+        """Write a complete diffusers pipeline folder with one arm merged in, in float32.
+
+        Raises `ConfigError` for an arm that is not there or failed, or a folder that exists and is not empty.
+        """
+        from diffusers import StableDiffusionPipeline
+
+        arms = {arm.name: arm for arm in self.trained_arms()}
+        if arm_name not in arms:
+            raise ConfigError(f"--arm {arm_name!r}: not a trained arm of this run: choose one of {', '.join(arms)}")
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder}: exists and is not empty: name a new folder")
+        unet = self.merged_unet(self.load_bank([arms[arm_name]]), 0).float()
+        with storage_errors(folder):
+            pipeline = StableDiffusionPipeline.from_pretrained(self.base.folder, unet=unet, safety_checker=None, requires_safety_checker=False)
+            partial = folder.with_name(folder.name + ".partial")
+            pipeline.save_pretrained(partial, safe_serialization=True)
+            partial.replace(folder)
+
+    # -- score and report ---------------------------------------------------------------------------------------------
+
+    def score(self) -> None:
+        """CLIP similarity of every picture, and calibration rows; writes `scores.parquet`."""
+        inputs = digest_json([self._train_inputs(), self.config.digest("sample", "score")])
+        if self.run_dir.is_finished("score", inputs):
+            return
+        generated = []
+        for arm in (None, *self.trained_arms()):
+            for job in plan_jobs(self.prompts, self.config.sample.seeds):
+                name = arm.name if arm else "base"
+                path = self._image_path(name, job)
+                if not path.exists():
+                    raise StorageError(f"{path}: not there: run `lorascope sample {self.run_dir.path}` first")
+                generated.append(
+                    Generated(
+                        arm=name,
+                        rank=arm.rank if arm else 0,
+                        alpha=arm.alpha if arm else None,
+                        lr=arm.lr if arm else None,
+                        training_seed=arm.seed if arm else None,
+                        category=job.prompt.category,
+                        prompt_index=job.prompt.index,
+                        prompt=job.prompt.text,
+                        seed=job.seed,
+                        image=path.relative_to(self.run_dir.path).as_posix(),
+                    )
+                )
+        with self._stage("score", inputs) as note:
+            encoder = load_encoder(self.config.score, self.device)
+            heldout = [(self.dataset.load_pixels(example), example.caption) for example in self.dataset.heldout[:50]]
+            score_run(self.run_dir, self.config, encoder, generated, heldout, self.prompts)
+            note(pictures=len(generated))
+        log.info("score    %d pictures by %s", len(generated), self.config.score.model)
+
+    def report(self) -> Report:
+        """Write `report.html`, `report.md` and the figures from what the run folder holds."""
+        started = time.perf_counter()
+        self.run_dir.describe(finished=_now())
+        report = build_report(self.run_dir)
+        self.run_dir.finish("report", digest_json(self.run_dir.manifest()["stages"].get("score")), time.perf_counter() - started)
+        return report
+
+    def faults(self) -> list[str]:
+        """Failed arms and merges beyond tolerance, a sentence each."""
+        faults = []
+        for arm in self.config.expand_arms():
+            if (failure := self._training(arm)["failed"]) is not None:
+                faults.append(f"arm {arm.name} failed: {failure}: lower its lr and run it in another folder")
+        if self.run_dir.merge_check_json.exists():
+            for name, result in read_json(self.run_dir.merge_check_json).items():
+                if not result["ok"]:
+                    faults.append(f"arm {name}: merged output differs by {result['relative_error']:.2g}, tolerance {result['tolerance']:g}")
+        return faults
+
+    def raise_faults(self) -> None:
+        """Raise `RunError` if `faults` names any."""
+        if faults := self.faults():
+            raise RunError("; ".join(faults))
+
+
+class _Probe:
+    """Writes the denoising loss at fixed noise of base and arms to the metrics."""
+
+    def __init__(self, base: Base, bank: AdapterBank, train: Encoded, heldout: Encoded, metrics: JsonLines) -> None:
+        self.base, self.bank, self.metrics = base, bank, metrics
+        self.pictures = {"heldout": heldout, "train": train}
+        self.base_losses = {
+            (split, conditional): probe_losses(base, bank, [Slice(0, 0.0)], pictures, conditional)[0]
+            for split, pictures in self.pictures.items()
+            for conditional in (True, False)
+        }
+
+    def record_base(self) -> None:
+        """The base's rows, at step 0."""
+        for key, losses in self.base_losses.items():
+            self._append("base", 0, 0, key, losses)
+
+    def record(self, arms: Sequence[Arm], step: int, epoch: int) -> None:
+        """The rows of all arms after `step`."""
+        slices = [Slice(index) for index in range(len(arms))]
+        for (split, conditional), pictures in ((key, self.pictures[key[0]]) for key in self.base_losses):
+            losses = probe_losses(self.base, self.bank, slices, pictures, conditional)
+            for arm, arm_losses in zip(arms, losses, strict=True):
+                if arm_losses.isfinite().all():
+                    self._append(arm.name, step, epoch, (split, conditional), arm_losses)
+
+    def _append(self, arm: str, step: int, epoch: int, key: tuple[str, bool], losses: torch.Tensor) -> None:
+        split, conditional = key
+        for record in probe_records(losses, self.base_losses[key], len(self.base.alphas_cumprod)):
+            self.metrics.append({"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study would do, without doing it."""
+
+    arms: list[dict[str, Any]]
+    num_train: int | None  # known only for sources at hand
+    steps: int | None
+    pictures: int
+    estimated_s: float | None
+    estimated_bytes: int
+    modules: int | None
+
+
+def plan_study(config: StudyConfig) -> Plan:
+    """The plan behind `--dry-run`. Loads no weights; time is a rough estimate from counted FLOPs and a timed matrix product."""
+    arms = config.expand_arms()
+    num_pictures = len(load_prompts(config.sample.prompts, config.sample.num_prompts)) * len(config.sample.seeds) * (len(arms) + 1)
+    num_train = config.data.num_train
+    steps = count_steps(config.train, num_train) if num_train else None
+    counted = _count_flops(config)
+    seconds, modules, targets = None, None, []
+    if counted is not None:
+        flops, targets = counted
+        modules = len(targets)
+        if steps is not None:
+            rate = _matmul_flops_per_s(choose_device(config.device)) * _EFFICIENCY
+            training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * config.train.batch_size * len(arms)
+            sampling = flops * config.sample.steps * (1 if config.sample.guidance == 1 else 2) * num_pictures
+            seconds = (training + sampling) / rate
+    shown = [{**arm.model_dump(), "scale": arm.scale, "parameters": count_parameters(targets, arm.rank) if targets else None} for arm in arms]
+    adapter_bytes = sum(4 * item["parameters"] for item in shown if item["parameters"])
+    picture_bytes = num_pictures * 2 * config.data.resolution_px**2
+    latents_bytes = (num_train or 0) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
+    return Plan(shown, num_train, steps, num_pictures, seconds, 4 * adapter_bytes + picture_bytes + latents_bytes, modules)
+
+
+def _count_flops(config: StudyConfig) -> tuple[int, list[Target]] | None:
+    """FLOPs of one U-Net forward pass and the adapted layers, from the configuration alone; None if it is not at hand."""
+    if config.base.model.count("/") == 1 and not Path(config.base.model).exists():
+        return None  # a hub id: nothing is downloaded for a plan
+    folder = resolve_model(config.base.model, config.base.revision, "base", [])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        vae = AutoencoderKL.load_config(folder / "vae")
+        side = config.data.resolution_px // 2 ** (len(vae["block_out_channels"]) - 1)
+        sample = torch.empty(1, unet.config.in_channels, side, side)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(sample, torch.zeros((), dtype=torch.long), torch.empty(1, 77, unet.config.cross_attention_dim))
+    return counter.get_total_flops(), resolve_targets(unet, config.adapter.targets)
+
+
+def _matmul_flops_per_s(device: torch.device) -> float:
+    side = 1024 if device.type == "cpu" else 8192
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    rates = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        rates.append(2 * side**3 / (time.perf_counter() - started))
+    return float(np.median(rates[1:]))
+
+
+def _with_unet(base: Base, unet: UNet2DConditionModel) -> Base:
+    values = {**vars(base), "unet": unet}
+    return Base(**values)
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    """The leaves in which two configurations differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [item for key in {**old, **new} for item in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))]
+    return [] if old == new else [(place, old, new)]
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C or SIGTERM only sets a flag, so that a step ends whole; a second one acts at once."""
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received.is_set
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        if received.is_set():
+            raise KeyboardInterrupt
+        received.set()
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """The commit of the source checkout lorascope runs from, if it is one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def _device_facts(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"name": properties.name, "threads": torch.get_num_threads(), "memory_bytes": properties.total_memory}
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), name)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"name": name, "threads": torch.get_num_threads(), "memory_bytes": memory}

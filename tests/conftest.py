@@ -1,0 +1,141 @@
+"""Tiny real models and data: the same classes as Stable Diffusion v1.5, small enough to run in milliseconds."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for variable in [name for name in os.environ if name.startswith("LORASCOPE_")]:
+    del os.environ[variable]
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+
+from lorascope.base import Base, load_base
+from lorascope.config import BaseSection
+
+torch.set_num_threads(1)
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer whose vocabulary is the 256 bytes, alone and at the end of a word."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    characters = [chr(b) for b in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+    tokens = [*characters, *[c + "</w>" for c in characters], "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), model_max_length=77)
+
+
+def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
+    """A complete Stable Diffusion pipeline folder with random weights."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder.parent / "vocabulary")
+    text = CLIPTextConfig(
+        vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, bos_token_id=512, eos_token_id=513, pad_token_id=513
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=1.0,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_scorer_folder(folder: Path) -> Path:
+    """A CLIP model and processor folder with random weights."""
+    torch.manual_seed(7)
+    text = CLIPTextConfig(
+        vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, bos_token_id=512, eos_token_id=513, pad_token_id=513
+    )
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, make_tokenizer(folder.parent / "vocabulary")).save_pretrained(folder)
+    return folder
+
+
+def make_pictures(count: int, seed: int = 0, side: int = 40) -> list[tuple[bytes, str]]:
+    """PNG bytes and captions of distinct blocky pictures."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        blocks = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST).save(buffer, format="PNG")
+        rows.append((buffer.getvalue(), f"picture {index} of blocks"))
+    return rows
+
+
+def write_parquet(path: Path, rows: list[tuple[bytes, str]]) -> Path:
+    """Rows in the layout of hub data sets: an image struct and a text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": [{"bytes": picture, "path": None} for picture, _ in rows], "text": [text for _, text in rows]})
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion folder; never write into it."""
+    return make_pipeline_folder(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP folder; never write into it."""
+    return make_scorer_folder(tmp_path_factory.mktemp("scorers") / "scorer")
+
+
+@pytest.fixture
+def base(pipeline_folder: Path) -> Base:
+    """The tiny base, loaded by the real loader."""
+    return load_base(BaseSection(model=str(pipeline_folder)), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def picture_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty captioned pictures in one Parquet file."""
+    return write_parquet(tmp_path_factory.mktemp("pictures") / "pictures.parquet", make_pictures(20))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

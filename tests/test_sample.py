@@ -1,0 +1,106 @@
+"""Sampling: equal to diffusers' own pipeline, paired noise, PNG text chunks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from lorascope.adapter import AdapterBank, Slice, resolve_targets
+from lorascope.base import Base
+from lorascope.config import REFERENCE_TARGETS, Arm, SampleSection
+from lorascope.data import Prompt
+from lorascope.errors import RunError
+from lorascope.sample import Job, batches_of, denoise, draw_pictures, initial_noise, latent_shape_of, plan_jobs, save_picture
+
+PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]
+ARM = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
+
+
+@pytest.fixture
+def bank(base: Base) -> AdapterBank:
+    bank = AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), [ARM])
+    for layer in bank.layers.values():
+        layer.up.detach().normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    return bank
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmsolver++"])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_the_base_row_equals_diffusers_own_pipeline(base: Base, bank: AdapterBank, scheduler: str, guidance: float) -> None:
+    section = SampleSection(steps=4, guidance=guidance, scheduler=scheduler)  # type: ignore[arg-type]
+    jobs = plan_jobs(PROMPTS, [3])
+    shape = latent_shape_of(base, 32)
+    bank.attach()
+    _, ours = draw_pictures(base, bank, [Slice(0, 0.0), Slice(0)], jobs, shape, section)
+    bank.detach()
+    pipeline = StableDiffusionPipeline.from_pretrained(base.folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    other = {"euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}.get(scheduler)
+    if other:
+        pipeline.scheduler = other.from_config(pipeline.scheduler.config)
+    latents = torch.stack([initial_noise(job, shape) for job in jobs])
+    theirs = pipeline(
+        [prompt.text for prompt in PROMPTS], num_inference_steps=4, guidance_scale=guidance, latents=latents, output_type="latent"
+    ).images
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ours[1], theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_noise_depends_on_seed_and_prompt_alone() -> None:
+    jobs = plan_jobs(PROMPTS, [0, 1])
+    noises = [initial_noise(job, (4, 8, 8)) for job in jobs]
+    assert torch.equal(noises[0], initial_noise(Job(Prompt("other", 9, "a rocket"), 0), (4, 8, 8)))
+    assert len({noise.sum().item() for noise in noises}) == 4
+
+
+def test_batches_cover_the_plan_in_order_and_hold_all_models() -> None:
+    jobs = plan_jobs(PROMPTS, range(5))
+    batches = list(batches_of(jobs, num_slices=3, batch_size=10))
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert [job for batch in batches for job in batch] == jobs
+    assert [len(batch) for batch in batches_of(jobs, num_slices=30, batch_size=10)] == [1] * 10
+
+
+def test_pictures_are_8_bit_rgb_of_the_resolution(base: Base, bank: AdapterBank) -> None:
+    bank.attach()
+    pictures, latents = draw_pictures(
+        base, bank, [Slice(0, 0.0), Slice(0)], plan_jobs(PROMPTS, [0]), latent_shape_of(base, 32), SampleSection(steps=2)
+    )
+    bank.detach()
+    assert pictures.shape == (2, 2, 32, 32, 3) and pictures.dtype == torch.uint8 and latents.shape == (2, 2, 4, 8, 8)
+
+
+def test_broken_weights_are_named_as_such(base: Base, bank: AdapterBank) -> None:
+    bank.parameters.fill_(float("nan"))
+    bank.attach()
+    with pytest.raises(RunError, match="latents that are not finite"):
+        draw_pictures(base, bank, [Slice(0)], plan_jobs(PROMPTS, [0]), (4, 8, 8), SampleSection(steps=1))
+    bank.detach()
+
+
+def test_guidance_one_runs_no_unconditional_branch(base: Base, bank: AdapterBank) -> None:
+    bank.attach()
+    bank.select([Slice(0)])
+    text = base.encode_text(["a", "b"])
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = denoise(base, noise, text, torch.full_like(text[:1], float("nan")), 1, SampleSection(steps=2, guidance=1.0))
+    bank.detach()
+    assert plain.isfinite().all()
+
+
+def test_a_png_carries_its_origin_and_round_trips(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    job = Job(PROMPTS[1], 7)
+    path = tmp_path / "r4" / job.file_name
+    save_picture(path, pixels, job, "r4", SampleSection())
+    assert path.name == "abstract-000-7.png"
+    with Image.open(path) as picture:
+        assert np.array_equal(np.asarray(picture), pixels)
+        facts = {key: picture.text[key] for key in ("prompt", "seed", "arm", "steps", "guidance")}  # type: ignore[attr-defined]
+    assert facts == {"prompt": "luck, 幸運", "seed": "7", "arm": "r4", "steps": "30", "guidance": "7.5"}
+    content = path.read_bytes()
+    save_picture(path, pixels, job, "r4", SampleSection())
+    assert path.read_bytes() == content

@@ -1,0 +1,213 @@
+"""Training: stacked equals alone, AdamW equals torch's, resume is bit-exact, failures stay with their arm."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorascope.adapter import AdapterBank, Slice, resolve_targets
+from lorascope.base import Base
+from lorascope.cache import Encoded
+from lorascope.config import REFERENCE_TARGETS, Arm, TrainSection
+from lorascope.errors import RunError, StorageError
+from lorascope.objective import seeded
+from lorascope.train import (
+    AdamW,
+    StepRecord,
+    Trainer,
+    count_steps,
+    learning_rates,
+    peak_memory,
+    probe_losses,
+    probe_records,
+    require_any_active,
+)
+
+R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
+R8 = Arm(name="r8", rank=8, alpha=16, lr=2e-3, seed=0)
+OTHER_SEED = Arm(name="r4-s1", rank=4, alpha=8, lr=1e-3, seed=1)
+SECTION = TrainSection(epochs=2, batch_size=2, caption_dropout=0.2, max_grad_norm=1.0)
+
+
+@pytest.fixture
+def pictures(base: Base) -> Encoded:
+    generator = seeded("pictures")
+    states = base.encode_text(["", *[f"picture {index}" for index in range(5)]])
+    return Encoded(
+        mean=torch.randn(10, 4, 8, 8, generator=generator),
+        std=torch.rand(10, 4, 8, 8, generator=generator) * 0.1,
+        caption_index=torch.arange(10) % 5 + 1,
+        text_states=states.clone(),
+        digests=tuple(f"{index:064x}" for index in range(10)),
+    )
+
+
+def make_trainer(base: Base, pictures: Encoded, *arms: Arm, section: TrainSection = SECTION) -> Trainer:
+    bank = AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), arms)
+    return Trainer(base, bank, pictures, section)
+
+
+def run(trainer: Trainer, steps: int | None = None) -> list[StepRecord]:
+    """Train `steps` steps, or to the end, with the bank attached only meanwhile."""
+    trainer.bank.attach()
+    try:
+        records = []
+        for record in trainer.run():
+            records.append(record)
+            if len(records) == steps:
+                break
+        return records
+    finally:
+        trainer.bank.detach()
+
+
+def test_an_adapter_in_a_stack_trains_as_it_does_alone(base: Base, pictures: Encoded) -> None:
+    """Rank 4 alone and beside rank 8: same losses and, after 10 steps, weights within 1e-4 of their norm."""
+    alone, stacked = make_trainer(base, pictures, R4), make_trainer(base, pictures, R4, R8)
+    for one, two in zip(run(alone), run(stacked), strict=True):
+        assert one.losses[0] == pytest.approx(two.losses[0], rel=1e-5)
+    ours, theirs = alone.bank.state_dict(0), stacked.bank.state_dict(0)
+    for name in ours:
+        assert (ours[name] - theirs[name]).norm() <= 1e-4 * ours[name].norm()
+
+
+def test_padding_stays_exactly_zero(base: Base, pictures: Encoded) -> None:
+    trainer = make_trainer(base, pictures, R4, R8)
+    run(trainer)
+    for layer in trainer.bank.layers.values():
+        assert not layer.down.detach()[0, 4:].any() and not layer.up.detach()[0, :, 4:].any()
+        assert layer.up.detach()[0].any() and layer.up.detach()[1].any()
+
+
+def test_arms_of_one_seed_see_the_same_batches_and_others_do_not(base: Base, pictures: Encoded) -> None:
+    trainer = make_trainer(base, pictures, R4, R8, OTHER_SEED)
+    batch = trainer.load_batch(3)
+    for part in batch:
+        first, second, _ = part.unflatten(0, (3, -1))
+        assert torch.equal(first, second)
+    noise = batch[1].unflatten(0, (3, -1))
+    assert not torch.equal(noise[0], noise[2])
+
+
+def test_training_leaves_every_base_weight_unchanged(base: Base, pictures: Encoded) -> None:
+    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    run(make_trainer(base, pictures, R4, R8))
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.unet.state_dict().items())
+
+
+def test_training_lowers_the_loss_at_fixed_noise(base: Base, pictures: Encoded) -> None:
+    trainer = make_trainer(base, pictures, R8, section=SECTION.model_copy(update={"epochs": 8}))
+    trainer.bank.attach()
+    before = probe_losses(base, trainer.bank, [Slice(0, 0.0)], pictures, True)
+    run(trainer)
+    trainer.bank.attach()
+    after = probe_losses(base, trainer.bank, [Slice(0, 0.0), Slice(0)], pictures, True)
+    trainer.bank.detach()
+    assert torch.allclose(before[0], after[0], rtol=1e-5)
+    assert after[1].mean() < 0.97 * before[0].mean()
+
+
+def test_steps_equal_torchs_adamw(base: Base) -> None:
+    bank = AdapterBank(base.unet, resolve_targets(base.unet, ["to_q"]), [R4, R8])
+    reference = [row.clone().requires_grad_() for row in bank.parameters]
+    section = TrainSection(weight_decay=0.1)
+    optimizers = [torch.optim.AdamW([row], lr=arm.lr, weight_decay=0.1) for row, arm in zip(reference, bank.arms, strict=True)]
+    ours = AdamW(bank, section)
+    lrs = torch.tensor([arm.lr for arm in bank.arms])
+    for number in range(1, 6):
+        bank.gradients.copy_(torch.randn(bank.gradients.shape, generator=seeded(number)))
+        ours.step(number, lrs, torch.ones(2, dtype=torch.bool))
+        for row, optimizer, gradient in zip(reference, optimizers, bank.gradients, strict=True):
+            row.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(bank.parameters, torch.stack([row.detach() for row in reference]), rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_limits_each_arm_by_its_own_norm(base: Base, pictures: Encoded) -> None:
+    free = run(make_trainer(base, pictures, R4, R8, section=SECTION.model_copy(update={"max_grad_norm": 0.0})), 1)[0]
+    limit = min(free.grad_norms) * 0.5
+    trainer = make_trainer(base, pictures, R4, R8, section=SECTION.model_copy(update={"max_grad_norm": limit}))
+    record = run(trainer, 1)[0]
+    assert record.grad_norms == pytest.approx(free.grad_norms)
+    assert trainer.bank.gradient_norms().tolist() == pytest.approx([limit, limit], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(base: Base, pictures: Encoded, tmp_path: Path, stop_after: int) -> None:
+    whole = make_trainer(base, pictures, R4, R8)
+    run(whole)
+    first = make_trainer(base, pictures, R4, R8)
+    run(first, stop_after)
+    first.save_checkpoint(tmp_path / "c.safetensors", "inputs", {"note": 1})
+    second = make_trainer(base, pictures, R4, R8)
+    assert second.load_checkpoint(tmp_path / "c.safetensors", "inputs") == {"note": 1}
+    records = run(second)
+    assert records[0].step == stop_after + 1
+    assert torch.equal(whole.bank.parameters, second.bank.parameters)
+
+
+def test_checkpoints_of_other_inputs_or_damaged_are_refused(base: Base, pictures: Encoded, tmp_path: Path) -> None:
+    trainer, path = make_trainer(base, pictures, R4), tmp_path / "c.safetensors"
+    trainer.save_checkpoint(path, "inputs", {})
+    with pytest.raises(StorageError, match="of another configuration"):
+        trainer.load_checkpoint(path, "others")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StorageError, match="damaged checkpoint"):
+        trainer.load_checkpoint(path, "inputs")
+
+
+def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(base: Base, pictures: Encoded) -> None:
+    wild = Arm(name="wild", rank=4, alpha=1e30, lr=1e30, seed=0)
+    trainer, alone = make_trainer(base, pictures, R4, wild), make_trainer(base, pictures, R4)
+    records = run(trainer)
+    run(alone)
+    assert records[-1].failed == (False, True)
+    assert trainer.bank.parameters.isfinite().all()
+    ours, theirs = trainer.bank.state_dict(0), alone.bank.state_dict(0)
+    assert all((ours[name] - theirs[name]).norm() <= 1e-4 * ours[name].norm() for name in ours)
+
+
+def test_the_run_stops_when_no_arm_is_left() -> None:
+    record = StepRecord(step=3, epoch=0.1, losses=(float("nan"),), grad_norms=(1.0,), lrs=(1.0,), failed=(True,))
+    with pytest.raises(RunError, match="step 3: loss or gradient of every arm"):
+        require_any_active(record, ["r4"])
+
+
+def test_steps_cover_every_picture_of_every_epoch() -> None:
+    assert count_steps(TrainSection(epochs=10, batch_size=4), 1500) == 3750
+    assert count_steps(TrainSection(epochs=3, batch_size=4), 10) == 8
+    assert count_steps(TrainSection(epochs=3, batch_size=4), 10, epochs=1) == 3
+
+
+def test_warm_up_is_linear_and_then_constant() -> None:
+    peaks = torch.tensor([1.0, 2.0])
+    assert [learning_rates(peaks, step, 3)[1].item() for step in (0, 1, 3, 9)] == [0.5, 1.0, 2.0, 2.0]
+    assert torch.equal(learning_rates(peaks, 0, 0), peaks)
+
+
+def test_probes_are_the_same_each_time_whatever_else_is_in_the_batch(base: Base, pictures: Encoded) -> None:
+    bank = AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), [R4]).attach()
+    alone = probe_losses(base, bank, [Slice(0, 0.0)], pictures, False)
+    beside = probe_losses(base, bank, [Slice(0), Slice(0, 0.0)], pictures.first(3), False)
+    bank.detach()
+    assert alone.shape == (1, 10, 4)
+    torch.testing.assert_close(beside[1], alone[0, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_probe_records_are_paired_means_with_students_interval() -> None:
+    from scipy import stats
+
+    generator = seeded("records")
+    reference, losses = torch.rand(2, 12, 4, generator=generator)
+    records = {record["band"]: record for record in probe_records(losses, reference, 1000)}
+    assert list(records) == ["0-250", "250-500", "500-750", "750-1000", "all"]
+    difference = (losses - reference).mean(dim=1).double().numpy()
+    low, high = stats.t.interval(0.95, 11, loc=difference.mean(), scale=stats.sem(difference))
+    assert records["all"]["difference"] == pytest.approx(difference.mean(), rel=1e-5)
+    assert (records["all"]["difference_low"], records["all"]["difference_high"]) == pytest.approx((low, high), rel=1e-5)
+    assert records["0-250"]["loss"] == pytest.approx(losses[:, 0].mean().item()) and records["all"]["count"] == 12
+
+
+def test_peak_memory_on_a_cpu_is_the_resident_set() -> None:
+    num_bytes, kind = peak_memory(torch.device("cpu"))
+    assert kind == "rss" and num_bytes > 50 * 2**20
