@@ -17,7 +17,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from lorascope.base import Base, load_base
 from lorascope.config import BaseSection
@@ -41,7 +50,14 @@ def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder.parent / "vocabulary")
     text = CLIPTextConfig(
-        vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, bos_token_id=512, eos_token_id=513, pad_token_id=513
+        vocab_size=514,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
     )
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -82,7 +98,14 @@ def make_scorer_folder(folder: Path) -> Path:
     """A CLIP model and processor folder with random weights."""
     torch.manual_seed(7)
     text = CLIPTextConfig(
-        vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, bos_token_id=512, eos_token_id=513, pad_token_id=513
+        vocab_size=514,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
     )
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(folder)

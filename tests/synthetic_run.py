@@ -1,6 +1,6 @@
 """A run folder with every file ARCHITECTURE.md lists, made from arithmetic: no training, no model, no clock.
 
-Run as a script, it writes one for a look at the report: `python tests/synthetic_run.py FOLDER [NUM_ARMS] [NUM_PROMPTS]`.
+Run as a script, it writes one for a look at the report: `python tests/synthetic_run.py FOLDER [many]`.
 """
 
 import math
@@ -12,21 +12,62 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lorascope.config import Arm, StudyConfig
-from lorascope.score import Scores, ScoreRow, write_scores
+from lorascope.score import ScoreRow, Scores, write_scores
 from lorascope.store import JsonLines, RunDir, digest_bytes, write_json, write_text
 
 NORMAL = (
-    "a man reading a newspaper", "a dog in the rain", "two apples on a table", "a red bicycle", "a cat on a chair", "a house by the sea",
-    "a woman with an umbrella", "a train in the snow", "a bowl of soup", "a child flying a kite", "an old clock", "a green bus",
-    "a bird on a branch", "a pair of shoes", "a slice of cake", "a fish in a bowl", "a boat on a lake", "a tall tree", "a yellow taxi",
-    "a cup of coffee", "a horse in a field", "a guitar", "a pile of books", "a street at night", "a bunch of flowers",
+    "a man reading a newspaper",
+    "a dog in the rain",
+    "two apples on a table",
+    "a red bicycle",
+    "a cat on a chair",
+    "a house by the sea",
+    "a woman with an umbrella",
+    "a train in the snow",
+    "a bowl of soup",
+    "a child flying a kite",
+    "an old clock",
+    "a green bus",
+    "a bird on a branch",
+    "a pair of shoes",
+    "a slice of cake",
+    "a fish in a bowl",
+    "a boat on a lake",
+    "a tall tree",
+    "a yellow taxi",
+    "a cup of coffee",
+    "a horse in a field",
+    "a guitar",
+    "a pile of books",
+    "a street at night",
+    "a bunch of flowers",
 )
 ABSTRACT = (
-    "waiting for a shape to appear", "the weight of silence", "a thought that turns around", "time folding in on itself", "almost remembering",
-    "the colour of a promise", "hope at the edge", "the sound of nothing", "a slow idea", "distance between friends", "the end of a question",
-    "balance without rest", "a door that is not there", "the first minute", "an argument with the wind", "borrowed light", "patience",
-    "a memory of water", "the opposite of noise", "a quiet victory", "what the map forgot", "a rule that bends", "fear of the small",
-    "growing backwards", "the space inside a word",
+    "waiting for a shape to appear",
+    "the weight of silence",
+    "a thought that turns around",
+    "time folding in on itself",
+    "almost remembering",
+    "the colour of a promise",
+    "hope at the edge",
+    "the sound of nothing",
+    "a slow idea",
+    "distance between friends",
+    "the end of a question",
+    "balance without rest",
+    "a door that is not there",
+    "the first minute",
+    "an argument with the wind",
+    "borrowed light",
+    "patience",
+    "a memory of water",
+    "the opposite of noise",
+    "a quiet victory",
+    "what the map forgot",
+    "a rule that bends",
+    "fear of the small",
+    "growing backwards",
+    "the space inside a word",
 )
 BANDS = ("0-250", "250-500", "500-750", "750-1000")
 
@@ -60,11 +101,22 @@ def make_run(
     write_text(run.study_toml, config.to_toml())
     facts = {name: {"inputs": digest_bytes(name.encode()), "seconds": 10.0 + 7 * i} for i, name in enumerate(stages)}
     run.describe(
-        lorascope="0.1.0", versions={"numpy": "2.0.0", "torch": "2.13.0+cpu"}, commit="0" * 40, command="lorascope study study.toml",
-        device={"name": "synthetic CPU", "threads": 2, "memory_bytes": 8 * 2**30}, started="2026-01-02T03:04:05Z", finished="2026-01-02T03:14:05Z",
-        base={"model": "pocket", "digest": "b" * 64, "parameters": {"unet": 12_600_000, "vae": 1_200_000, "text_encoder": 2_000_000},
-              "prediction_type": "epsilon", "dtype": "float32"},
-        adapter={"modules": 60, "targets": list(config.adapter.targets)}, stages=facts,
+        lorascope="0.1.0",
+        versions={"numpy": "2.0.0", "torch": "2.13.0+cpu"},
+        commit="0" * 40,
+        command="lorascope study study.toml",
+        device={"name": "synthetic CPU", "threads": 2, "memory_bytes": 8 * 2**30},
+        started="2026-01-02T03:04:05Z",
+        finished="2026-01-02T03:14:05Z",
+        base={
+            "model": "pocket",
+            "digest": "b" * 64,
+            "parameters": {"unet": 12_600_000, "vae": 1_200_000, "text_encoder": 2_000_000},
+            "prediction_type": "epsilon",
+            "dtype": "float32",
+        },
+        adapter={"modules": 60, "targets": list(config.adapter.targets)},
+        stages=facts,
     )
     if "data" in stages:
         _write_data(run, odd_text)
@@ -72,7 +124,13 @@ def make_run(
     if "train" in stages:
         _write_training(run, list(config.expand_arms()), failed, with_probes, num_steps, rng)
     if "merge_check" in stages:
-        write_json(run.merge_check_json, {arm.name: {"relative_error": 3e-7 * (1 + i), "tolerance": 1e-3, "mean_pixel_difference": 0.0, "ok": True} for i, arm in enumerate(arms)})
+        write_json(
+            run.merge_check_json,
+            {
+                arm.name: {"relative_error": 3e-7 * (1 + i), "tolerance": 1e-3, "mean_pixel_difference": 0.0, "ok": True}
+                for i, arm in enumerate(arms)
+            },
+        )
     if "sample" in stages:
         _write_samples(run, arms, config, num_prompts, side_px, odd_text, rng, with_scores="score" in stages)
     return run
@@ -86,11 +144,19 @@ def _write_data(run: RunDir, odd_text: str | None) -> None:
     write_json(
         run.data_json,
         {
-            "source": "pocket", "resolution_px": 64, "num_rows": 132, "num_train": 100, "num_heldout": 28, "split": "the source's own test split",
-            "refused": [{"id": "row-0130", "reason": "no caption"}], "treated": [{"id": "row-0007", "treatment": "transparent: laid on white"}],
+            "source": "pocket",
+            "resolution_px": 64,
+            "num_rows": 132,
+            "num_train": 100,
+            "num_heldout": 28,
+            "split": "the source's own test split",
+            "refused": [{"id": "row-0130", "reason": "no caption"}],
+            "treated": [{"id": "row-0007", "treatment": "transparent: laid on white"}],
             "duplicates": [{"kind": "near", "ids": ["row-0003", "row-0131"], "action": "row-0131 left out"}],
-            "train": [entry(i) for i in range(100)], "heldout": [entry(i) for i in range(100, 128)],
-            "caption_tokens": {"min": 3, "median": 6, "max": 11}, "fingerprint": "f" * 64,
+            "train": [entry(i) for i in range(100)],
+            "heldout": [entry(i) for i in range(100, 128)],
+            "caption_tokens": {"min": 3, "median": 6, "max": 11},
+            "fingerprint": "f" * 64,
         },
     )
 
@@ -101,15 +167,31 @@ def _damage(arm: Arm) -> float:
     return 0.6 - 0.4 * gain - 1.1 * max(0.0, gain) ** 2 + 0.25 * math.sin(arm.seed)
 
 
-def _write_training(run: RunDir, planned: list[Arm], failed: Sequence[str], with_probes: bool, num_steps: int, rng: np.random.Generator) -> None:
+def _write_training(
+    run: RunDir, planned: list[Arm], failed: Sequence[str], with_probes: bool, num_steps: int, rng: np.random.Generator
+) -> None:
     log = JsonLines(run.metrics_jsonl)
     arms = [arm for arm in planned if arm.name not in failed]
     if with_probes:
         for split in ("train", "heldout"):
             for conditional in (True, False):
                 for i, band in enumerate((*BANDS, "all")):
-                    log.append({"kind": "probe", "step": 0, "epoch": 0, "arm": "base", "split": split, "band": band, "conditional": conditional,
-                                "loss": 0.3 / (i + 1), "difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "count": 32})
+                    log.append(
+                        {
+                            "kind": "probe",
+                            "step": 0,
+                            "epoch": 0,
+                            "arm": "base",
+                            "split": split,
+                            "band": band,
+                            "conditional": conditional,
+                            "loss": 0.3 / (i + 1),
+                            "difference": 0.0,
+                            "difference_low": 0.0,
+                            "difference_high": 0.0,
+                            "count": 32,
+                        }
+                    )
     shared = rng.lognormal(-2.0, 0.5, num_steps)
     for step in range(1, num_steps + 1):
         epoch = 4 * step / num_steps
@@ -123,19 +205,45 @@ def _write_training(run: RunDir, planned: list[Arm], failed: Sequence[str], with
                 for split in ("train", "heldout"):
                     for conditional in (True, False):
                         for i, band in enumerate((*BANDS, "all")):
-                            gap = 0.003 * epoch * math.log2(arm.rank) / 4 if split == "heldout" else 0.0
+                            gap = 0.0015 * epoch * math.log2(arm.rank) / 4 if split == "heldout" else 0.0
                             difference = (-0.012 + gap - 0.002 * i) * (1.0 if conditional else 0.5)
-                            log.append({"kind": "probe", "step": step, "epoch": epoch, "arm": arm.name, "split": split, "band": band,
-                                        "conditional": conditional, "loss": 0.3 / (i + 1) + difference, "difference": difference,
-                                        "difference_low": difference - 0.003, "difference_high": difference + 0.003, "count": 32})
+                            log.append(
+                                {
+                                    "kind": "probe",
+                                    "step": step,
+                                    "epoch": epoch,
+                                    "arm": arm.name,
+                                    "split": split,
+                                    "band": band,
+                                    "conditional": conditional,
+                                    "loss": 0.3 / (i + 1) + difference,
+                                    "difference": difference,
+                                    "difference_low": difference - 0.003,
+                                    "difference_high": difference + 0.003,
+                                    "count": 32,
+                                }
+                            )
     log.close()
     for arm in planned:
         folder = run.adapters_dir / arm.name
         folder.mkdir(parents=True, exist_ok=True)
         facts = {
-            "name": arm.name, "rank": arm.rank, "alpha": arm.alpha, "lr": arm.lr, "seed": arm.seed, "arm": arm.name, "scale": arm.scale,
-            "steps": num_steps, "epochs": 4, "modules": 60, "parameters": 60_000 * arm.rank, "group": [a.name for a in planned], "run_time_s": 184.5,
-            "images_per_s": 13.0, "peak_memory_bytes": 900_000_000 + 2_000_000 * arm.rank, "peak_memory_kind": "rss",
+            "name": arm.name,
+            "rank": arm.rank,
+            "alpha": arm.alpha,
+            "lr": arm.lr,
+            "seed": arm.seed,
+            "arm": arm.name,
+            "scale": arm.scale,
+            "steps": num_steps,
+            "epochs": 4,
+            "modules": 60,
+            "parameters": 60_000 * arm.rank,
+            "group": [a.name for a in planned],
+            "run_time_s": 184.5,
+            "images_per_s": 13.0,
+            "peak_memory_bytes": 900_000_000 + 2_000_000 * arm.rank,
+            "peak_memory_kind": "rss",
             "failed": "loss or gradient is not finite at step 41" if arm.name in failed else None,
         }
         if arm.name not in failed:
@@ -145,17 +253,27 @@ def _write_training(run: RunDir, planned: list[Arm], failed: Sequence[str], with
 
 
 def _write_samples(
-    run: RunDir, arms: list[Arm], config: StudyConfig, num_prompts: int, side_px: int, odd_text: str | None, rng: np.random.Generator, with_scores: bool
+    run: RunDir,
+    arms: list[Arm],
+    config: StudyConfig,
+    num_prompts: int,
+    side_px: int,
+    odd_text: str | None,
+    rng: np.random.Generator,
+    with_scores: bool,
 ) -> None:
     prompts = {"normal": list(NORMAL[:num_prompts]), "abstract": list(ABSTRACT[:num_prompts])}
     if odd_text is not None:
         prompts["normal"][0] = odd_text
     rows: list[ScoreRow] = []
 
-    def add(kind: str, name: str, category: str, index: int, prompt: str, seed: int, score: float, image: str = "", arm: Arm | None = None) -> None:
-        settings = (arm.rank, arm.alpha, arm.lr, arm.seed) if arm else (0 if name == "base" else None, None, None, None)
+    def add(
+        kind: str, name: str, category: str, index: int, prompt: str, seed: int, score: float, image: str = "", arm: Arm | None = None
+    ) -> None:
+        rank = arm.rank if arm else 0 if name == "base" else None
+        alpha, lr, training_seed = (arm.alpha, arm.lr, arm.seed) if arm else (None, None, None)
         digest = digest_bytes(image.encode()) if image else ""
-        rows.append(ScoreRow(kind, name, *settings, category, index, prompt, seed, score, image, digest))
+        rows.append(ScoreRow(kind, name, rank, alpha, lr, training_seed, category, index, prompt, seed, score, image, digest))
 
     for category, level in (("normal", 27.0), ("abstract", 22.0)):
         for index, prompt in enumerate(prompts[category]):
@@ -165,7 +283,9 @@ def _write_samples(
                     damage = 0.0 if arm is None else _damage(arm) * (1 if category == "normal" else 0.5)
                     score = level + easy + damage + float(rng.normal(0, 1))
                     image = f"images/{name}/{category}-{index:03d}-{seed}.png"
-                    _draw(run.path / image, index, category, seed, side_px, 0.0 if arm is None else -damage, None if arm is None else arm.rank)
+                    _draw(
+                        run.path / image, index, category, seed, side_px, 0.0 if arm is None else -damage, None if arm is None else arm.rank
+                    )
                     add("arm", name, category, index, prompt, seed, score, image, arm)
                     if name == "base":
                         add("calibration", "shuffled prompts", category, index, prompt, seed, 16 + float(rng.normal(0, 1.5)), image)
@@ -199,7 +319,6 @@ def _draw(path: Path, index: int, category: str, seed: int, side_px: int, damage
 
 
 if __name__ == "__main__":
-    num_arms = int(sys.argv[2]) if len(sys.argv) > 2 else 2
-    grid = {"ranks": (16, 64)} if num_arms <= 2 else {"ranks": (4, 8, 16, 32, 64, 128), "lrs": (1e-4, 2e-4, 5e-4, 1e-3)[: max(1, num_arms // 6)]}
-    made = make_run(Path(sys.argv[1]), num_prompts=int(sys.argv[3]) if len(sys.argv) > 3 else 25, sample_seeds=(0, 1), **grid)  # type: ignore[arg-type]
-    print(made.path)
+    many = len(sys.argv) > 2
+    ranks, lrs = ((4, 8, 16, 32, 64, 128), (1e-4, 2e-4, 5e-4, 1e-3)) if many else ((16, 64), (5e-4,))
+    print(make_run(Path(sys.argv[1]), ranks, lrs, sample_seeds=(0, 1)).path)

@@ -163,6 +163,14 @@ def test_a_peft_folder_round_trips_exactly_and_peft_and_diffusers_load_it(base: 
         torch.testing.assert_close(pipeline.unet(noisy, timesteps, text).sample, ours, rtol=1e-4, atol=1e-5)
 
 
+def test_the_same_adapter_is_written_as_the_same_bytes(bank: AdapterBank, tmp_path: Path) -> None:
+    contents = set()
+    for _ in range(8):
+        save_peft(bank, 0, tmp_path, REFERENCE_TARGETS, "base")
+        contents.add((tmp_path / "adapter_model.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
 def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base, bank: AdapterBank) -> None:
     randomize(bank)
     noisy, timesteps, text = unet_inputs(2)

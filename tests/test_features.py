@@ -68,9 +68,11 @@ def draw(count: int, seed: int = 0) -> list[Image.Image]:
 def test_features_are_float32_of_unit_norm(encoder: ClipEncoder) -> None:
     images, texts = encoder.encode_images(draw(5)), encoder.encode_texts(TEXTS)
     assert images.dtype == texts.dtype == np.float32
-    assert images.shape == (5, 24) and texts.shape == (4, 24)
+    assert images.shape == (5, 24)
+    assert texts.shape == (4, 24)
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=1), 1, atol=1e-6)
-    assert encoder.encode_images([]).shape == (0, 24) and encoder.encode_texts([]).shape == (0, 24)
+    assert encoder.encode_images([]).shape == (0, 24)
+    assert encoder.encode_texts([]).shape == (0, 24)
 
 
 def test_scores_match_torchmetrics(encoder: ClipEncoder, folder: Path) -> None:
@@ -120,8 +122,10 @@ def test_long_texts_are_cut_and_counted(encoder: ClipEncoder) -> None:
 
 def test_identity_says_what_made_a_feature(encoder: ClipEncoder, folder: Path) -> None:
     identity = encoder.identity
-    assert identity["model"] == str(folder) and len(identity["digest"]) == 64
-    assert identity["dtype"] == "float32" and identity["scale"] == "100 x cosine"
+    assert identity["model"] == str(folder)
+    assert len(identity["digest"]) == 64
+    assert identity["dtype"] == "float32"
+    assert identity["scale"] == "100 x cosine"
     assert identity["preprocessing"]["size_px"] == {"shortest_edge": 32}
     assert identity["preprocessing"]["resample"] == "bicubic"
     assert identity["preprocessing"]["mean"][0] == pytest.approx(0.48145466)
@@ -172,7 +176,8 @@ def drop_weights(path: Path, folder: Path) -> Path:
 def test_what_is_no_clip_folder_is_refused(build: Callable[[Path, Path], Path], message: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=message) as error:
         load_encoder(ScoreSection(model=str(build(tmp_path / "scorer", folder))), CPU)
-    assert "\n" not in str(error.value) and "give" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "give" in str(error.value)
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +217,8 @@ def test_cache_gives_the_same_features_without_the_model(encoder: ClipEncoder, t
     second = encoder.cached(path)
     np.testing.assert_array_equal(second.encode_images(images), expected)
     np.testing.assert_array_equal(second.encode_texts(TEXTS), texts)
-    assert counting.images == 4 and path.read_bytes() == content
+    assert counting.images == 4
+    assert path.read_bytes() == content
     second.encode_images(images[:2] + draw(1, seed=9))
     assert counting.images == 7  # a list is encoded whole or not at all
     np.testing.assert_array_equal(encoder.cached(path).encode_images(images), expected)
@@ -259,15 +265,22 @@ def test_score_run_writes_every_row(encoder: ClipEncoder, tmp_path: Path) -> Non
     heldout = [(picture, f"caption {letter}") for picture, letter in zip(draw(3, seed=7), LETTERS, strict=False)]
     scores = score_run(run, CONFIG, encoder, generated, heldout, PROMPTS)
     assert read_scores(run) == scores
-    assert scores.arms == ("r4", "r16") and scores.scorer == encoder.identity and scores.num_truncated == 1
+    assert scores.arms == ("r4", "r16")
+    assert scores.scorer == encoder.identity
+    assert scores.num_truncated == 1
     assert [len(scores.of(name)) for name in (BASE, "r4", "r16", NOISE, SHUFFLED, REAL)] == [12, 12, 12, 6, 12, 3]
     row = next(row for row in scores.of("r4", "normal") if (row.prompt_index, row.seed) == (1, 1))
     by_hand = clip_score(encoder.encode_images([tmp_path / row.image]), encoder.encode_texts(["a dog"]))
     assert row.clip_score == pytest.approx(float(by_hand[0]), abs=1e-4)
-    assert row.image == "images/r4/normal-001-1.png" and row.image_digest == encoder.digest_picture(tmp_path / row.image)
+    assert row.image == "images/r4/normal-001-1.png"
+    assert row.image_digest == encoder.digest_picture(tmp_path / row.image)
+    real = clip_score(encoder.encode_images([picture for picture, _ in heldout]), encoder.encode_texts([text for _, text in heldout]))
+    assert [row.clip_score for row in scores.of(REAL)] == pytest.approx(real, abs=1e-4)
+    assert [row.prompt for row in scores.of(REAL)] == [text for _, text in heldout]
     shuffled = scores.of(SHUFFLED)[0]
     picture = next(row for row in scores.of(BASE) if row.image == shuffled.image)
-    assert shuffled.prompt != picture.prompt and shuffled.category == picture.category
+    assert shuffled.prompt != picture.prompt
+    assert shuffled.category == picture.category
     by_hand = clip_score(encoder.encode_images([tmp_path / shuffled.image]), encoder.encode_texts([shuffled.prompt]))
     assert shuffled.clip_score == pytest.approx(float(by_hand[0]), abs=1e-4)
 
@@ -301,4 +314,7 @@ def test_score_run_refuses_what_cannot_be_compared(encoder: ClipEncoder, tmp_pat
 def test_an_arm_or_the_base_without_pictures_is_absent(encoder: ClipEncoder, tmp_path: Path) -> None:
     run, generated = build_run(tmp_path)
     scores = score_run(run, CONFIG, encoder, [item for item in generated if item.arm == "r4"], [], PROMPTS)
-    assert scores.arms == ("r4",) and not scores.of(BASE) and not scores.of(SHUFFLED) and len(scores.of(NOISE)) == 6
+    assert scores.arms == ("r4",)
+    assert not scores.of(BASE)
+    assert not scores.of(SHUFFLED)
+    assert len(scores.of(NOISE)) == 6

@@ -14,12 +14,12 @@ def equal(a: object, b: object) -> bool:
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
-    whole = draw(3, range(0, 12), 10, SHAPE, 1000, 0.5)
+    whole = draw(3, range(12), 10, SHAPE, 1000, 0.5)
     for size in (1, 4):
         parts = [draw(3, range(start, start + size), 10, SHAPE, 1000, 0.5) for start in range(0, 12, size)]
         for name, tensor in vars(whole).items():
             assert torch.equal(tensor, torch.cat([getattr(part, name) for part in parts]))
-    assert not equal(whole, draw(4, range(0, 12), 10, SHAPE, 1000, 0.5))
+    assert not equal(whole, draw(4, range(12), 10, SHAPE, 1000, 0.5))
 
 
 def test_draws_ignore_the_global_generator() -> None:
@@ -30,7 +30,7 @@ def test_draws_ignore_the_global_generator() -> None:
 
 
 def test_every_epoch_shows_each_picture_once_in_another_order() -> None:
-    seen = draw(0, range(0, 30), 10, SHAPE, 1000, 0.0).indices.view(3, 10)
+    seen = draw(0, range(30), 10, SHAPE, 1000, 0.0).indices.view(3, 10)
     assert all(sorted(row.tolist()) == list(range(10)) for row in seen)
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], epoch_order(0, 1, 10))

@@ -74,10 +74,9 @@ def draws(mean: float, count: int = 50, std: float = 3.0, seed: int = 0) -> np.n
 
 
 def probe(arm: str, difference: float, half: float = 0.002, epoch: int = 10, **values: Any) -> dict[str, Any]:
-    return {
-        "kind": "probe", "step": epoch * 100, "epoch": epoch, "arm": arm, "split": "heldout", "band": "all", "conditional": True, "loss": 0.1,
-        "difference": difference, "difference_low": difference - half, "difference_high": difference + half, "count": 32, **values,
-    }  # fmt: skip
+    bounds = {"difference_low": difference - half, "difference_high": difference + half}
+    what = {"kind": "probe", "arm": arm, "split": "heldout", "band": "all", "conditional": True}
+    return {**what, "step": epoch * 100, "epoch": epoch, "loss": 0.1, "difference": difference, **bounds, "count": 32, **values}
 
 
 # -- clip_score -------------------------------------------------------------------------------------------------------
@@ -100,9 +99,11 @@ def test_clip_score_refuses_shapes_that_differ() -> None:
 
 
 def with_calibration(scores: Scores) -> Scores:
-    blank = {"kind": "calibration", "rank": None, "alpha": None, "lr": None, "training_seed": None, "image": ""}
-    rows = [make_row("r1", n, 10.0 + n, **{**blank, "arm": name}) for name in (NOISE, SHUFFLED) for n in range(3)]
-    rows += [make_row("r1", n, 30.0 + n, **{**blank, "arm": REAL, "category": "captions"}) for n in range(3)]
+    def row(name: str, n: int, score: float, category: str = "normal") -> ScoreRow:
+        return ScoreRow("calibration", name, None, None, None, None, category, n, f"prompt {n}", 0, score, "", "d")
+
+    rows = [row(name, n, 10.0 + n) for name in (NOISE, SHUFFLED) for n in range(3)]
+    rows += [row(REAL, n, 30.0 + n, "captions") for n in range(3)]
     return Scores.from_rows([*scores.rows, *rows], SCORER, num_truncated=2)
 
 
@@ -198,7 +199,8 @@ def test_derangement_of_awkward_lists() -> None:
 
 def test_noise_is_uniform_and_a_function_of_seed_and_position() -> None:
     few, many = draw_noise(2, 64), draw_noise(5, 64)
-    assert many[0].shape == (64, 64, 3) and many[0].dtype == np.uint8
+    assert many[0].shape == (64, 64, 3)
+    assert many[0].dtype == np.uint8
     for first, second in zip(few, many, strict=False):
         np.testing.assert_array_equal(first, second)
     assert not np.array_equal(many[0], many[1])
@@ -215,11 +217,12 @@ def test_interval_matches_scipy(sample: np.ndarray, method: str) -> None:
     theirs = stats.bootstrap((sample,), np.mean, method=method, n_resamples=20_000, rng=np.random.default_rng(5)).confidence_interval
     ours = bootstrap_interval(sample, 20_000)
     error = sample.std(ddof=1) / math.sqrt(len(sample))
-    np.testing.assert_allclose(ours, theirs, atol=(0.05 if method == "percentile" else 0.25) * error)
+    np.testing.assert_allclose(ours, theirs, atol=(0.05 if method == "percentile" else 0.4) * error)  # BCa shifts for skewness
 
 
 def test_interval_of_few_or_constant_values() -> None:
-    assert bootstrap_interval([1.0] * 5) is None and bootstrap_interval([]) is None
+    assert bootstrap_interval([1.0] * 5) is None
+    assert bootstrap_interval([]) is None
     assert bootstrap_interval([1.5] * 6) == (1.5, 1.5)
     with pytest.raises(ValueError, match="finite"):
         bootstrap_interval([1.0] * 6 + [math.nan])
@@ -249,9 +252,10 @@ def test_smallest_detectable_effect_is_the_normal_theory_s() -> None:
 def test_sign_flip_p_by_hand_and_against_wilcoxon() -> None:
     # All 2^4 sign patterns of 1..4: |mean| reaches the observed sum 10 only for + + + + and - - - -.
     assert sign_flip_p([1, 2, 3, 4]) == pytest.approx(2 / 16)
-    assert sign_flip_p([1, 2, 3, -4]) == pytest.approx(14 / 16)  # all but the four sums of 0 ... of 1 + 4 = 2 + 3
+    assert sign_flip_p([1, 2, 3, -4]) == pytest.approx(14 / 16)  # all but the two sums of 0, 1 + 4 = 2 + 3
     assert sign_flip_p([1.0] * 6) == pytest.approx(2 / 2**6)
-    assert sign_flip_p([0.0] * 9) == 1.0 and sign_flip_p([3.0]) == 1.0
+    assert sign_flip_p([0.0] * 9) == 1.0
+    assert sign_flip_p([3.0]) == 1.0
     values = draws(1.2, 40)
     assert sign_flip_p(values) == sign_flip_p(values)
     assert sign_flip_p(values) == pytest.approx(stats.wilcoxon(values).pvalue, abs=0.02)
@@ -277,8 +281,10 @@ def test_summary_by_hand() -> None:
     assert list(table) == [(arm, category) for arm in (BASE, "r4") for category in ("normal", "abstract", "all")]
     base = table[BASE, "normal"]
     assert (base.mean, base.std, base.count, base.num_prompts, base.num_seeds) == (11, pytest.approx(math.sqrt(2)), 2, 2, 1)
-    assert table[BASE, "all"].mean == 16.5 and table[BASE, "all"].std == pytest.approx(np.std([10, 12, 20, 24], ddof=1))
-    assert base.low is None and base.high is None  # two prompts carry no 95 % interval
+    assert table[BASE, "all"].mean == 16.5
+    assert table[BASE, "all"].std == pytest.approx(np.std([10, 12, 20, 24], ddof=1))
+    assert base.low is None
+    assert base.high is None
     assert (table["r4", "all"].rank, table["r4", "all"].alpha, table["r4", "all"].lr) == (4, 8.0, 5e-4)
 
 
@@ -287,7 +293,9 @@ def test_summary_interval_is_over_prompts_not_pictures() -> None:
     one, three = (summary_table(make_scores({BASE: values}, seeds=n))[-1] for n in (1, 3))
     assert (one.low, one.high) == pytest.approx((three.low, three.high))
     assert (one.low, one.high) == pytest.approx(bootstrap_interval(values))
-    assert three.count == 30 and three.num_seeds == 3 and three.std != one.std
+    assert three.count == 30
+    assert three.num_seeds == 3
+    assert three.std != one.std
 
 
 def test_summary_of_one_picture_and_of_constant_scores() -> None:
@@ -308,11 +316,15 @@ def test_paired_difference_by_hand() -> None:
     assert (found.num_prompts, found.num_seeds, found.share_below, found.share_above) == (8, 2, 6 / 8, 1 / 8)
     assert [item.difference for item in found.per_prompt] == pytest.approx(differences)
     assert (found.low, found.high) == pytest.approx(bootstrap_interval(differences))
-    assert found.is_shown and found == paired_differences(scores, "r4")
+    assert found.is_shown
+    assert found == paired_differences(scores, "r4")
     back = paired_differences(scores, BASE, "r4")
-    assert back.difference == -found.difference and back.share_above == found.share_below
+    assert back.difference == -found.difference
+    assert back.share_above == found.share_below
     abstract = paired_differences(scores, "r4", category="abstract")
-    assert abstract.difference == pytest.approx(-7 / 4) and abstract.num_prompts == 4 and abstract.low is None
+    assert abstract.difference == pytest.approx(-7 / 4)
+    assert abstract.num_prompts == 4
+    assert abstract.low is None
     assert [item.category for item in abstract.per_prompt] == ["abstract"] * 4
 
 
@@ -394,9 +406,12 @@ def study(**shifts: float) -> Scores:
 def test_highest_mean_of_the_arms_that_learned_the_style_is_kept() -> None:
     verdict = choose_arm(study(r4=-1, r16=-3, r64=-6), [probe("r4", 0.001), probe("r16", -0.01), probe("r64", -0.02)])
     assert (verdict.keep, verdict.runner_up, verdict.headline) == ("r16", "r64", "Keep r16")
-    assert verdict.rule == RULE and verdict.style_measured
-    assert verdict.against_base is not None and verdict.against_base.difference == pytest.approx(-3)
-    assert verdict.against_runner_up is not None and verdict.against_runner_up.difference == pytest.approx(3)
+    assert verdict.rule == RULE
+    assert verdict.style_measured
+    assert verdict.against_base is not None
+    assert verdict.against_base.difference == pytest.approx(-3)
+    assert verdict.against_runner_up is not None
+    assert verdict.against_runner_up.difference == pytest.approx(3)
     assert (verdict.num_prompts, verdict.num_seeds, verdict.num_training_seeds) == (50, 1, 1)
     assert verdict.reasons[0] == (
         "r4 was not shown to have learned the style: its held-out loss is 0.001 above the base's "
@@ -423,7 +438,8 @@ def test_lower_rank_is_kept_where_no_difference_is_shown() -> None:
 def test_nothing_is_kept_where_no_arm_learned_the_style() -> None:
     verdict = choose_arm(study(r4=2, r16=-1), [probe("r4", 0.0), probe("r16", math.nan)])
     assert (verdict.keep, verdict.runner_up, verdict.headline) == (None, None, "Keep the base")
-    assert verdict.against_base is None and verdict.against_runner_up is None
+    assert verdict.against_base is None
+    assert verdict.against_runner_up is None
     assert "r16 did not learn the style: its held-out loss is not finite." in verdict.reasons
     assert verdict.reasons[-1].endswith("keep the base.")
 
@@ -437,7 +453,8 @@ def test_without_held_out_loss_the_rule_rests_on_clip_alone_and_says_so() -> Non
 
 def test_an_arm_without_its_own_record_does_not_qualify() -> None:
     verdict = choose_arm(study(r4=-1, r16=-3), [probe("r16", -0.01)])
-    assert verdict.keep == "r16" and verdict.runner_up is None
+    assert verdict.keep == "r16"
+    assert verdict.runner_up is None
     assert "r4: held-out loss not measured." in verdict.reasons
     assert any("r16 is the only one of the qualifying arms" in reason for reason in verdict.reasons)
 
@@ -447,7 +464,8 @@ def test_failed_arms_are_named() -> None:
     assert verdict.keep == "r4"
     assert verdict.reasons[:2] == tuple(f"{arm} failed: it has no pictures, so it was not compared." for arm in ("r32", "r64"))
     nothing = choose_arm(study(), [probe("r4", -0.01)])
-    assert nothing.keep is None and "No arm has pictures: there is nothing to compare." in nothing.reasons
+    assert nothing.keep is None
+    assert "No arm has pictures: there is nothing to compare." in nothing.reasons
     assert nothing.num_training_seeds == 0
     assert choose_arm(Scores.from_rows([], SCORER), []).keep is None
 
@@ -455,7 +473,8 @@ def test_failed_arms_are_named() -> None:
 def test_a_missing_base_is_said() -> None:
     scores = Scores.from_rows([row for row in study(r4=-1, r16=-3).rows if row.arm != BASE], SCORER)
     verdict = choose_arm(scores, [probe("r4", -0.01), probe("r16", -0.01)])
-    assert verdict.keep == "r4" and verdict.against_base is None
+    assert verdict.keep == "r4"
+    assert verdict.against_base is None
     assert "The base has no pictures: the difference to it was not measured." in verdict.reasons
 
 
@@ -487,7 +506,8 @@ def test_style_is_read_from_the_last_held_out_record_of_all_bands() -> None:
     ]  # fmt: skip
     styles = read_styles(records)
     assert list(styles) == ["r4"]
-    assert styles["r4"].difference == 0.3 and not styles["r4"].is_learned
+    assert styles["r4"].difference == 0.3
+    assert not styles["r4"].is_learned
     assert not read_styles([probe("r4", -0.01, half=0.02)])["r4"].is_learned  # the interval reaches 0
     assert not read_styles([probe("r4", -0.01, difference_high=None)])["r4"].is_learned
 
@@ -496,7 +516,8 @@ def test_no_text_says_significant_or_best() -> None:
     scores = study(r4=-0.1, r16=0, r64=-6)
     probes = [probe("r4", -0.01), probe("r16", -0.01), probe("r64", 0.01)]
     text = scores_as_markdown(scores, choose_arm(scores, probes)) + json.dumps(scores_as_dict(scores, choose_arm(scores, probes)))
-    assert "significant" not in text.lower() and " best" not in text.lower()
+    assert "significant" not in text.lower()
+    assert " best" not in text.lower()
 
 
 # -- forms ------------------------------------------------------------------------------------------------------------
@@ -506,7 +527,9 @@ def test_dict_form_is_json_with_the_verdict() -> None:
     scores = with_calibration(study(r4=-1, r16=-3))
     verdict = choose_arm(scores, [probe("r4", -0.01), probe("r16", -0.01)])
     values = json.loads(json.dumps(scores_as_dict(scores, verdict), allow_nan=False))
-    assert values["verdict"]["keep"] == "r4" and values["num_truncated"] == 2 and values["scorer"] == SCORER
+    assert values["verdict"]["keep"] == "r4"
+    assert values["num_truncated"] == 2
+    assert values["scorer"] == SCORER
     assert values["verdict"]["against_base"]["sentence"] == describe_difference(verdict.against_base)  # type: ignore[arg-type]
     assert "per_prompt" not in values["verdict"]["against_base"]
     assert {row["arm"] for row in values["summary"]} == {BASE, "r4", "r16", NOISE, SHUFFLED, REAL}
@@ -517,10 +540,13 @@ def test_dict_form_is_json_with_the_verdict() -> None:
 def test_markdown_form_is_one_aligned_table() -> None:
     scores = with_calibration(study(r4=-1, r16=-3))
     lines = scores_as_markdown(scores).splitlines()
-    assert len(lines) == 2 + 6 and len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + 6
+    assert len({len(line) for line in lines}) == 1
     assert lines[0].split("|")[1:5] == [
         part.ljust(len(cell)) for part, cell in zip([" arm", " normal", " abstract", " all"], lines[0].split("|")[1:5], strict=True)
     ]
     assert "| -1.00 " in next(line for line in lines if line.startswith("| r4 "))
     text = scores_as_markdown(scores, choose_arm(scores, []))
-    assert text.startswith("Keep r4.\n\n| arm") and f"Rule: {RULE_WITHOUT_STYLE}" in text and "Not decided:\n- " in text
+    assert text.startswith("Keep r4.\n\n| arm")
+    assert f"Rule: {RULE_WITHOUT_STYLE}" in text
+    assert "Not decided:\n- " in text

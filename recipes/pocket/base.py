@@ -1,6 +1,5 @@
 """Put the parts together as a `StableDiffusionPipeline` folder, and draw with it."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from recipes.pocket.checkpoint import save_half
 from recipes.pocket.tokenizer import save_tokenizer
 from recipes.pocket.unet import build_scheduler
 
@@ -35,13 +35,9 @@ def build_pipeline(
 def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the whole folder in half precision; each file is replaced in one step."""
     part = folder.with_name(folder.name + ".part")
-    half = build_pipeline(
-        vae=deepcopy(pipeline.vae).half(),
-        text_encoder=deepcopy(pipeline.text_encoder).half(),
-        tokenizer=pipeline.tokenizer,
-        unet=deepcopy(pipeline.unet).half(),
-    )
-    half.save_pretrained(part)
+    pipeline.save_pretrained(part)  # the index, the scheduler, and weights that the next lines replace
+    for name in ("vae", "text_encoder", "unet"):
+        save_half(getattr(pipeline, name), part / name)
     save_tokenizer(pipeline.tokenizer, part / "tokenizer")
     for path in sorted(part.rglob("*")):
         target = folder / path.relative_to(part)
@@ -55,9 +51,7 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 
 @torch.no_grad()
-def draw_prompts(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, size_px: int, batch_size: int = 25
-) -> list[Image.Image]:
+def draw_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, size_px: int, batch_size: int = 25) -> list[Image.Image]:
     """One image per prompt at 30 DDIM steps and guidance 7.5; prompt i starts from the noise of `seed + i`."""
     images: list[Image.Image] = []
     for first in range(0, len(prompts), batch_size):

@@ -14,20 +14,22 @@ MAX_KEYWORDS = 4
 KNOWN_SUBGROUPS = (14, *range(34, 48), 50, 53, 54, 55, 56, 59, 60, 61, 62, 63, 65, 68, 71, 75, 77, 78)
 # Faces of people, clocks, signs, scenes that vendors draw too differently, and near twins of other subjects.
 NOT_DRAWN = (
-    r"clock|moon face|sun with face|wind face|face with|front facing|oncoming|sign$|stop|signal|traffic"
-    r"|medal|button|suit$|joker|mahjong|playing cards|dolls|clothes|swimsuit|bikini|kimono|performing"
-    r"|spiral calendar|(waxing|waning|first quarter|last quarter|new|full) .*moon|new moon|full moon"
-    r"|behind (small|large|rain)|cloud with (snow|lightning|rain)$|admission|envelope|ceremony|streamer"
-    r"|tilted right|dvd|pen$|black nib|with key|locked with|hammer and|closed umbrella|umbrella on ground"
-    r"|umbrella with|snowman without|guide dog|service dog|small airplane|departure|arrival|articulated"
-    r"|minibus|trolleybus|light rail|metro|station|monorail|mountain railway|suspension|cableway|tramway"
-    r"|railway car|high speed|motorway|railway track|wheelchair|foggy|dusk|night|cityscape|sunrise|sunset"
-    r"|milky way|landslide|national park|running shirt|martial|game$|hockey|lacrosse|flag in hole|rice cracker"
-    r"|roasted|oden|fish cake|dango|shallow pan|stuffed|bento|curry rice|herb$|sheaf|wilted|blossom$|rosette"
-    r"|dragon face|two hump|water buffalo|^ox$|^ewe$|^boar$|paw prints|pig nose|black cat|black bird|microbe"
-    r"|motor boat|speedboat|passenger ship|ferry$|construction|police car light|videocassette|film|projector"
-    r"|camera with|tear off|chart|glasses$|womans|mans shoe|pile|beverage box|sake|pouring|clinking|without handle|letter|ribbon$|(growing|beating|revolving|two|on|orange|yellow|brown|black|white|grey|light blue|pink|purple|green|blue) hearts?$"
-    r"|heart exclamation|heart decoration|on fire|mending|^fog$|sparkler|barber|^seat$|tanabata|pine dec|prayer|^memo$|^link$|clamp|^ticket$|goal net|confetti|slot"
+    r"clock|moon face|sun with face|wind face|face with|front facing|oncoming|sign$|stop|signal|traffic|medal"
+    r"|button|suit$|joker|mahjong|playing cards|dolls|clothes|swimsuit|bikini|kimono|performing|spiral calendar"
+    r"|(waxing|waning|first quarter|last quarter|new|full) .*moon|new moon|full moon|behind (small|large|rain)"
+    r"|cloud with (snow|lightning|rain)$|admission|envelope|ceremony|streamer|tilted right|dvd|pen$|black nib"
+    r"|with key|locked with|hammer and|closed umbrella|umbrella on ground|umbrella with|snowman without"
+    r"|guide dog|service dog|small airplane|departure|arrival|articulated|minibus|trolleybus|light rail|metro"
+    r"|station|monorail|mountain railway|suspension|cableway|tramway|railway car|high speed|motorway"
+    r"|railway track|wheelchair|foggy|dusk|night|cityscape|sunrise|sunset|milky way|landslide|national park"
+    r"|running shirt|martial|game$|hockey|lacrosse|flag in hole|rice cracker|roasted|oden|fish cake|dango"
+    r"|shallow pan|stuffed|bento|curry rice|herb$|sheaf|wilted|blossom$|rosette|dragon face|two hump"
+    r"|water buffalo|^ox$|^ewe$|^boar$|paw prints|pig nose|black cat|black bird|microbe|motor boat|speedboat"
+    r"|passenger ship|ferry$|construction|police car light|videocassette|film|projector|camera with|tear off"
+    r"|chart|glasses$|womans|mans shoe|pile|beverage box|sake|pouring|clinking|without handle|letter|ribbon$"
+    r"|(growing|beating|revolving|two|on|orange|yellow|brown|black|white|grey|light blue|pink|purple|green|blue) hearts?$"
+    r"|heart exclamation|heart decoration|on fire|mending|^fog$|sparkler|barber|^seat$|tanabata|pine dec|prayer"
+    r"|^memo$|^link$|clamp|^ticket$|goal net|confetti|slot"
 )
 
 
@@ -70,14 +72,15 @@ def drawn_by(drawings: Drawings) -> dict[str, set[str]]:
 
 
 def known_subjects(drawings: Drawings, config: UnetConfig) -> list[Subject]:
-    """The subjects the U-Net learns: concrete, and drawn by every vendor that can test or adapt it."""
+    """The subjects the U-Net learns: drawn by every vendor that teaches, tests or adapts it."""
     needed = {*config.vendors, CARTOON_VENDOR, SCORER_TEST_VENDOR}
     vendors = drawn_by(drawings)
-    known = [
+    return [
         subject
         for subject in drawings.subjects.values()
-        if subject.subgroup in KNOWN_SUBGROUPS
-        and needed <= vendors.get(subject.id, set())
-        and not re.search(NOT_DRAWN, subject.name)
+        if needed <= vendors.get(subject.id, set()) and (not config.simple_only or _is_simple(subject))
     ]
-    return known[: config.max_subjects]
+
+
+def _is_simple(subject: Subject) -> bool:
+    return subject.subgroup in KNOWN_SUBGROUPS and not re.search(NOT_DRAWN, subject.name)

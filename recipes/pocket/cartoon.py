@@ -54,9 +54,7 @@ def write_cartoon(
     return split
 
 
-def write_prompts(
-    known: list[Subject], normal_names: tuple[str, ...], abstract: tuple[str, ...], path: Path
-) -> None:
+def write_prompts(known: list[Subject], normal_names: tuple[str, ...], abstract: tuple[str, ...], path: Path) -> None:
     """Write the prompt file: subjects held out of the cartoon training rows, then abstract phrases."""
     by_name = {subject.name: subject for subject in known}
     words = {word for subject in by_name.values() for word in subject.keywords}

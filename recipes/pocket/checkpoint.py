@@ -1,5 +1,7 @@
-"""Checkpoints that survive being killed while they are written."""
+"""Checkpoints that survive being killed while they are written, and finished weights."""
 
+import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +23,18 @@ def load_checkpoint(path: Path, **parts: Any) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return int(state["step"])
+
+
+def save_half(model: Any, folder: Path) -> None:
+    """Write a diffusers or transformers model in half precision, to be loaded in single precision.
+
+    transformers loads in the precision that `config.json` names and diffusers in single precision:
+    without the correction the parts of one pipeline would not fit together.
+    """
+    deepcopy(model).half().save_pretrained(folder)
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_text())
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    config_path.write_text(json.dumps(config, indent=2) + "\n")

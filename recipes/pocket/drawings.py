@@ -165,9 +165,7 @@ def _draw(icons: dict, icon: str) -> np.ndarray:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{data["body"]}</svg>'
     )
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=IMAGE_SIZE_PX, height=IMAGE_SIZE_PX, background="#ffffff", skip_system_fonts=True
-    )
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE_PX, height=IMAGE_SIZE_PX, background="#ffffff", skip_system_fonts=True)
     drawn = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     if drawn.size != (IMAGE_SIZE_PX, IMAGE_SIZE_PX):  # an icon that is not square
         square = Image.new("RGB", (IMAGE_SIZE_PX, IMAGE_SIZE_PX), "white")

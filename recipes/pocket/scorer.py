@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from recipes.pocket.checkpoint import load_checkpoint, save_checkpoint
+from recipes.pocket.checkpoint import load_checkpoint, save_checkpoint, save_half
 from recipes.pocket.config import IMAGE_SIZE_PX, MAX_TOKENS, ScorerConfig
 from recipes.pocket.contrastive import augment, contrastive_loss
 from recipes.pocket.tokenizer import save_tokenizer
@@ -116,8 +116,8 @@ def train_scorer(
         optimizer.step()
         step += 1
         if step % 50 == 0 or step == num_steps:
-            log(stage="scorer", step=step, loss=loss.item(), scale=scale.item(), seconds=time.monotonic() - start)
-        if step % 200 == 0 or step == num_steps:
+            log(stage="scorer", samples=step * config.batch_size, loss=loss.item(), scale=scale.item(), seconds=time.monotonic() - start)
+        if step % 50 == 0 or step == num_steps:
             save_checkpoint(work_dir / "scorer.ckpt", step, model=model, optimizer=optimizer)
     return model.eval()
 
@@ -153,8 +153,6 @@ def embed_captions(model: CLIPModel, tokenizer: CLIPTokenizer, captions: list[st
 
 def save_scorer(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write model and processor; the weights in half precision."""
-    half = CLIPModel(model.config)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(folder)
+    save_half(model, folder)
     build_processor(tokenizer).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

@@ -104,9 +104,7 @@ def train_text_encoder(
             image = model["image"](images)
             text = model["head"](encoder(tokens[caption].to(device)).pooler_output)
         pairs = fits[caption][:, subject_index[rows]].to(device)
-        loss = contrastive_loss(
-            F.normalize(text.float(), dim=1), F.normalize(image.float(), dim=1), log_scale.exp().clamp(max=50), pairs
-        )
+        loss = contrastive_loss(F.normalize(text.float(), dim=1), F.normalize(image.float(), dim=1), log_scale.exp().clamp(max=50), pairs)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,16 +112,14 @@ def train_text_encoder(
         schedule.step()
         step += 1
         if step % 50 == 0 or step == num_steps:
-            log(stage="text", step=step, loss=loss.item(), seconds=time.monotonic() - start)
+            log(stage="text", samples=step * config.batch_size, loss=loss.item(), seconds=time.monotonic() - start)
         if step % 200 == 0 or step == num_steps:
             save_checkpoint(work_dir / "text.ckpt", step, model=model, optimizer=optimizer, schedule=schedule)
     return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_captions(
-    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], device: torch.device
-) -> Tensor:
+def encode_captions(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], device: torch.device) -> Tensor:
     """States of captions as a pipeline computes them: (len(captions), 77, hidden_size) float32."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
     return torch.cat([encoder(chunk.to(device)).last_hidden_state.float().cpu() for chunk in tokens.split(64)])

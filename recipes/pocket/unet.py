@@ -58,9 +58,7 @@ class SharedContextAttention:
     `scaled_dot_product_attention`, whose backward pass takes twice as long on a CPU.
     """
 
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
-    ) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object) -> Tensor:
         rows, num_pixels, channels = hidden_states.shape  # (B * r, N, C)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states  # (B, T, D)
         batch = len(context)
@@ -135,7 +133,7 @@ def train_unet(
         losses.append(loss.item())
         if step % 100 == 0 or step == num_steps:
             mean_loss = sum(losses) / len(losses)
-            log(stage="unet", step=step, samples=step * config.batch_size, size=clean.shape[-1], loss=mean_loss,
+            log(stage="unet", samples=step * config.batch_size, size=clean.shape[-1], loss=mean_loss,
                 lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - start)  # fmt: skip
             losses.clear()
         if step % 500 == 0 or step == num_steps:

@@ -3,7 +3,6 @@
 Stage 3. Reads the drawings, writes the `vae` folder of the base.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -78,8 +77,15 @@ def train_vae(
         optimizer.step()
         step += 1
         if step % 100 == 0 or step == num_steps:
-            log(stage="vae", step=step, l1=reconstruction.item(), gradient=gradient.item(), colour=colour.item(), kl=divergence.item(),
-                seconds=time.monotonic() - start)
+            log(
+                stage="vae",
+                samples=step * config.batch_size,
+                l1=reconstruction.item(),
+                gradient=gradient.item(),
+                colour=colour.item(),
+                kl=divergence.item(),
+                seconds=time.monotonic() - start,
+            )
         if step % 500 == 0 or step == num_steps:
             save_checkpoint(work_dir / "vae.ckpt", step, model=vae, optimizer=optimizer)
     return vae.eval()
@@ -135,12 +141,3 @@ def reconstruction_l1(vae: AutoencoderKL, pixels: Tensor, device: torch.device) 
         drawn = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
         total += (drawn - images).abs().mean().item() / 2 * len(chunk)
     return total / len(pixels)
-
-
-def save_vae(vae: AutoencoderKL, folder: Path) -> None:
-    """Write the folder in half precision."""
-    vae.half().save_pretrained(folder)
-    vae.float()
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -169,10 +169,15 @@ class AdapterBank:
         arm = self.arms[index]
         expected = {name: tensor.shape for name, tensor in self.state_dict(index).items()}
         if unknown := sorted(set(state) ^ set(expected)):
-            raise AdapterError(f"adapter {arm.name!r}: {len(unknown)} tensors do not match the targets, the first is {unknown[0]!r}: train it again or set adapter.targets as it was")
+            raise AdapterError(
+                f"adapter {arm.name!r}: {len(unknown)} tensors do not match the targets, the first is {unknown[0]!r}: "
+                "train it again or set adapter.targets as it was"
+            )
         for name, tensor in state.items():
             if tensor.shape != expected[name]:
-                raise AdapterError(f"adapter {arm.name!r}: {name} has shape {list(tensor.shape)}, expected {list(expected[name])}: wrong base or rank")
+                raise AdapterError(
+                    f"adapter {arm.name!r}: {name} has shape {list(tensor.shape)}, expected {list(expected[name])}: wrong base or rank"
+                )
         for path, layer in self.layers.items():
             layer.down[index, : arm.rank].copy_(state[f"{PEFT_PREFIX}{path}.lora_A.weight"])
             layer.up[index, :, : arm.rank].copy_(state[f"{PEFT_PREFIX}{path}.lora_B.weight"])
@@ -226,13 +231,29 @@ def save_peft(bank: AdapterBank, index: int, folder: Path, targets: Sequence[str
         "target_modules": list(targets),
         "init_lora_weights": True,
     }
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PEFT_PREFIX + key: value for key, value in lora.items()}, sort_keys=True)}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({PEFT_PREFIX + key: value for key, value in lora.items()}, sort_keys=True),
+    }
     weights = folder / "adapter_model.safetensors"
     with atomic_path(weights) as partial:
         safetensors.torch.save_file(bank.state_dict(index), partial, metadata=metadata)
+        _sort_header(partial)
     kind = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True, "fan_in_fan_out": False}
     write_json(folder / "adapter_config.json", {**kind, **lora, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None})
     return weights.stat().st_size
+
+
+def _sort_header(path: Path) -> None:
+    """Write the metadata of a safetensors file in sorted order: the library's own order changes from call to call."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same content in another order, then padding
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def load_peft(folder: Path) -> tuple[dict[str, torch.Tensor], int, float]:

@@ -62,7 +62,9 @@ class Base:
     @torch.inference_mode()
     def encode_text(self, captions: list[str]) -> torch.Tensor:
         """The text encoder's last hidden states, float32 [n, tokens, width]; captions are padded to full length and cut there."""
-        tokens = self.tokenizer(captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
         states: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
         return states.float()
 
@@ -110,10 +112,14 @@ def resolve_model(model: str, revision: str | None, packaged: str, patterns: lis
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
-        raise BaseModelError(f"model {model!r}: not in the local hub cache and the hub cannot be reached: go online once, or give a folder") from error
+        raise BaseModelError(
+            f"model {model!r}: not in the local hub cache and the hub cannot be reached: go online once, or give a folder"
+        ) from error
     except HfHubHTTPError as error:
         code = getattr(error.response, "status_code", "?")
-        raise BaseModelError(f"model {model!r} (revision {revision or 'main'}): the hub answered {code}: check id, revision and HF_TOKEN") from error
+        raise BaseModelError(
+            f"model {model!r} (revision {revision or 'main'}): the hub answered {code}: check id, revision and HF_TOKEN"
+        ) from error
 
 
 def load_tokenizer(section: BaseSection) -> CLIPTokenizer:
@@ -138,8 +144,8 @@ def load_base(section: BaseSection, device: torch.device, precision: str = "auto
             f"{folder}: the U-Net takes {unet.config.in_channels} channels and the VAE gives {vae.config.latent_channels}: "
             "this is an inpainting or other variant; give a plain text-to-image base"
         )
-    if device.type == "cpu":
-        # diffusers' default calls the fused SDPA, whose backward pass takes 39 % of a step on a CPU (EXPERIMENTS.md).
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        # The fused SDPA that diffusers calls by default has a very slow bf16 backward pass on CPUs (EXPERIMENTS.md).
         unet.set_attn_processor(AttnProcessor())
     for module in (unet, vae, text_encoder):
         module.eval().requires_grad_(False).to(device)
@@ -171,7 +177,9 @@ def _load(kind: Any, folder: Path, part: str, **options: Any) -> Any:
         return kind.from_pretrained(folder / part, local_files_only=True, **weights, **options)
     except Exception as error:  # the libraries raise anything here, from KeyError to SafetensorError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(f"{folder / part}: cannot be loaded as {kind.__name__} ({reason[:200]}): the folder is damaged or of another family") from error
+        raise BaseModelError(
+            f"{folder / part}: cannot be loaded as {kind.__name__} ({reason[:200]}): the folder is damaged or of another family"
+        ) from error
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:

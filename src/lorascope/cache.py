@@ -104,17 +104,21 @@ def _load(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def _encode_pictures(dataset: Dataset, examples: Sequence[Example], base: Base, progress: Callable[[int], None]) -> dict[str, torch.Tensor]:
+    """Posterior mean and std in the order of `examples`, read in the order in which the source stores them."""
     resolution = dataset.summary["resolution_px"]
     batch_size = max(1, min(64, _BATCH_PIXELS // resolution**2))
-    means, stds = [], []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
+    row_of = {example.id: row for row, example in enumerate(examples)}
+    stored = dataset.in_storage_order(examples)
+    tensors: dict[str, torch.Tensor] = {}
+    for start in range(0, len(stored), batch_size):
+        batch = stored[start : start + batch_size]
         pixels = torch.from_numpy(np.stack([dataset.load_pixels(example) for example in batch]))
-        mean, std = base.encode_pixels(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        means.append(mean.cpu())
-        stds.append(std.cpu())
+        posterior = dict(zip(("mean", "std"), base.encode_pixels(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1), strict=True))
+        rows = [row_of[example.id] for example in batch]
+        for name, values in posterior.items():
+            tensors.setdefault(name, torch.empty(len(examples), *values.shape[1:]))[rows] = values.cpu()
         progress(len(batch))
-    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+    return tensors
 
 
 def _encode_captions(captions: list[str], base: Base) -> torch.Tensor:

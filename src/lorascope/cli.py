@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from lorascope import __version__
 from lorascope.config import StudyConfig, load_study, preset_names, preset_text, reference_table
-from lorascope.console import configure_logging, duration, log, size
+from lorascope.console import configure_logging, log
 from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, ConfigError, LorascopeError
 
 if TYPE_CHECKING:
@@ -26,14 +26,18 @@ _MORE = Group("More", sort_key=2)
 app = App(
     name="lorascope",
     version=__version__,
+    suppress_keyboard_interrupt=False,
     help="Train Stable Diffusion LoRA candidates under equal conditions and see with evidence which one to keep.",
-    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run or an arm failed (state kept), 130 interrupted (the same command goes on).",
+    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run or an arm failed (state kept), "
+    "130 interrupted (the same command goes on).",
 )
 
 StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
 Preset = Annotated[str | None, Parameter(help=f"preset to start from: {', '.join(preset_names())}")]
 RunDirOption = Annotated[Path | None, Parameter(help="run folder; runs/<name> when absent")]
-Overrides = Annotated[list[str] | None, Parameter(name=["--set", "-s"], help="key=value, for example --set train.epochs=2; may be repeated", negative="")]
+Overrides = Annotated[
+    list[str] | None, Parameter(name=["--set", "-s"], help="key=value, for example --set train.epochs=2; may be repeated", negative="")
+]
 Run = Annotated[Path, Parameter(help="run folder, such as runs/pocket")]
 AsJson = Annotated[bool, Parameter(name="--json", help="print the result as JSON", negative="")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], help="print the result's path only", negative="")]
@@ -202,7 +206,10 @@ def _new_study(config: StudyConfig, run_dir: Path | None) -> "Study":
 def _open_study(run: Path, study_file: Path | None, preset: str | None, overrides: list[str] | None) -> "Study":
     if (run / "study.toml").exists():
         if study_file or preset or overrides:
-            raise ConfigError(f"{run}: has its study.toml already, so --study, --preset and --set cannot change it: leave them out or name a new run folder")
+            raise ConfigError(
+                f"{run}: has its study.toml already, so --study, --preset and --set cannot change it: "
+                "leave them out or name a new run folder"
+            )
         from lorascope.study import Study
 
         return Study.open(run)
@@ -212,23 +219,10 @@ def _open_study(run: Path, study_file: Path | None, preset: str | None, override
 
 
 def _print_plan(config: StudyConfig, as_json: bool) -> None:
-    from lorascope.study import plan_study
+    from lorascope.plan import plan_study
 
     plan = plan_study(config)
-    if as_json:
-        print(json.dumps(vars(plan), indent=2))
-        return
-    modules = f"{plan.modules} modules" if plan.modules else "modules known once the base is loaded"
-    print(f"study {config.name}: {len(plan.arms)} arms on {config.base.model}, {modules}")
-    for arm in plan.arms:
-        parameters = f"{arm['parameters']:,} parameters, {size(4 * arm['parameters'])}" if arm["parameters"] else "size known once the base is loaded"
-        print(f"  {arm['name']:<20} rank {arm['rank']:<4} alpha {arm['alpha']:g} (scale {arm['scale']:g})  lr {arm['lr']:g}  seed {arm['seed']}  {parameters}")
-    steps = f"{plan.steps:,} steps" if plan.steps else "steps known once the data is read"
-    pictures = f"{plan.num_train:,} pictures" if plan.num_train else "all pictures of the source"
-    print(f"training   {pictures} x {config.train.epochs} epochs, batch {config.train.batch_size}: {steps}, {min(len(plan.arms), config.train.max_stacked_arms)} arms in one pass")
-    print(f"sampling   {plan.pictures:,} pictures, {config.sample.steps} steps, guidance {config.sample.guidance:g}")
-    print(f"time       {'about ' + duration(plan.estimated_s) + ' (rough)' if plan.estimated_s else 'not known before the base and data are at hand'}")
-    print(f"disk       about {size(plan.estimated_bytes)}")
+    print(json.dumps(vars(plan), indent=2) if as_json else plan.as_text())
 
 
 def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
@@ -236,7 +230,11 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
 
     verdict = verdict_of(job.run_dir)
     if as_json:
-        print(json.dumps({"run": str(job.run_dir.path), "report": str(job.run_dir.report_html), "keep": verdict.keep, "answer": verdict.answer}))
+        print(
+            json.dumps(
+                {"run": str(job.run_dir.path), "report": str(job.run_dir.report_html), "keep": verdict.keep, "answer": verdict.answer}
+            )
+        )
     elif quiet:
         print(job.run_dir.report_html)
     else:

@@ -1,20 +1,23 @@
 """A study as data: TOML read into frozen Pydantic models, which are also the source of the help and the docs table.
 
-Layers, from weakest to strongest: preset < study file < `LORASCOPE_*` environment < `--set` overrides.
+Layers, from weakest to strongest: defaults < preset < study file < `LORASCOPE_*` environment < `--set` overrides.
 """
 
 import difflib
 import itertools
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from lorascope.errors import ConfigError
 from lorascope.store import digest_json
@@ -23,90 +26,157 @@ REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.ne
 ENVIRONMENT_PREFIX = "LORASCOPE_"
 _PRESETS = resources.files("lorascope") / "presets"
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rank = Annotated[int, Field(ge=1, le=1024)]
-PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"must not repeat a value, but {repeated[0]!r} stands there more than once")
+    return values
+
+
+Text = Annotated[str, Field(min_length=1)]
+Whole = Annotated[int, Field(strict=True)]  # strict: neither true nor "1" is a number
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Whole, Field(ge=1)]
+NonNegative = Annotated[Whole, Field(ge=0)]
+Rank = Annotated[Whole, Field(ge=1, le=1024)]
+PositiveReal = Annotated[Real, Field(gt=0)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Ranks = Annotated[tuple[Rank, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 
 
 class Section(BaseModel):
     """A frozen table of the study file; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BaseSection(Section):
-    model: str = Field("pocket", description="`pocket`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    """The frozen base model."""
+
+    model: Text = Field(
+        default="pocket", description="`pocket`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`"
+    )
+    revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
 
 
 class DataSection(Section):
-    source: str = Field("pocket", description="`pocket`, a Parquet file or folder with columns image and text, a picture folder with captions, or a hub data set id")
-    image_column: str = Field("image", description="Parquet column that holds the picture")
-    caption_column: str = Field("text", description="Parquet column that holds the caption")
-    resolution_px: int = Field(64, ge=16, le=4096, multiple_of=8, description="side of the centre-cropped square picture, in pixels")
-    num_train: Positive | None = Field(None, description="use at most this many training pictures; all when absent")
-    num_heldout: Positive | None = Field(None, description="hold out at most this many pictures; all of the held-out share when absent")
-    heldout_share: float = Field(0.1, gt=0, lt=1, description="share of the pictures held out of training where the source has no test split of its own")
-    near_duplicate_bits: int = Field(3, ge=0, le=32, description="pictures whose 64-bit perceptual hashes differ in at most this many bits are near duplicates")
-    max_refused_share: Share = Field(0.1, description="stop before training when more than this share of the rows cannot be used")
+    """The pictures and captions, and how they are split."""
+
+    source: Text = Field(
+        default="pocket",
+        description="`pocket`, a Parquet file or folder with columns image and text, a picture folder with captions, or a hub data set id",
+    )
+    image_column: Text = Field(default="image", description="Parquet column that holds the picture")
+    caption_column: Text = Field(default="text", description="Parquet column that holds the caption")
+    resolution_px: Whole = Field(
+        default=64, ge=16, le=4096, multiple_of=8, description="side of the centre-cropped square picture, in pixels"
+    )
+    num_train: Positive | None = Field(default=None, description="use at most this many training pictures; all when absent")
+    num_heldout: Positive | None = Field(
+        default=None, description="hold out at most this many pictures; all of the held-out share when absent"
+    )
+    heldout_share: Real = Field(
+        default=0.1, gt=0, lt=1, description="share of the pictures held out of training where the source has no test split of its own"
+    )
+    near_duplicate_bits: Whole = Field(
+        default=3, ge=0, le=32, description="pictures whose 64-bit perceptual hashes differ in at most this many bits are near duplicates"
+    )
+    max_refused_share: Share = Field(default=0.1, description="stop before training when more than this share of the rows cannot be used")
 
 
 class AdapterSection(Section):
-    targets: tuple[str, ...] = Field(REFERENCE_TARGETS, min_length=1, description="name endings of the U-Net's Linear layers to adapt")
+    """Which layers are adapted."""
+
+    targets: Annotated[tuple[Text, ...], AfterValidator(_without_repeats)] = Field(
+        default=REFERENCE_TARGETS, min_length=1, description="name endings of the U-Net's Linear layers to adapt"
+    )
 
 
 class ArmGrid(Section):
     """One table of `[[arms]]`: every key may be one value or a list, and the product of the lists is trained."""
 
-    name: Name | None = Field(None, description="name of the arm, only for a table that makes one arm; `r<rank>` and what varies when absent")
-    rank: Rank | tuple[Rank, ...] = Field(16, description="rank r of the adapter")
-    alpha: PositiveReal | tuple[PositiveReal, ...] | None = Field(None, description="alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`")
-    alpha_per_rank: PositiveReal | tuple[PositiveReal, ...] | None = Field(None, description="alpha as a multiple of the rank: the scale alpha / rank itself")
-    lr: PositiveReal | tuple[PositiveReal, ...] = Field(1e-4, description="learning rate")
-    seed: Seed | tuple[Seed, ...] = Field(0, description="training seed: initial weights, order, noise, timesteps and caption dropout")
+    name: Name | None = Field(
+        default=None, description="name of the arm, only for a table that makes one; made from rank and what varies when absent"
+    )
+    rank: Rank | Ranks = Field(default=16, description="rank r of the adapter")
+    alpha: PositiveReal | PositiveReals | None = Field(
+        default=None,
+        description="alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`; alpha is the rank when both are absent",
+    )
+    alpha_per_rank: PositiveReal | PositiveReals | None = Field(
+        default=None, description="alpha as a multiple of the rank: the scale alpha / rank itself"
+    )
+    lr: PositiveReal | PositiveReals = Field(default=1e-4, description="learning rate")
+    seed: Seed | Seeds = Field(default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout")
+
+    @field_validator("alpha_per_rank")
+    @classmethod
+    def _one_alpha(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("alpha") is not None:
+            raise ValueError(f"excludes alpha = {_shown(info.data['alpha'])}: give one of the two")
+        return value
 
     @model_validator(mode="after")
-    def _one_alpha(self) -> Self:
-        if self.alpha is not None and self.alpha_per_rank is not None:
-            raise ValueError("alpha and alpha_per_rank exclude each other: give one of them")
+    def _name_of_one(self) -> Self:
+        if self.name is not None and (count := len(self.settings())) > 1:
+            raise ValueError(f"the name {self.name!r} stands on a table that makes {count} arms: leave the name out, or give single values")
         return self
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Rank, alpha, lr and seed of every arm of this table."""
+        key = "alpha_per_rank" if self.alpha is None else "alpha"
+        scalings = _several(getattr(self, key) or 1.0)
+        return [
+            {"rank": rank, "alpha": value if key == "alpha" else value * rank, "lr": lr, "seed": seed}
+            for rank, value, lr, seed in itertools.product(_several(self.rank), scalings, _several(self.lr), _several(self.seed))
+        ]
 
 
 class TrainSection(Section):
-    epochs: Positive = Field(10, description="passes over the training pictures")
-    batch_size: Positive = Field(4, description="pictures per step and arm")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates")
-    eps: PositiveReal = Field(1e-8, description="AdamW's epsilon")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's decoupled weight decay")
-    warmup_steps: NonNegative = Field(0, description="steps over which the learning rate rises linearly from 0")
-    max_grad_norm: float = Field(0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone")
-    caption_dropout: Share = Field(0.0, description="share of training captions replaced by the empty one")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="dtype of the frozen base: `auto` is bf16 on a GPU and fp32 on a CPU; adapters are always fp32")
-    checkpoint_every_steps: Positive = Field(250, description="steps between checkpoints that an interrupted run goes on from")
-    max_stacked_arms: Positive = Field(4, description="arms trained in one pass at most; more need more memory")
-    num_probe: Positive = Field(32, description="pictures of each split on which the denoising loss is measured at fixed noise")
+    """What all arms share in training."""
+
+    epochs: Positive = Field(default=10, description="passes over the training pictures")
+    batch_size: Positive = Field(default=4, description="pictures per step and arm")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
+    eps: PositiveReal = Field(default=1e-8, description="AdamW's epsilon")
+    weight_decay: Real = Field(default=0.01, ge=0, le=1, description="AdamW's decoupled weight decay")
+    warmup_steps: NonNegative = Field(default=0, description="steps over which the learning rate rises linearly from 0")
+    max_grad_norm: Real = Field(default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone")
+    caption_dropout: Share = Field(default=0.0, description="share of training captions replaced by the empty one")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="dtype of the frozen base: `auto` is bf16 on a GPU and fp32 on a CPU; adapters are always fp32"
+    )
+    checkpoint_every_steps: Positive = Field(default=250, description="steps between checkpoints that an interrupted run goes on from")
+    max_stacked_arms: Positive = Field(default=4, description="arms trained in one pass at most; more need more memory")
+    num_probe: Positive = Field(default=32, description="pictures of each split on which the denoising loss is measured at fixed noise")
 
 
 class SampleSection(Section):
-    prompts: str = Field("pocket", description="`pocket`, `sd15`, or a text file with sections [normal] and [abstract], one prompt a line")
-    num_prompts: Positive | None = Field(None, description="use the first so many prompts of each category; all when absent")
-    steps: int = Field(30, ge=1, le=1000, description="denoising steps")
-    guidance: float = Field(7.5, ge=0, le=100, description="classifier-free guidance scale; 1 leaves guidance off")
-    scheduler: Literal["ddim", "euler", "dpmsolver++"] = Field("ddim", description="sampler")
-    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="seeds of the initial noise, shared by the base and every arm")
-    batch_size: Positive = Field(36, description="pictures denoised at once, over all arms")
+    """How pictures are drawn for the scores."""
+
+    prompts: Text = Field(
+        default="pocket", description="`pocket`, `sd15`, or a text file with sections [normal] and [abstract], one prompt a line"
+    )
+    num_prompts: Positive | None = Field(default=None, description="use the first so many prompts of each category; all when absent")
+    steps: Whole = Field(default=30, ge=1, le=1000, description="denoising steps")
+    guidance: Real = Field(default=7.5, ge=0, le=100, description="classifier-free guidance scale; 1 leaves guidance off")
+    scheduler: Literal["ddim", "euler", "dpmsolver++"] = Field(default="ddim", description="sampler")
+    seeds: Seeds = Field(default=(0,), description="seeds of the initial noise, shared by the base and every arm")
+    batch_size: Positive = Field(default=36, description="pictures denoised at once, over all arms")
 
 
 class ScoreSection(Section):
-    model: str = Field("pocket", description="`pocket`, a CLIP folder, or a hub id such as `openai/clip-vit-large-patch14`")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    batch_size: Positive = Field(64, description="pictures scored at once")
-    resamples: int = Field(10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts")
+    """The CLIP model that scores, and the intervals."""
+
+    model: Text = Field(default="pocket", description="`pocket`, a CLIP folder, or a hub id such as `openai/clip-vit-large-patch14`")
+    revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
+    batch_size: Positive = Field(default=64, description="pictures scored at once")
+    resamples: Whole = Field(default=10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts")
 
 
 class Arm(Section):
@@ -127,38 +197,46 @@ class Arm(Section):
 class StudyConfig(Section):
     """A whole study."""
 
-    name: Name = Field("study", description="name of the study; the run folder is `runs/<name>`")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one")
+    name: Name = Field(default="study", description="name of the study; the run folder is `runs/<name>`")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes the GPU if there is one")
     base: BaseSection = BaseSection()
     data: DataSection = DataSection()
     adapter: AdapterSection = AdapterSection()
-    arms: tuple[ArmGrid, ...] = Field((ArmGrid(rank=(16, 64), alpha_per_rank=2.0, lr=5e-4),), min_length=1, description="the adapters to compare")
+    arms: tuple[ArmGrid, ...] = Field(
+        default=(ArmGrid(rank=(16, 64), alpha_per_rank=2.0, lr=5e-4),), min_length=1, description="the adapters to compare"
+    )
     train: TrainSection = TrainSection()
     sample: SampleSection = SampleSection()
     score: ScoreSection = ScoreSection()
 
     @model_validator(mode="after")
     def _distinct_arms(self) -> Self:
-        names = [arm.name for arm in self.expand_arms()]
-        for name in names:
-            if name == "base":
-                raise ValueError("an arm is called 'base', which is the name of the unadapted model: choose another")
-            if names.count(name) > 1:
-                raise ValueError(f"two arms are called {name!r}: give them names, or vary rank, alpha, lr or seed")
+        seen: dict[Any, Arm] = {}
+        for arm in self.expand_arms():
+            folder = arm.name.casefold()  # some file systems do not tell r16 from R16
+            if folder == "base":
+                raise ValueError(f"an arm is called {arm.name!r}, which is kept for the unadapted model: choose another name")
+            if other := seen.get(folder):
+                same = "two arms are called" if other.name == arm.name else f"arm names differ only in case: {other.name!r} and"
+                raise ValueError(f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr or seed")
+            choices = (arm.rank, arm.alpha, arm.lr, arm.seed)
+            if other := seen.get(choices):
+                raise ValueError(f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr and seed: leave one out")
+            seen[folder] = seen[choices] = arm
         return self
 
     def expand_arms(self) -> tuple[Arm, ...]:
-        """All arms in the order of the file, each grid expanded, with their default names."""
-        settings = [(grid, dict(zip(("rank", "alpha", "lr", "seed"), values, strict=True))) for grid in self.arms for values in _product(grid)]
-        varying = {key for key in ("alpha", "lr", "seed") for rank in {s["rank"] for _, s in settings} if len({s[key] for _, s in settings if s["rank"] == rank}) > 1}
-        arms = []
-        for grid, setting in settings:
-            if grid.name is not None and len(list(_product(grid))) > 1:
-                raise ValueError(f"arms.name = {grid.name!r} stands on a table that makes several arms: leave it out, or give single values")
-            parts = [f"r{setting['rank']}"]
-            parts += [f"{letter}{setting[key]:g}" for key, letter in (("alpha", "a"), ("lr", "lr"), ("seed", "s")) if key in varying]
-            arms.append(Arm(name=grid.name or "-".join(parts), **setting))
-        return tuple(arms)
+        """All arms in the order of the file, each table's lists multiplied out.
+
+        An arm without a name is called `r<rank>`, followed by those of alpha, lr and seed in which arms of one rank differ:
+        `r16`, `r16-s1`, `r16-a32-lr0.0005-s1`.
+        """
+        settings = [(grid.name, setting) for grid in self.arms for setting in grid.settings()]
+        by_rank: dict[int, list[dict[str, Any]]] = {}
+        for _, setting in settings:
+            by_rank.setdefault(setting["rank"], []).append(setting)
+        varying = {key for key in ("alpha", "lr", "seed") for group in by_rank.values() if len({setting[key] for setting in group}) > 1}
+        return tuple(Arm(name=name or _default_name(setting, varying), **setting) for name, setting in settings)
 
     def to_toml(self) -> str:
         """The study as a TOML file with every key, absent ones left out."""
@@ -170,15 +248,11 @@ class StudyConfig(Section):
         return digest_json({key: values[key] for key in (sections or values) if key != "name"})
 
 
-def _product(grid: ArmGrid) -> Iterator[tuple[int, float, float, int]]:
-    """All (rank, alpha, lr, seed) of one table."""
-    scalings: Sequence[tuple[float, bool]]
-    if grid.alpha is not None:
-        scalings = [(alpha, False) for alpha in _several(grid.alpha)]
-    else:
-        scalings = [(ratio, True) for ratio in _several(1.0 if grid.alpha_per_rank is None else grid.alpha_per_rank)]
-    for rank, (value, per_rank), lr, seed in itertools.product(_several(grid.rank), scalings, _several(grid.lr), _several(grid.seed)):
-        yield rank, value * rank if per_rank else value, lr, seed
+def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
+    parts = [f"r{setting['rank']}"]
+    parts += [f"{letter}{setting[key]:g}" for key, letter in (("alpha", "a"), ("lr", "lr")) if key in varying]
+    parts += [f"s{setting['seed']}"] if "seed" in varying else []
+    return "-".join(parts).replace("+", "")  # 1e+06: a plus has no place in a folder's name
 
 
 def _several(value: Any) -> tuple[Any, ...]:
@@ -193,7 +267,7 @@ def preset_names() -> list[str]:
 def preset_text(name: str) -> str:
     """The TOML text of a preset; raise `ConfigError` if there is none of that name."""
     if name not in preset_names():
-        raise ConfigError(f"preset {name!r}: not one of {', '.join(preset_names())}{_did_you_mean(name, preset_names())}")
+        raise ConfigError(f"preset {name!r}: must be one of {', '.join(preset_names())}{_did_you_mean(name, preset_names())}")
     return (_PRESETS / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -205,35 +279,45 @@ def load_study(
 ) -> StudyConfig:
     """Read a study from its layers.
 
-    `path` is a TOML file, whose key `preset` may name the preset it starts from. `overrides` are `key=value` with a
-    dotted key and a TOML value (a bare word is a string). Raises `ConfigError` with file, key, value, constraint and
-    the nearest known key.
+    `path` is a TOML file, whose key `preset` may name the preset it starts from; `preset` wins over that key, and with
+    neither file nor preset the study is `pocket`. `environment` stands for `os.environ`. `overrides` are `key=value`
+    with a dotted key and a TOML value; a bare word is text, and nothing after the `=` takes the key away.
+    Raises `ConfigError`, one line with origin, key, value, constraint and the nearest known word.
     """
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
         table = _parse_toml(_read_text(path), str(path))
-        preset = preset or table.pop("preset", None)
-        table.pop("preset", None)
-        table.setdefault("name", path.stem)
+        in_file = table.pop("preset", None)
+        if in_file is not None and in_file not in preset_names():
+            near = _did_you_mean(str(in_file), preset_names())
+            raise ConfigError(f"{path}: preset = {_shown(in_file)}: must be one of {', '.join(preset_names())}{near}")
+        preset = preset or in_file
+        table.setdefault("name", _name_of_file(path))
         layers.append((str(path), table))
-    if preset is not None or path is None:
-        chosen = preset or "pocket"
-        layers.insert(0, (f"preset {chosen}", _parse_toml(preset_text(str(chosen)), f"preset {chosen}")))
-    layers.append(("environment", _from_environment(os.environ if environment is None else environment)))
+    elif preset is None:
+        preset = "pocket"
+    if preset is not None:
+        layers.insert(0, (f"preset {preset}", _parse_toml(preset_text(preset), f"preset {preset}")))
+    layers.extend(_from_environment(os.environ if environment is None else environment))
     layers.extend(("--set", _parse_override(text)) for text in overrides)
+
+    values = StudyConfig().model_dump(mode="json", exclude_none=True)
+    origins: dict[str, str] = {}
     for origin, table in layers:
-        _merge(values, table, origin, origins)
+        _lay(values, table, origin, origins)
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins)) from None
+        raise ConfigError(_explain(error, values, origins)) from None
+
+
+def _name_of_file(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:64] or "study"
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such study file: check the path, or use --preset with one of {', '.join(preset_names())}") from error
     except IsADirectoryError as error:
@@ -241,93 +325,156 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
 def _parse_toml(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from error
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {text!r}: must be key=value, for example --set train.epochs=2")
-    return _nest(key.strip().split("."), _toml_value(value.strip()))
+        raise ConfigError(f"--set {text}: must be key=value, for example --set train.epochs=2")
+    keys = key.strip().split(".")
+    if keys == ["preset"]:
+        raise ConfigError(f"--set {text}: a preset cannot be set over other layers: use --preset {value.strip()}")
+    return _nest(keys, _parse_value(keys, value.strip()))
 
 
-def _toml_value(text: str) -> Any:
+def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A layer for each variable: `LORASCOPE_TRAIN_EPOCHS=2` sets `train.epochs`, `LORASCOPE_ARMS_0_LR` sets `arms.0.lr`.
+
+    Variables that name neither a section nor a top-level key are left to other parts of the program.
+    """
+    for variable in sorted(environment):
+        section, *rest = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("_", 1)
+        if not variable.startswith(ENVIRONMENT_PREFIX) or section not in StudyConfig.model_fields:
+            continue
+        keys = [section, *rest[0].split("_", 1)] if section == "arms" and rest else [section, *rest]
+        yield f"environment {variable}", _nest(keys, _parse_value(keys, environment[variable].strip()))
+
+
+def _parse_value(keys: Sequence[str], text: str) -> Any:
+    """A TOML value; what is not TOML is text, as is everything for a key that holds text, such as a commit of digits."""
+    if text == "":
+        return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
         return text
+    return text if _alternatives(_schema(keys)) == [str] and not isinstance(value, str | list | dict) else value
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """`LORASCOPE_TRAIN_EPOCHS=2` sets `train.epochs`; names that match no key are left to other parts of the program."""
-    table: dict[str, Any] = {}
-    for section, field in StudyConfig.model_fields.items():
-        kind = field.annotation
-        names = [[section]] if not _is_section(kind) else [[section, key] for key in kind.model_fields]  # type: ignore[union-attr]
-        for keys in names:
-            value = environment.get(ENVIRONMENT_PREFIX + "_".join(keys).upper())
-            if value is not None and section != "arms":
-                _merge(table, _nest(keys, _toml_value(value)), "environment", {})
-    return table
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
-def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return value  # type: ignore[no-any-return]
 
 
-def _merge(values: dict[str, Any], table: dict[str, Any], origin: str, origins: dict[str, str], prefix: str = "") -> None:
-    """Lay `table` over `values`; `arms.0.rank` reaches into the list of arms; every other list is replaced whole."""
+def _lay(values: Any, table: Mapping[str, Any], origin: str, origins: dict[str, str], prefix: str = "") -> None:
+    """Lay `table` over `values`, a table or a list: tables are merged and `0`, `1`, .. reach into lists; all else is replaced.
+
+    Of `alpha` and `alpha_per_rank`, which exclude each other, a layer that gives one takes a weaker layer's other away.
+    """
+    for key, other in (("alpha", "alpha_per_rank"), ("alpha_per_rank", "alpha")):
+        if isinstance(values, dict) and key in table and _layer(origins.get(f"{prefix}{other}", "")) != _layer(origin):
+            values.pop(other, None)
     for key, value in table.items():
         place = f"{prefix}{key}"
-        origins[place] = origin
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value, origin, origins, f"{place}.")
-        elif isinstance(value, dict) and isinstance(values.get(key), list) and all(index.isdigit() for index in value):
-            for index, item in value.items():
-                if int(index) >= len(values[key]):
-                    raise ConfigError(f"{origin}: {place}.{index}: there are only {len(values[key])} tables of {key}, counted from 0")
-                if not isinstance(item, dict):
-                    raise ConfigError(f"{origin}: {place}.{index}: needs a key, for example {place}.{index}.rank=4")
-                _merge(values[key][int(index)], item, origin, origins, f"{place}.{index}.")
+        index: Any = key
+        if isinstance(values, list):
+            if not (key.isascii() and key.isdigit() and int(key) < len(values)):
+                last = f"; the last here is {prefix}{len(values) - 1}" if values else "; there is none here"
+                raise ConfigError(f"{origin}: {place}: items are counted from 0{last}")
+            index = int(key)
+        old = values.get(key) if isinstance(values, dict) else values[index]
+        if isinstance(value, dict) and isinstance(old, dict | list):
+            origins[place] = origin
+            _lay(old, value, origin, origins, f"{place}.")
         else:
-            values[key] = value
+            values[index] = value
+            origins.update(dict.fromkeys(_places(value, place), origin))
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+def _layer(origin: str) -> str:
+    return origin.partition(f" {ENVIRONMENT_PREFIX}")[0]  # all variables of the environment are one layer
+
+
+def _places(value: Any, place: str) -> Iterator[str]:
+    """`place` and the dotted keys of everything in `value`."""
+    yield place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _places(item, f"{place}.{key}")
+
+
+_CONSTRAINTS = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "finite_number": "a finite number",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit",
+    "too_short": "a list with at least one item",
+}
+
+
+def _explain(error: ValidationError, values: Any, origins: Mapping[str, str]) -> str:
     """The first problem as one line: origin, key, value, constraint, nearest match."""
-    first = min(error.errors(include_url=False), key=lambda item: (item["type"] != "extra_forbidden", len(item["loc"])))
-    keys = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "tuple[", "function-", "int", "float"))]
+    problems = [(_keys(item["loc"], values), item) for item in error.errors(include_url=False)]
+    # A list with a wrong item is also called too short, and "one or a list" fails as both: what counts is the innermost
+    # place, and there the constraint rather than the type. An unknown key goes first, since it often explains the rest.
+    innermost = [(keys, item) for keys, item in problems if not any(other[: len(keys)] == keys != other for other, _ in problems)]
+    order = [keys for keys, _ in innermost]
+    keys, item = min(
+        innermost,
+        key=lambda problem: (problem[1]["type"] != "extra_forbidden", order.index(problem[0]), problem[1]["type"].endswith("_type")),
+    )
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "missing":  # too few items where their number is fixed; `value` is the list
+        keys = keys[:-1]
     place = ".".join(keys)
-    origin = next((origins[p] for p in (".".join(keys[:n]) for n in range(len(keys), 0, -1)) if p in origins), "study")
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        return f"{origin}: {place}: unknown key; known here: {', '.join(known)}{_did_you_mean(keys[-1], known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not keys:
-        return f"{origin}: {message}"
-    return f"{origin}: {place} = {json.dumps(first['input'], default=str)}: {message[0].lower()}{message[1:]}"
+    origin = next((origins[name] for name in (".".join(keys[:end]) for end in range(len(keys), 0, -1)) if name in origins), "study")
+    given = f"{origin}: {place}{'' if isinstance(value, dict) else f' = {_shown(value)}'}"
+    match kind:
+        case "extra_forbidden":
+            known = [*_schema(keys[:-1]).model_fields, *(["preset"] if len(keys) == 1 else [])]
+            return f"{origin}: {place}: unknown key; known here: {', '.join(known)}{_did_you_mean(keys[-1], known)}"
+        case "value_error":
+            return f"{given}: {context['error']}" if keys else f"{origins.get('arms', 'study')}: {context['error']}"
+        case "literal_error":
+            choices = get_args(_schema(keys))
+            constraint = f"one of {', '.join(choices)}{_did_you_mean(str(value), choices)}"
+        case _ if kind in _CONSTRAINTS:
+            constraint = _CONSTRAINTS[kind].format_map(
+                {name: f"{limit:.15g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+            )
+        case _:
+            names = _type_name(_schema(keys)).split(" or ")
+            constraint = " or ".join(name if name == "text" else f"a {name}" for name in names)
+    return f"{origin}: {place} = {_shown(value)}: must be {constraint}"
 
 
-def _known_keys(parents: Sequence[str]) -> list[str]:
-    model: Any = StudyConfig
-    for key in parents:
-        if key.isdigit():
-            continue
-        model = ArmGrid if key == "arms" else model.model_fields[key].annotation
-    return list(model.model_fields)
+def _keys(location: Sequence[str | int], values: Any) -> list[str]:
+    """Pydantic's place of a problem as keys of the study: without the names it puts in between for the branches of unions."""
+    keys = []
+    for part in location:
+        if isinstance(part, int) or (isinstance(values, dict) and part in values):
+            keys.append(str(part))
+            values = values[part] if isinstance(part, str) or part < len(values) else None
+    return keys
+
+
+def _shown(value: Any) -> str:
+    """A received value for an error message, cut where it is long."""
+    text = "nothing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -340,29 +487,50 @@ def reference_table() -> str:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for section, field in StudyConfig.model_fields.items():
         kind: Any = ArmGrid if section == "arms" else field.annotation
-        if not _is_section(kind):
-            lines.append(_reference_row(section, field))
-            continue
-        lines.extend(_reference_row(f"{section}.{key}", item) for key, item in kind.model_fields.items())
+        fields = {f"{section}.{key}": item for key, item in kind.model_fields.items()} if _is_section(kind) else {section: field}
+        lines.extend(_reference_row(key, item) for key, item in fields.items())
     return "\n".join(lines) + "\n"
 
 
-def _reference_row(key: str, field: Any) -> str:
-    annotation = str(StudyConfig.model_json_schema and _type_name(field.annotation))
-    default = field.default if not isinstance(field.default, tuple) else list(field.default)
-    shown = "" if default is None else json.dumps(default)
-    return f"| `{key}` | {annotation} | {f'`{shown}`' if shown else ''} | {field.description} |"
+def _reference_row(key: str, field: FieldInfo) -> str:
+    default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+    return f"| `{key}` | {_type_name(field.annotation)} | {default} | {field.description} |"
+
+
+def _schema(keys: Sequence[str]) -> Any:
+    """The annotation of what stands at a dotted key; None where nothing is known to stand."""
+    kind: Any = StudyConfig
+    for key in keys:
+        if _is_section(kind):
+            kind = kind.model_fields[key].annotation if key in kind.model_fields else None
+        else:
+            kind = next((get_args(branch)[0] for branch in _alternatives(kind) if get_origin(branch) is tuple), None)
+    return kind
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types an annotation allows, without constraints and None."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for branch in get_args(annotation) if branch is not NoneType for kind in _alternatives(branch)]
+    return [annotation]
 
 
 def _type_name(annotation: Any) -> str:
-    from typing import get_args, get_origin
+    return " or ".join(_plain_name(kind) for kind in _alternatives(annotation))
 
-    if get_origin(annotation) is Annotated:
-        return _type_name(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return " or ".join(f"`{value}`" for value in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return "list of " + _type_name(get_args(annotation)[0])
-    if args := get_args(annotation):
-        return " or ".join(_type_name(arg) for arg in args if arg is not type(None))
-    return {"str": "text", "int": "whole number", "float": "number"}.get(getattr(annotation, "__name__", ""), str(annotation))
+
+def _plain_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        item, *others = get_args(kind)
+        count = "" if Ellipsis in others else f"{1 + len(others)} "
+        plural = _type_name(item)
+        return f"list of {count}{plural if plural == 'text' else f'{plural}s'}"
+    return "table" if _is_section(kind) else {str: "text", int: "whole number", float: "number"}[kind]

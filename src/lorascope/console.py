@@ -1,17 +1,20 @@
 """What the user sees while work is going on: a live bar on a terminal, a plain line every few seconds elsewhere.
 
-Everything here goes to stderr; results go to stdout and are the command line's business.
+Everything here goes to stderr; results go to stdout and are the command line's business. Rich leaves colours off under
+`NO_COLOR`.
 """
 
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lorascope.store import storage_errors
 
 PLAIN_LINE_EVERY_S = 5.0
 log = logging.getLogger("lorascope")
@@ -25,6 +28,7 @@ class Task:
         self.completed, self._resumed_at = completed, completed
         self._progress = progress
         self._started = self._last_line = time.monotonic()
+        self._has_lines = False
         self._task = progress.add_task(label, total=total, completed=completed, note="") if progress else None
 
     def set_total(self, total: int) -> None:
@@ -42,19 +46,35 @@ class Task:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self.completed, note=note)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = now
-            left = (self.total - self.completed) / max(rate, 1e-9)
-            log.info("%s %d/%d  %s  %s left", self.label, self.completed, self.total, note, duration(left))
+            self._last_line, self._has_lines = now, True
+            left = f"  {duration((self.total - self.completed) / rate)} left" if rate > 0 and self.completed < self.total else ""
+            log.info("%-8s %d/%d  %s%s", self.label, self.completed, self.total, note, left)
+
+    def finish(self) -> None:
+        """Close the plain lines of a stage, if it was long enough to have any, with its full count and time."""
+        if self._has_lines:
+            log.info("%-8s %d/%d  in %s", self.label, self.completed, self.total, duration(time.monotonic() - self._started))
 
 
 @contextmanager
 def track(label: str, total: int, unit: str, completed: int = 0) -> Iterator[Task]:
     """Show the progress of a stage of `total` units, of which `completed` were done by an earlier run."""
     console = RichConsole(stderr=True)
-    if not console.is_terminal or not log.isEnabledFor(logging.INFO):
-        yield Task(label, total, unit, completed, None)
+    # FORCE_COLOR makes Rich call everything a terminal, but a log file is no place for a bar.
+    if not sys.stderr.isatty() or console.is_dumb_terminal or not _shows(logging.INFO):
+        task = Task(label, total, unit, completed, None)
+        yield task
+        task.finish()
         return
-    columns = (TextColumn("{task.description:<8}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Task(label, total, unit, completed, progress)
 
@@ -70,37 +90,68 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes for people, in powers of 1024."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+    """A number of bytes for people, in powers of 1024: `512 bytes`, `16.0 MiB`."""
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("KiB", "MiB"):
         num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
+        if round(num_bytes, 1) < 1024:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} GiB"
+
+
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is at that moment: while a bar is shown, Rich puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that cannot be written, for a full disk say, must not bury the error that ends the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def configure_logging(level: int) -> None:
     """Send the package's log to stderr at `level`; the full log goes to the run folder (`log_to_file`)."""
-    log.setLevel(logging.DEBUG)
-    log.handlers.clear()
-    log.propagate = False
-    handler: logging.Handler
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+def _shows(level: int) -> bool:
+    """Whether the user sees messages of this level on stderr."""
+    return any(isinstance(handler, _Stderr) and handler.level <= level for handler in log.handlers)
 
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append everything that is logged to `path`, with times in UTC."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
+    """Append everything that is logged to `path`, with times in UTC; raise `StorageError` if it cannot be opened."""
+    with storage_errors(path):
+        handler = _LogFile(path, encoding="utf-8")
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    handler.setLevel(logging.DEBUG)
     log.addHandler(handler)
+    level = log.level
+    if not log.isEnabledFor(logging.INFO):  # a library user who set no level still gets the run's log
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         handler.close()

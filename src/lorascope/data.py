@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import re
 import statistics
 import threading
@@ -42,7 +43,8 @@ _PACKAGE_DIR = Path(__file__).parent
 _POCKET_DIR = _PACKAGE_DIR / "pocket" / "cartoon"
 _PROMPTS_DIR = _PACKAGE_DIR / "prompts"
 _SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+Image.init()
+_FORMATS = tuple(name for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if name in Image.OPEN)
 _ROW_GROUP_CACHE_BYTES = 256 * 2**20
 _ROWS_AT_ONCE = 64
 _SHOWN_REFUSALS = 3
@@ -158,7 +160,7 @@ def load_dataset(section: DataSection, summary: dict[str, Any]) -> Dataset:
     Raises `DataError` if `summary` belongs to another source or resolution, or the source is gone.
     """
     name, _, revision = summary["source"].partition("@")
-    if (section.source, section.resolution_px) not in ((summary["source"], summary["resolution_px"]), (name, summary["resolution_px"])):
+    if section.source not in (summary["source"], name) or section.resolution_px != summary["resolution_px"]:
         raise DataError(
             f"data.json was made from {summary['source']!r} at {summary['resolution_px']} px, the study asks for {section.source!r} at"
             f" {section.resolution_px} px: run the data stage again"
@@ -199,7 +201,6 @@ class _ParquetSource:
         self._first_rows: dict[str, list[int]] = {}
         self._cache: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
-        self._order = {file: index for index, file in enumerate(self._files)}
         for file in self._files:
             with self._open(file) as parquet:
                 self._check_columns(file, parquet.schema_arrow)
@@ -251,7 +252,7 @@ class _ParquetSource:
 
     def position(self, row_id: str) -> tuple[Any, ...]:
         file, _, row = row_id.rpartition("#")
-        return self._order.get(file, -1), int(row)
+        return file, int(row)
 
     def read(self, row_id: str) -> bytes:
         """The image file's bytes of one row; row groups stay cached up to a fixed number of bytes."""
@@ -360,7 +361,7 @@ def _download(name: str, revision: str | None) -> Path:
 
     where = f"data.source = {name!r}: no such file or folder, and as a hub data set"
     try:
-        path = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["*.parquet", "data/*.parquet"]))
+        path = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["*.parquet"]))
     except RepositoryNotFoundError as error:
         raise DataError(f"{where} it does not exist or is not open to you: check the id, or log in with `hf auth login`") from error
     except Exception as error:  # the client passes on whatever its transport raises
@@ -408,7 +409,6 @@ def _metadata_rows(folder: Path, pictures: Sequence[str], metadata: Sequence[str
     """A row for each line of the metadata files, then for each picture that none of them names."""
     rows: dict[str, _Row] = {}
     for name in metadata:
-        base = (folder / name).parent
         for line, record in _read_metadata(folder / name):
             file_name = record.get("file_name")
             columns = [column for column in (caption_column, "text", "caption") if column in record]
@@ -416,11 +416,12 @@ def _metadata_rows(folder: Path, pictures: Sequence[str], metadata: Sequence[str
                 raise DataError(
                     f"{folder / name}: needs columns file_name and {caption_column}; line {line} has {', '.join(map(str, record))}"
                 )
-            path = Path(os.path.normpath(base / str(file_name)))
             row_id = f"{name}#{line}"
-            if not isinstance(file_name, str) or not _is_unicode(file_name) or not path.is_relative_to(base) or path == base:
-                rows[row_id] = _Row(row_id, "train", None, None, f"file_name = {file_name!r} does not name a file below this folder")
-            elif (picture := path.relative_to(folder).as_posix()) in rows:
+            picture = posixpath.normpath(posixpath.join(posixpath.dirname(name), str(file_name)))
+            is_inside = not picture.startswith(("/", "../")) and picture not in (".", "..")
+            if not isinstance(file_name, str) or not _is_unicode(file_name) or not is_inside:
+                rows[row_id] = _Row(row_id, "train", None, None, f"file_name = {file_name!r} does not name a file in this folder")
+            elif picture in rows:
                 rows[row_id] = _Row(row_id, "train", None, None, f"{picture} was named before")
             else:
                 rows[picture] = _picture_row(folder, picture, record[columns[0]])
@@ -455,7 +456,7 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for record in reader:
                 yield reader.line_num, record
         except csv.Error as error:
-            raise DataError(f"{path}: line {reader.line_num}: not CSV ({error}): correct the line") from error
+            raise DataError(f"{path}: line {reader.reader.line_num}: not CSV ({error}): correct the line") from error
         return
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -494,9 +495,10 @@ def _decode(content: bytes) -> tuple[Image.Image, list[str]]:
                 raise _RefusedError(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS}")
             if (num_frames := getattr(image, "n_frames", 1)) > 1:
                 treatments.append(f"first of {num_frames} frames used")
+            declared = _orientation(image)
             image.load()
-            orientation = _orientation(image)
-            is_deep_png = image.format == "PNG" and content[24] == 16  # noqa: PLR2004  bits a channel, in the header
+            orientation = _orientation(image)  # a TIFF is turned as it is loaded, and then says 1
+            is_deep_png = image.format == "PNG" and content[24] == 16  # bits a channel, in the header
             if image.mode.startswith("I;16") or is_deep_png:
                 treatments.append("16 bits a channel scaled to 8")
             if image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16"):
@@ -516,8 +518,9 @@ def _decode(content: bytes) -> tuple[Image.Image, list[str]]:
         raise _RefusedError(f"not an image in a known format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # decoders raise errors of any type on damaged files
         raise _RefusedError(f"unreadable image: {_first_line(error) or type(error).__name__}") from error
+    if declared in _TURNS:
+        treatments.append(f"turned upright (EXIF orientation {declared})")
     if orientation in _TURNS:
-        treatments.append(f"turned upright (EXIF orientation {orientation})")
         picture = picture.transpose(_TURNS[orientation])
     return picture, treatments
 
@@ -660,7 +663,7 @@ def _check_row(row: _Row, resolution_px: int) -> tuple[_Picture, list[str]]:
 def _difference_hash(square: Image.Image) -> int:
     """64 bits: whether each of 8 x 8 cells is darker than its right neighbour, by more than the noise of JPEG on flat areas."""
     cells = np.asarray(square.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    return int.from_bytes(np.packbits(np.diff(cells, axis=1) > 2).tobytes(), "big")  # noqa: PLR2004  of 255
+    return int.from_bytes(np.packbits(np.diff(cells, axis=1) > 2).tobytes(), "big")  # of 255
 
 
 # Duplicates and the split ----------------------------------------------------------------------------------------------

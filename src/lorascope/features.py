@@ -7,7 +7,7 @@ the list alone; among other lists a row differs by float noise at most.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folde
 
 SCALE = "100 x cosine"
 
-Picture = Path | Image.Image | NDArray[np.uint8]
-Features = NDArray[np.float32]
+Picture: TypeAlias = Path | Image.Image | NDArray[np.uint8]
+Features: TypeAlias = NDArray[np.float32]
 
 _PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json"]
 _PATTERNS += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
@@ -156,31 +156,43 @@ class CachedEncoder:
             save_file(self._features, partial, metadata={"lorascope": facts})
 
 
-def load_encoder(section: ScoreSection, device: torch.device) -> ClipEncoder:
-    """Load the scorer: the package's own (`pocket`), a CLIP folder, or a hub snapshot; safetensors weights only.
+_REMEDY = "give a folder with a CLIPModel in safetensors, its tokenizer and its preprocessing"
 
-    Raises `BaseModelError` for a missing folder, an unreachable hub, or a folder that holds no whole CLIP model.
+
+def check_encoder(section: ScoreSection) -> Path:
+    """The folder of the scorer, downloaded if it must be; loads no weights.
+
+    Raises `BaseModelError` for a missing folder, an unreachable hub, or a folder of another kind of model.
     """
     folder = resolve_model(section.model, section.revision, "scorer", _PATTERNS)
     whose = f"score.model = {section.model!r}: {folder}"
-    remedy = "give a folder with a CLIPModel in safetensors, its tokenizer and its preprocessing"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{whose}: no readable config.json there: {remedy}") from error
+        raise BaseModelError(f"{whose}: no readable config.json there: {_REMEDY}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip":
-        raise BaseModelError(f"{whose}: holds a model of type {kind!r}, must be 'clip': {remedy}")
+        raise BaseModelError(f"{whose}: holds a model of type {kind!r}, must be 'clip': {_REMEDY}")
+    return folder
+
+
+def load_encoder(section: ScoreSection, device: torch.device) -> ClipEncoder:
+    """Load the scorer: the package's own (`pocket`), a CLIP folder, or a hub snapshot; safetensors weights only.
+
+    Raises `BaseModelError` as `check_encoder` does, and for a folder that holds no whole CLIP model.
+    """
+    folder = check_encoder(section)
+    whose = f"score.model = {section.model!r}: {folder}"
     try:
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-        model, loading = cast(Any, CLIPModel).from_pretrained(folder, output_loading_info=True, **options)
+        model, loading = CLIPModel.from_pretrained(folder, output_loading_info=True, **options)
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the libraries raise anything here, from KeyError to SafetensorError
-        raise BaseModelError(f"{whose}: cannot be loaded as CLIP ({_first_line(error)}): {remedy}") from error
+        raise BaseModelError(f"{whose}: cannot be loaded as CLIP ({_first_line(error)}): {_REMEDY}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
-        raise BaseModelError(f"{whose}: lacks {len(missing)} weights of a CLIP model, such as {missing[0]}: {remedy}")
+        raise BaseModelError(f"{whose}: lacks {len(missing)} weights of a CLIP model, such as {missing[0]}: {_REMEDY}")
     identity = {
         "model": section.model,
         "digest": digest_folder(folder),

@@ -1,342 +1,409 @@
-"""The report's figures: matplotlib drawings as SVG that follows the page's light or dark ink, and as PNG.
+"""The report's figures: what each shows, in words, as a drawing and as a table."""
 
-A figure is drawn 3.6 inches wide, so that on a phone its letters are as large as the text. Every arm has a colour (Okabe
-and Ito) and, as a second cue, a marker and a dash. Equal inputs give equal bytes.
-"""
-
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
+from lorascope.drawing import (
+    MAX_LINES,
+    MAX_ROWS,
+    Drawing,
+    Line,
+    Look,
+    Row,
+    draw_bands,
+    draw_costs,
+    draw_forest,
+    draw_gain,
+    draw_lines,
+    draw_scale,
+    looks_of,
+)
+from lorascope.evidence import Facts, count
+from lorascope.score import ALL, BASE, POWER_FORMULA, describe_difference
+from lorascope.tables import REFERENCE, Cell, Column, Table, cell, row
 
-WIDTH_IN = 3.6
-MAX_ROWS = 24  # rows of a dot plot; the tables hold all arms
-MAX_LINES = 6  # arms with a colour of their own in a line plot
-
-# Stand-ins that `_finish` replaces by the page's own colours.
-INK, MUTED, GRID, SHADE, PAPER = "#0f0e0d", "#6b6a69", "#d9d8d7", "#e9e8e7", "#fefdfc"
-_PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", SHADE: "var(--shade)", PAPER: "var(--paper)"}
-_PLAIN_COLOURS = {INK: "currentColor", PAPER: "#ffffff"}
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lorascope",
-    "font.family": "DejaVu Sans",
-    "font.size": 7.5,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 7.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 7.5,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.5,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "legend.handlelength": 2.6,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.h_pad": 0.03,
-    "figure.constrained_layout.w_pad": 0.02,
-}
-
-
-class Drawing(NamedTuple):
-    """One figure in three forms."""
-
-    page_svg: str  # for the page: inherits ink, has no id in common with other figures
-    file_svg: bytes  # to stand alone
-    png: bytes
+NUM_CURVE_POINTS = 160
 
 
 @dataclass(frozen=True)
-class Look:
-    """Colour, marker and dash of one arm."""
+class Figure:
+    """A drawing with its title, description, text alternative and data."""
 
-    colour: str
-    marker: str
-    dash: Any
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm in one facet of a dot plot: its points, and the mean with its interval."""
-
-    facet: str
-    arm: str
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    detectable: float | None = None
-    points: tuple[float, ...] = ()
+    key: str
+    title: str
+    description: str
+    alt: str
+    drawing: Drawing
+    table: Table
+    reference: str = ""
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve of a line plot, with a band around it where `low` and `high` are given."""
-
-    facet: str
-    arm: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    faint: bool = False
+def build_figures(facts: Facts) -> dict[str, Figure]:
+    """All figures for which the run folder has numbers, by key."""
+    looks = looks_of(list(facts.settings), facts.detailed)
+    drawn = [_effect_figure(facts, looks), _gain_figure(facts, looks), _scale_figure(facts, looks), _loss_figure(facts, looks)]
+    drawn += [_epochs_figure(facts, looks), _bands_figure(facts, looks), _cost_figure(facts, looks)]
+    return {figure.key: figure for figure in drawn if figure is not None}
 
 
-def looks_of(arms: Sequence[str], first: Sequence[str] = ()) -> dict[str, Look]:
-    """Looks of the first `MAX_LINES` arms, those of `first` before the others; the rest share a grey one."""
-    order = [*dict.fromkeys([*first, *arms])] if len(arms) > MAX_LINES else list(arms)
-    looks = {"base": Look(MUTED, "o", (0, (1, 1)))}
-    for index, arm in enumerate(order):
-        looks[arm] = Look(_COLOURS[index], _MARKERS[index], _DASHES[index]) if index < MAX_LINES else Look(MUTED, ".", "-")
-    return looks
+def _rows_shown(facts: Facts, arms: Sequence[str]) -> list[str]:
+    """All arms of a few; of many the first and last by mean score, so that the figure stays readable."""
+    if len(arms) <= MAX_LINES:
+        return list(arms)
+    ordered = [arm for arm in facts.ranked if arm in arms] or list(arms)
+    return ordered if len(ordered) <= MAX_ROWS else [*ordered[: MAX_ROWS - 4], *ordered[-4:]]
 
 
-def draw_forest(rows: Sequence[Row], looks: Mapping[str, Look], xlabel: str, key: str = "effect", values: bool = True) -> Drawing:
-    """Differences from the base: a dot per prompt, mean and interval per arm, one facet below the other, 0 = base."""
-    facets = list(dict.fromkeys(row.facet for row in rows))
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    step_in = 0.34 if len(arms) <= 6 else 0.17
-    with _canvas(len(facets), 1, 0.42 + len(facets) * (0.3 + step_in * max(2, len(arms))), sharex=True) as (figure, grid):
-        for axes, facet in zip(grid, facets, strict=True):
-            axes.axvline(0, color=INK, linewidth=0.9)
-            for row in (row for row in rows if row.facet == facet):
-                place, look = arms.index(row.arm), looks[row.arm]
-                if row.detectable is not None:
-                    axes.barh(place, 2 * row.detectable, left=-row.detectable, height=0.82, color=SHADE, linewidth=0, zorder=0.5)
-                spread = [0.3 * math.sin(2.4 * i) for i in range(len(row.points))] if len(arms) <= 6 else [0.0] * len(row.points)
-                axes.scatter(row.points, [place + s for s in spread], s=5, color=look.colour, alpha=0.38, linewidths=0, zorder=2)
-                if row.low is not None and row.high is not None:
-                    axes.plot([row.low, row.high], [place, place], color=look.colour, linewidth=2, solid_capstyle="butt", zorder=3)
-                axes.plot(row.mean, place, look.marker, color=look.colour, markersize=6, markeredgecolor=PAPER, markeredgewidth=0.8, zorder=4)
-                if values:
-                    axes.annotate(f"{row.mean:+.2f}".replace("-", "\N{MINUS SIGN}"), (1.01, place), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-            axes.set_title(facet)
-            axes.set_yticks(range(len(arms)), arms)
-            axes.set_ylim(len(arms) - 0.45, -0.55)
-            axes.tick_params(axis="y", length=0)
-            axes.grid(axis="y", visible=False)
-        grid[-1].set_xlabel(xlabel)
-        return _finish(figure, key)
+def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    if not facts.effects or facts.scores is None:
+        return None
+    scored = list(dict.fromkeys(arm for arm, _ in facts.effects))
+    shown = _rows_shown(facts, scored)
+    looks_named = [arm for arm in shown if looks[arm].colour != looks[BASE].colour]
+    rows = []
+    for category in facts.scores.categories:
+        for arm in shown:
+            effect = facts.effects[arm, category]
+            points = tuple(item.difference for item in effect.per_prompt) if arm in looks_named else ()
+            rows.append(Row(category, arm, effect.difference, effect.low, effect.high, effect.smallest_detectable, points))
+    columns = (Column("arm", False), Column("prompts", False), Column("n"), Column("difference"), Column("95 % low"), Column("95 % high"),
+               Column("could be seen from"), Column("prompts above base"))  # fmt: skip
+    table_rows = []
+    for arm in scored:
+        for category in (*facts.scores.categories, ALL):
+            effect = facts.effects[arm, category]
+            numbers = [
+                cell(effect.difference, "+.2f"),
+                cell(effect.low, "+.2f"),
+                cell(effect.high, "+.2f"),
+                cell(effect.smallest_detectable, ".2f"),
+            ]
+            table_rows.append(row(Cell(arm), Cell(category), cell(effect.num_prompts, "d"), *numbers, cell(effect.share_above, ".0%")))
+    seeds = facts.verdict.num_seeds if facts.verdict else 1
+    left_out = (
+        f" Of {len(scored)} arms the {MAX_ROWS - 4} highest and 4 lowest are drawn; the table has all." if len(shown) < len(scored) else ""
+    )
+    left_out += f" Only {', '.join(looks_named)} have their dots drawn." if len(looks_named) < len(shown) else ""
+    return Figure(
+        key="effect",
+        title="Each prompt against itself: arm minus base",
+        description=(
+            f"A small dot is one prompt{f', averaged over {seeds} sampling seeds' if seeds > 1 else ''}; the large mark is the "
+            "mean, the bar its 95 % interval. "
+            f"The line at 0 is the base. The grey box reaches as far as an effect could have hidden: {POWER_FORMULA}.{left_out}"
+        ),
+        alt="Dot plot of paired differences from the base. "
+        + " ".join(describe_difference(facts.effects[arm, ALL]) for arm in facts.detailed if (arm, ALL) in facts.effects),
+        drawing=draw_forest(rows, looks, "CLIP score minus base, points"),
+        table=Table("CLIP score of each arm minus the base's, paired by prompt", columns, tuple(table_rows)),
+    )
 
 
-def draw_scale(rows: Sequence[Row], looks: Mapping[str, Look], xlabel: str, key: str = "scale") -> Drawing:
-    """Where scores lie on the scorer's axis: per source a mark per category at the mean, whiskers of one standard deviation."""
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    facets = list(dict.fromkeys(row.facet for row in rows))
-    with _canvas(1, 1, 0.75 + 0.27 * len(arms)) as (figure, (axes,)):
-        for row in rows:
-            look = looks.get(row.arm, Look(MUTED, "o", "-"))
-            lone = sum(other.arm == row.arm for other in rows) == 1
-            place = arms.index(row.arm) + (0.0 if lone else 0.17 * (2 * facets.index(row.facet) - 1))
-            marker = {"normal": "o", "abstract": "D"}.get(row.facet, "s")
-            if row.low is not None and row.high is not None:
-                axes.plot([row.low, row.high], [place, place], color=look.colour, linewidth=0.9, alpha=0.75)
-            fill = look.colour if row.facet != "abstract" else PAPER
-            axes.plot(row.mean, place, marker, color=look.colour, markerfacecolor=fill, markersize=4.8 if marker != "D" else 4.2, markeredgewidth=1.1)
-        for facet in facets:
-            marker = {"normal": "o", "abstract": "D"}.get(facet, "s")
-            fill = INK if facet != "abstract" else PAPER
-            axes.plot([], [], marker, color=INK, markerfacecolor=fill, markersize=4.4, label=facet)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=len(facets), handletextpad=0.2, columnspacing=1.2, borderaxespad=0.1)
-        axes.set_yticks(range(len(arms)), arms)
-        axes.set_ylim(len(arms) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(xlabel)
-        return _finish(figure, key)
+def _gain_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    scored = [arm for arm in facts.arms if (arm, ALL) in facts.effects]
+    if facts.scores is None or len({round(math.log(facts.gain(arm)), 6) for arm in scored}) < 3:
+        return None
+    rows = []
+    for category in facts.scores.categories:
+        for arm in scored:
+            effect = facts.effects[arm, category]
+            rows.append(Row(category, arm, effect.difference, effect.low, effect.high))
+    gains = {arm: facts.gain(arm) for arm in scored}
+    columns = (
+        Column("arm", False),
+        Column("rank"),
+        Column("alpha / rank"),
+        Column("lr"),
+        Column("gain"),
+        Column("difference, all prompts"),
+    )
+    table = [
+        row(Cell(arm), cell(facts.settings[arm].rank, "d"), cell(facts.settings[arm].scale, "g"), cell(facts.settings[arm].lr, "g"),
+             cell(gains[arm], ".2g"), cell(facts.effects[arm, ALL].difference, "+.2f"))
+        for arm in scored
+    ]  # fmt: skip
+    return Figure(
+        key="gain",
+        title="Rank, or only strength?",
+        description=(
+            "The same differences over the gain of the update, which puts rank, alpha and learning rate on one axis. Where arms "
+            "of different rank "
+            "lie on one curve, strength explains the differences; where they part at equal gain, rank adds something."
+        ),
+        alt="Scatter plot of the difference from the base over the gain of the update, one mark per arm.",
+        drawing=draw_gain(rows, gains, looks),
+        table=Table("Gain and difference from the base", columns, tuple(table)),
+    )
 
 
-def draw_lines(
-    lines: Sequence[Line], looks: Mapping[str, Look], xlabel: str, ylabels: Mapping[str, str], key: str, heights: Sequence[float] = (), zero: Sequence[str] = ()
-) -> Drawing:
-    """Curves over training, one facet below the other; facets in `zero` get a line at 0, the base."""
-    facets = list(dict.fromkeys(line.facet for line in lines))
-    ratios = list(heights or [1.0] * len(facets))
-    named = [arm for arm in dict.fromkeys(line.arm for line in lines) if looks[arm].colour != MUTED]
-    num_rows = math.ceil(len(named) / 3)
-    with _canvas(len(facets), 1, 0.5 + 0.16 * num_rows + 1.35 * sum(ratios), sharex=True, ratios=ratios) as (figure, grid):
-        for axes, facet in zip(grid, facets, strict=True):
-            if facet in zero:
-                axes.axhline(0, color=INK, linewidth=0.9)
-            for line in (line for line in lines if line.facet == facet):
-                look = looks[line.arm]
-                if line.low:
-                    axes.fill_between(line.x, line.low, line.high, color=look.colour, alpha=0.16, linewidth=0)
-                every = max(1, len(line.x) // 6)
-                axes.plot(
-                    line.x, line.y, color=look.colour, linestyle=look.dash, marker=look.marker if look.colour != MUTED else "", markersize=3.4,
-                    markevery=every, linewidth=1.3 if look.colour != MUTED else 0.5, alpha=0.5 if line.faint else 1, fillstyle="none" if line.faint else "full",
+def _scale_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    if not facts.summary or facts.scores is None:
+        return None
+    sources = [name for name in ("noise", "shuffled prompts", BASE) if (name, ALL) in facts.summary]
+    sources += [arm for arm in facts.detailed if (arm, ALL) in facts.summary]
+    sources += [name for name in ("real held-out",) if (name, ALL) in facts.summary]
+    rows, table = [], []
+    for source in sources:
+        for category in (*facts.scores.categories, "captions"):
+            part = facts.summary.get((source, category))
+            if part is not None:
+                low, high = (None, None) if part.std is None else (part.mean - part.std, part.mean + part.std)
+                rows.append(Row(category, source, part.mean, low, high))
+                table.append(
+                    row(
+                        Cell(source),
+                        Cell(category),
+                        cell(part.count, "d"),
+                        cell(part.mean),
+                        cell(part.std),
+                        cell(part.low),
+                        cell(part.high),
+                    )
                 )
-            axes.set_title(facet)
-            axes.set_ylabel(ylabels[facet])
-        grid[-1].set_xlabel(xlabel)
-        _add_legend(figure, named, looks)
-        return _finish(figure, key)
+    columns = (
+        Column("source", False),
+        Column("prompts", False),
+        Column("pictures"),
+        Column("mean"),
+        Column("std"),
+        Column("95 % low"),
+        Column("95 % high"),
+    )
+    return Figure(
+        key="scale",
+        title="What a CLIP score means here",
+        description=(
+            "Mean and one standard deviation over pictures. Noise and shuffled prompts (the base's pictures against other "
+            "prompts) show the floor, "
+            "real held-out pictures with their captions what a good match reaches. A score near the floor means that the prompt was lost."
+        ),
+        alt="Strip of CLIP scores: " + "; ".join(f"{source} {facts.summary[source, ALL].mean:.1f}" for source in sources) + ".",
+        drawing=draw_scale(rows, looks, "CLIP score (100 x cosine)"),
+        table=Table("CLIP scores of the calibration rows, the base and the arms", columns, tuple(table)),
+    )
 
 
-def draw_bands(rows: Mapping[str, Sequence[Row]], looks: Mapping[str, Look], xlabel: str, ylabel: str, key: str) -> Drawing:
-    """Differences from the base over ordered bands: facet -> rows whose `facet` is the band."""
-    bands = list(dict.fromkeys(row.facet for group in rows.values() for row in group))
-    arms = list(dict.fromkeys(row.arm for group in rows.values() for row in group))
-    num_rows = math.ceil(len(arms) / 3)
-    with _canvas(len(rows), 1, 0.5 + 0.16 * num_rows + 1.3 * len(rows), sharex=True, sharey=True) as (figure, grid):
-        for axes, (facet, group) in zip(grid, rows.items(), strict=True):
-            axes.axhline(0, color=INK, linewidth=0.9)
-            for row in group:
-                look = looks[row.arm]
-                place = bands.index(row.facet) + 0.6 * ((arms.index(row.arm) + 0.5) / len(arms) - 0.5)
-                if row.low is not None and row.high is not None:
-                    axes.plot([place, place], [row.low, row.high], color=look.colour, linewidth=1.6)
-                axes.plot(place, row.mean, look.marker, color=look.colour, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6)
-            axes.set_title(facet)
-            axes.set_ylabel(ylabel)
-            axes.set_xticks(range(len(bands)), bands)
-            axes.grid(axis="x", visible=False)
-        grid[-1].set_xlabel(xlabel)
-        _add_legend(figure, arms, looks, line=False)
-        return _finish(figure, key)
+def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for record in facts.metrics:
+        if record.get("kind") == "train" and record["loss"] is not None and math.isfinite(record["loss"]):
+            curves.setdefault(record["arm"], []).append((record["epoch"], record["loss"]))
+    if not curves:
+        return None
+    window = max(1, round(0.04 * max(map(len, curves.values()))))
+    drawn = sorted(curves, key=lambda arm: looks[arm].colour != looks[BASE].colour)  # grey ones first, below
+    first, second = "training loss, smoothed", "difference from the arms' mean, smoothed"
+    lines = [Line(first, arm, *thin([x for x, _ in curves[arm]], smooth([y for _, y in curves[arm]], window))) for arm in drawn]
+    complete = [arm for arm in drawn if arm in facts.arms and len(curves[arm]) == max(map(len, curves.values()))]
+    paired = len(complete) > 1 and len({facts.settings[arm].seed for arm in complete}) == 1
+    if paired:
+        means = [sum(values) / len(values) for values in zip(*([y for _, y in curves[arm]] for arm in complete), strict=True)]
+        for arm in complete:
+            gaps = [y - mean for (_, y), mean in zip(curves[arm], means, strict=True)]
+            lines.append(Line(second, arm, *thin([x for x, _ in curves[arm]], smooth(gaps, window))))
+    epochs = range(1, math.ceil(max(x for points in curves.values() for x, _ in points) - 1e-9) + 1)
+    table = []
+    for arm in curves:
+        parts = [[y for x, y in curves[arm] if epoch - 1 < x - 1e-9 <= epoch] for epoch in epochs]
+        table.append(row(Cell(arm), *(cell(sum(part) / len(part) if part else None, ".4f") for part in parts)))
+    finals = "; ".join(f"{arm} {facts.training[arm]['final_loss']:.4f}" for arm in facts.detailed if "final_loss" in facts.training[arm])
+    why = " The arms met the same noise at every step, so their difference is far quieter than either curve." if paired else ""
+    return Figure(
+        key="loss",
+        title="Training loss",
+        description=(
+            f"Mean squared error per step, averaged over {window} steps. Last epoch: {finals}.{why} "
+            "Training loss says little about which arm to keep."
+        ),
+        alt=f"Line plot of the smoothed training loss of {count(len(curves), 'arm')}. Mean of the last epoch: {finals}.",
+        drawing=draw_lines(
+            lines, looks, "epoch", {first: "loss", second: "loss difference"}, "loss", (1, 0.75) if paired else (), (second,)
+        ),
+        table=Table(
+            "Mean training loss in each epoch", (Column("arm", False), *(Column(f"epoch {epoch}") for epoch in epochs)), tuple(table)
+        ),
+        reference="Figure 2 of the reference study; its last losses were 0.1192 at rank 16 and 0.1266 at rank 64.",
+    )
 
 
-def draw_costs(
-    costs: Mapping[str, Mapping[str, float]], reference: Mapping[str, Mapping[str, float]], looks: Mapping[str, Look], key: str = "cost"
-) -> Drawing:
-    """Panels of dots side by side, logarithmic: measure -> arm -> value; `reference` in the same units, hollow."""
-    arms = list(dict.fromkeys(arm for values in costs.values() for arm in values))
-    others = list(dict.fromkeys(arm for values in reference.values() for arm in values))
-    step_in = 0.24 if len(arms) <= 6 else 0.16
-    with _canvas(1, len(costs), 0.62 + step_in * (len(arms) + len(others)), sharey=True) as (figure, grid):
-        for axes, (measure, values) in zip(grid, costs.items(), strict=True):
-            for arm, value in values.items():
-                axes.plot(value, arms.index(arm), looks[arm].marker, color=looks[arm].colour, markersize=5)
-            for arm, value in reference.get(measure, {}).items():
-                axes.plot(value, len(arms) + others.index(arm), "o", color=MUTED, fillstyle="none", markersize=4.6)
-            shown = [*values.values(), *reference.get(measure, {}).values()]
-            axes.set_xscale("log")
-            low, high = min(shown) / 1.9, max(shown) * 1.9
-            axes.set_xlim(low, high)
-            ticks = _log_ticks(low, high)
-            axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e4 else f"{tick / 1000:g}k" for tick in ticks])
-            axes.minorticks_off()
-            axes.set_title(measure, fontsize=7)
-            axes.set_yticks(range(len(arms) + len(others)), [*arms, *others])
-            axes.set_ylim(len(arms) + len(others) - 0.4, -0.6)
-            axes.tick_params(axis="y", length=0)
-            if others:
-                axes.axhline(len(arms) - 0.5, color=GRID, linewidth=0.8)
-        return _finish(figure, key)
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred moving average; at the ends over the part of the window that exists."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    bounds = [(max(0, i - window // 2), min(len(values), i - window // 2 + window)) for i in range(len(values))]
+    return [(sums[high] - sums[low]) / (high - low) for low, high in bounds]
 
 
-def draw_gain(rows: Sequence[Row], gains: Mapping[str, float], looks: Mapping[str, Look], key: str = "gain") -> Drawing:
-    """Differences from the base over the gain of the update, one facet below the other."""
-    facets = list(dict.fromkeys(row.facet for row in rows))
-    named = [arm for arm in dict.fromkeys(row.arm for row in rows) if looks[arm].colour != MUTED]
-    with _canvas(len(facets), 1, 0.5 + 0.16 * math.ceil(len(named) / 3) + 1.2 * len(facets), sharex=True) as (figure, grid):
-        for axes, facet in zip(grid, facets, strict=True):
-            axes.axhline(0, color=INK, linewidth=0.9)
-            for row in (row for row in rows if row.facet == facet):
-                look = looks[row.arm]
-                if row.low is not None and row.high is not None:
-                    axes.plot([gains[row.arm]] * 2, [row.low, row.high], color=look.colour, linewidth=0.9, alpha=0.7)
-                axes.plot(gains[row.arm], row.mean, look.marker, color=look.colour, markersize=5 if look.colour != MUTED else 4)
-            axes.set_title(facet)
-            axes.set_ylabel("points from base")
-            axes.set_xscale("log")
-            axes.minorticks_off()
-        values = sorted(gains[row.arm] for row in rows)
-        ticks = _log_ticks(values[0] / 1.2, values[-1] * 1.2)
-        grid[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        grid[-1].set_xlabel("gain of the update: lr × alpha / rank × √rank")
-        _add_legend(figure, named, looks, line=False)
-        return _finish(figure, key)
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """At most `NUM_CURVE_POINTS` points, evenly spaced, first and last among them."""
+    count = min(len(x), NUM_CURVE_POINTS)
+    places = [round(i * (len(x) - 1) / max(1, count - 1)) for i in range(count)]
+    return tuple(x[i] for i in places), tuple(y[i] for i in places)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """At most four round ticks between `low` and `high`."""
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [step * 10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 4:
-            break
-    return [float(f"{tick:.6g}") for tick in ticks]
-
-
-def _add_legend(figure: "Canvas", arms: Sequence[str], looks: Mapping[str, Look], line: bool = True) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=looks[arm].colour, linestyle=looks[arm].dash if line else "", marker=looks[arm].marker, markersize=4, label=arm) for arm in arms
+def _probes_of(facts: Facts, **wanted: Any) -> list[dict[str, Any]]:
+    return [
+        record
+        for record in facts.probes
+        if all(record.get(key) == value for key, value in wanted.items()) and record["arm"] in facts.settings
     ]
-    if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncol=3, columnspacing=1.2, handletextpad=0.5, borderaxespad=0.1)
 
 
-class _canvas:
-    """A figure of the report's style and its axes, closed on leaving."""
+def _epochs_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    records = _probes_of(facts, band=ALL, conditional=True)
+    if not records:
+        return None
+    names = {"heldout": "held-out pictures", "train": "training pictures"}
+    lines, table = [], []
+    for arm in facts.detailed:
+        for split, facet in names.items():
+            points = [(0.0, 0.0, 0.0, 0.0)]
+            points += [
+                (r["epoch"], r["difference"], r["difference_low"], r["difference_high"])
+                for r in records
+                if r["arm"] == arm and r["split"] == split
+            ]
+            if len(points) > 1:
+                x, y, low, high = (tuple(values) for values in zip(*points, strict=True))
+                lines.append(Line(facet, arm, x, y, low, high))
+            table += [
+                row(Cell(arm), Cell(facet), cell(p[0], "g"), cell(p[1], "+.4f"), cell(p[2], "+.4f"), cell(p[3], "+.4f")) for p in points[1:]
+            ]
+    if not lines:
+        return None
+    columns = (
+        Column("arm", False),
+        Column("pictures", False),
+        Column("epoch"),
+        Column("difference"),
+        Column("95 % low"),
+        Column("95 % high"),
+    )
+    return Figure(
+        key="probe-epochs",
+        title="What was learned, and what was only memorised",
+        description=(
+            "Denoising loss at fixed pictures, noise and timesteps, minus the base's; the band is the 95 % interval over "
+            "pictures. Below 0 on held-out "
+            "pictures, the style was learned; where training pictures go on falling and held-out ones turn up, the arm memorises."
+        ),
+        alt="Line plot of the loss difference from the base over epochs, held-out and training pictures.",
+        drawing=draw_lines(
+            lines, looks, "epoch", dict.fromkeys(names.values(), "loss minus base"), "probe-epochs", zero=tuple(names.values())
+        ),
+        table=Table("Denoising loss minus the base's, all timesteps, with caption", columns, tuple(table)),
+    )
 
-    def __init__(self, rows: int, columns: int, height_in: float, ratios: Sequence[float] | None = None, **options: Any) -> None:
-        self.rows, self.columns, self.height_in, self.ratios, self.options = rows, columns, height_in, ratios, options
 
-    def __enter__(self) -> "tuple[Canvas, list[Axes]]":
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+def _bands_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    groups: dict[str, list[Row]] = {}
+    table = []
+    for conditional, facet in ((True, "with caption"), (False, "without caption")):
+        records = _probes_of(facts, split="heldout", conditional=conditional)
+        for arm in facts.detailed:
+            own = [record for record in records if record["arm"] == arm]
+            last = max((record["step"] for record in own), default=None)
+            for record in own:
+                if record["step"] == last:
+                    values = [record["difference"], record["difference_low"], record["difference_high"]]
+                    table.append(
+                        row(
+                            Cell(arm),
+                            Cell(facet),
+                            Cell(record["band"]),
+                            cell(record["loss"], ".4f"),
+                            *(cell(value, "+.4f") for value in values),
+                        )
+                    )
+                    if record["band"] != ALL:
+                        groups.setdefault(facet, []).append(Row(record["band"], arm, *values))
+    if not groups:
+        return None
+    columns = (
+        Column("arm", False),
+        Column("caption", False),
+        Column("timesteps", False),
+        Column("loss"),
+        Column("minus base"),
+        Column("95 % low"),
+        Column("95 % high"),
+    )
+    return Figure(
+        key="probe-bands",
+        title="Held-out loss by timestep",
+        description=(
+            "After the last epoch, minus the base's, with 95 % intervals over pictures. Early timesteps (0-250) hold fine "
+            "detail, late ones (750-1000) layout. "
+            "An arm that is better with captions and worse without has lost its unconditional branch, which guidance then amplifies."
+        ),
+        alt="Dot plot of the held-out loss difference from the base in four timestep bands, with and without caption.",
+        drawing=draw_bands(groups, looks, "timestep", "loss minus base", "probe-bands"),
+        table=Table("Held-out denoising loss by timestep band after the last epoch", columns, tuple(table)),
+    )
 
-        self.context = matplotlib.rc_context(_STYLE)
-        self.context.__enter__()
-        figure = Figure(figsize=(WIDTH_IN, self.height_in))
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(self.rows, self.columns, squeeze=False, height_ratios=self.ratios, **self.options)
-        return figure, list(grid.flat)
 
-    def __exit__(self, *exception: Any) -> None:
-        self.context.__exit__(*exception)
-
-
-def _finish(figure: "Canvas", key: str) -> Drawing:
-    """Render to SVG and PNG, without dates, and hand ink and ids over to the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue().decode()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    file_svg, page_svg = svg, svg[svg.index("<svg") :]
-    for stand_in, colour in _PLAIN_COLOURS.items():
-        file_svg = file_svg.replace(stand_in, colour)
-    for stand_in, colour in _PAGE_COLOURS.items():
-        page_svg = page_svg.replace(stand_in, colour)
-    page_svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", page_svg, flags=re.DOTALL)
-    page_svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", page_svg, flags=re.DOTALL)
-    page_svg = re.sub(r'\bid="', f'id="{key}-', page_svg)
-    page_svg = page_svg.replace('xlink:href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
-    page_svg = re.sub(r"font: ([0-9.]+px|bold [0-9.]+px|[^;'\"]*?px) [^;\"]*", r"font: \1 var(--sans)", page_svg)
-    view = re.search(r'viewBox="[^"]*"', page_svg)
-    head = f'<svg class="plot" {view.group(0) if view else ""} aria-hidden="true" focusable="false">'
-    page_svg = head + page_svg[page_svg.index(">") + 1 :]
-    return Drawing(re.sub(r"\n\s*", "\n", page_svg), file_svg.encode(), buffer.getvalue())
+def _cost_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    arms = [arm for arm in facts.arms if "file_bytes" in facts.training[arm]]
+    if not arms:
+        return None
+    shown = _rows_shown(facts, arms)
+    measures = {"run time, s": ("run_time_s", 1.0), "memory, GB": ("peak_memory_bytes", 1e-9), "file, MB": ("file_bytes", 1e-6)}
+    costs = {name: {arm: facts.training[arm][key] * factor for arm in shown} for name, (key, factor) in measures.items()}
+    keys = {"run time, s": ("run_time_s", 1.0), "memory, GB": ("memory", 1e-9), "file, MB": ("file", 1e-6)}
+    reference = {name: {arm: values[key] * factor for arm, values in REFERENCE.items()} for name, (key, factor) in keys.items()}
+    columns = (
+        Column("arm", False),
+        Column("run time"),
+        Column("peak memory"),
+        Column("kind", False),
+        Column("file"),
+        Column("parameters"),
+        Column("trained with", False),
+    )
+    table = []
+    for arm in arms:
+        own = facts.training[arm]
+        group = ", ".join(other for other in own.get("group", ()) if other != arm) or "alone"
+        sizes = [
+            Cell(f"{own['run_time_s']:,.0f} s", own["run_time_s"]),
+            Cell(f"{own['peak_memory_bytes'] / 1e9:.2f} GB", own["peak_memory_bytes"]),
+        ]
+        kind = {"rss": "whole process", "cuda": "GPU, allocated"}.get(own["peak_memory_kind"], own["peak_memory_kind"])
+        table.append(
+            row(
+                Cell(arm),
+                *sizes,
+                Cell(kind),
+                Cell(f"{own['file_bytes'] / 1e6:.1f} MB", own["file_bytes"]),
+                cell(own["parameters"], ",d"),
+                Cell(group),
+            )
+        )
+    for arm, values in REFERENCE.items():
+        numbers = [Cell(f"{values['run_time_s']:,.0f} s", values["run_time_s"]), Cell(f"{values['memory'] / 1e9:.1f} GB", values["memory"])]
+        table.append(
+            row(Cell(arm), *numbers, Cell("GPU"), Cell(f"{values['file'] / 1e6:.0f} MB", values["file"]), cell(None), Cell("alone"))
+        )
+    stacked = any(len(facts.training[arm].get("group", ())) > 1 for arm in arms)
+    note = " Arms trained together in one pass share its time and memory." if stacked else ""
+    return Figure(
+        key="cost",
+        title="Run time, peak memory and file size",
+        description=(
+            f"Each scale is logarithmic.{note} The hollow marks are the reference study's, on another base and machine: their "
+            "distance between ranks can be "
+            "compared, their height cannot."
+        ),
+        alt="Three dot plots: "
+        + "; ".join(
+            f"{name} " + ", ".join(f"{arm} {value:.3g}" for arm, value in list(values.items())[:MAX_LINES])
+            for name, values in costs.items()
+        )
+        + ".",
+        drawing=draw_costs(costs, reference, looks),
+        table=Table("Cost of each arm", columns, tuple(table)),
+        reference="Figure 1 of the reference study.",
+    )

@@ -33,7 +33,9 @@ class Draws:
     dropped: torch.Tensor  # bool [B]: captions replaced by the empty one
 
 
-def draw(seed: int, positions: range, num_examples: int, latent_shape: tuple[int, ...], num_timesteps: int, caption_dropout: float) -> Draws:
+def draw(
+    seed: int, positions: range, num_examples: int, latent_shape: tuple[int, ...], num_timesteps: int, caption_dropout: float
+) -> Draws:
     """All randomness of the training positions `positions` under `seed`."""
     orders = {epoch: epoch_order(seed, epoch, num_examples) for epoch in {position // num_examples for position in positions}}
     rows = []

@@ -54,7 +54,9 @@ def initial_noise(job: Job, latent_shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def denoise(base: Base, noise: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, num_slices: int, section: SampleSection) -> torch.Tensor:
+def denoise(
+    base: Base, noise: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, num_slices: int, section: SampleSection
+) -> torch.Tensor:
     """Latents float32 [S * G, c, h, w] of G jobs under each of S slices of the attached bank.
 
     `noise` is [G, c, h, w], `text` [G, tokens, width], `empty` [1, tokens, width]. Classifier-free guidance (Ho & Salimans
@@ -85,12 +87,15 @@ def draw_pictures(
 
     Raises `RunError` where latents are not finite.
     """
-    bank.select([item for item in slices])
+    bank.select(slices)
     noise = torch.stack([initial_noise(job, latent_shape) for job in jobs])
     text = base.encode_text(["", *[job.prompt.text for job in jobs]])
     latents = denoise(base, noise, text[1:], text[:1], len(slices), section)
     if not latents.isfinite().all():
-        raise RunError("sampling gave latents that are not finite: the adapter or base has broken weights; lower arms.lr or set train.precision = \"fp32\"")
+        raise RunError(
+            "sampling gave latents that are not finite: the adapter or base has broken weights; "
+            'lower arms.lr or set train.precision = "fp32"'
+        )
     pixels = torch.cat([base.decode_latents(chunk) for chunk in latents.split(16)])
     return pixels.unflatten(0, (len(slices), -1)), latents.unflatten(0, (len(slices), -1))
 

@@ -39,12 +39,12 @@ MIN_PROMPTS = 6
 RULE = (
     "An arm qualifies if it learned the style: after its last epoch its held-out denoising loss is below the base's, with the whole "
     "95 % interval of the paired difference below 0. Of the qualifying arms the one with the highest mean CLIP similarity over all "
-    "prompts is kept; but where the 95 % interval of its paired difference to a qualifying arm of lower rank includes 0, the lower rank "
-    "is kept, since it shows the same fidelity to the prompts with a smaller file. If no arm qualifies, nothing is kept but the base."
+    "prompts is kept; but where the 95 % interval of its paired difference to a qualifying arm of lower rank includes 0, the lowest such "
+    "rank is kept: no difference in prompt fidelity was shown, and its file is smaller. If no arm qualifies, only the base is kept."
 )
 RULE_WITHOUT_STYLE = (
     "Held-out loss was not measured, so the rule rests on CLIP similarity alone: of all arms the one with the highest mean over all "
-    "prompts is kept; but where the 95 % interval of its paired difference to an arm of lower rank includes 0, the lower rank is kept."
+    "prompts is kept; but where the 95 % interval of its paired difference to an arm of lower rank includes 0, that rank is kept."
 )
 
 _CATEGORIES = ("normal", "abstract")

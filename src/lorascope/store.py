@@ -8,22 +8,26 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from lorascope.errors import StorageError
 
+_PARTIAL = ".partial"
+_OTHER_FOLDER = "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
-    errno.EROFS: "the file system is read-only: choose another folder with --run-dir",
-    errno.EACCES: "permission denied: choose a folder you may write with --run-dir",
-    errno.EPERM: "permission denied: choose a folder you may write with --run-dir",
-    errno.ENOTDIR: "a part of this path is a file: choose another folder with --run-dir",
-    errno.EEXIST: "a file stands where a folder is needed: choose another folder with --run-dir",
+    errno.EROFS: f"the file system is read-only: {_OTHER_FOLDER}",
+    errno.EACCES: f"permission denied: {_OTHER_FOLDER}",
+    errno.EPERM: f"permission denied: {_OTHER_FOLDER}",
+    errno.ENOTDIR: f"a part of this path is a file: {_OTHER_FOLDER}",
+    errno.EEXIST: f"a file stands where a folder is needed: {_OTHER_FOLDER}",
+    errno.EISDIR: f"a folder stands where a file is needed: {_OTHER_FOLDER}",
 }
 
 
@@ -33,39 +37,46 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REMEDIES.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
-        raise StorageError(f"{path}: cannot be written: {reason}") from error
+        raise _storage_error(path, error.errno, str(error)) from error
+    except Exception as error:
+        # Writers in Rust, such as safetensors, raise errors of their own that only name the system's number.
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise _storage_error(path, int(number[1]), str(error)) from error
+
+
+def _storage_error(path: Path, number: int | None, message: str) -> StorageError:
+    reason = _REMEDIES.get(number, os.strerror(number)) if number else message
+    return StorageError(f"{path}: cannot be written: {reason}")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
+
+    Raises `StorageError` where the disk is full or the place cannot be written; `path` then keeps what it held.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".partial{path.suffix}", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
+        partial = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")  # writers go by the suffix
         try:
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode  # as the user's umask has it; some writers put a private file in its place
             yield partial
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.chmod(0o666 & ~_umask())
+            partial.chmod(mode)
             partial.replace(path)
             _sync_directory(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # some network file systems cannot; the file itself is on disk
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -94,6 +105,8 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: not there: run the stage that writes it first") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
 def digest_bytes(*parts: bytes) -> str:
@@ -106,8 +119,8 @@ def digest_bytes(*parts: bytes) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of `value` as canonical JSON: equal values give equal digests whatever the order of their keys."""
-    return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    """SHA-256 of `value` as canonical JSON: the order of keys is of no account, that of lists is; 1 and 1.0 differ."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def digest_file(path: Path) -> str:
@@ -130,20 +143,35 @@ class JsonLines:
         self._file: IO[bytes] | None = None
 
     def rewind(self, length_bytes: int) -> None:
-        """Drop everything after the first `length_bytes` bytes: records of steps that will be done again."""
+        """Drop everything after the first `length_bytes` bytes: records of steps that will be done again.
+
+        Raises `StorageError` if there are fewer: the records of steps that will not be done again are lost.
+        """
         self.close()
-        if self.path.exists():
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found < length_bytes:
+            raise StorageError(
+                f"{self.path}: has {found} bytes, but {length_bytes} were written before the checkpoint: start again in an empty run folder"
+            )
+        if found > length_bytes:
             with storage_errors(self.path):
                 os.truncate(self.path, length_bytes)
 
     def append(self, record: dict[str, Any]) -> None:
         """Append one record; it reaches the disk at the next `sync`."""
-        if self._file is None:
-            with storage_errors(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab")
         with storage_errors(self.path):
+            if self._file is None:
+                self._file = self._open()
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+    def _open(self) -> IO[bytes]:
+        """Open for appending, after the last complete line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(self.path, content.rfind(b"\n") + 1)
+        return self.path.open("ab")
 
     def sync(self) -> int:
         """Flush to disk and return the length in bytes, to be stored in a checkpoint for `rewind`."""
@@ -156,20 +184,23 @@ class JsonLines:
 
     def close(self) -> None:
         """Flush and close; a later `append` opens the file again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with storage_errors(self.path):
+                file.close()
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete records; a last line cut short by a crash is left out."""
+        """All complete records; a last line cut short by a crash is left out, damage elsewhere is a `StorageError`."""
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_bytes().split(b"\n"):
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 records.append(json.loads(line))
-            except ValueError:
-                continue
+            except ValueError as error:
+                raise StorageError(
+                    f"{self.path}: line {number} is damaged ({error}): delete that line, or run again in an empty folder"
+                ) from error
         return records
 
 
@@ -195,10 +226,7 @@ class RunDir:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""
-        if not self.manifest_json.exists():
-            return {"stages": {}}
-        manifest: dict[str, Any] = read_json(self.manifest_json)
-        return manifest
+        return {"stages": {}, **(read_json(self.manifest_json) if self.manifest_json.exists() else {})}
 
     def is_finished(self, stage: str, inputs: str) -> bool:
         """Whether `stage` ended with the inputs of this digest."""
@@ -217,18 +245,21 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; raise `StorageError` if another process holds it."""
+        """Hold the folder for this process; raise `StorageError` if another process holds it.
+
+        The system lets go of it when the process ends, however it ends. What a killed process left half written is removed.
+        """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise StorageError(
-                f"{self.path}: another lorascope process is working in this run folder: wait for it, or choose another with --run-dir"
-            ) from error
-        try:
+        with file:
+            with storage_errors(self.path):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise StorageError(
+                        f"{self.path}: another lorascope process is working in this run folder: wait for it, or name another with --run-dir"
+                    ) from error
+            for partial in self.path.rglob(f".*{_PARTIAL}*"):
+                partial.unlink(missing_ok=True)
             yield
-        finally:
-            file.close()

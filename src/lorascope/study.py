@@ -1,4 +1,4 @@
-"""A study: its plan, and its stages run in order in a run folder.
+"""A study: its stages run in order in a run folder.
 
 Every stage can be called alone and again; what is finished for the same inputs is skipped.
 """
@@ -15,24 +15,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
+from diffusers import UNet2DConditionModel
 
 from lorascope import __version__
 from lorascope.adapter import AdapterBank, Slice, Target, count_parameters, load_peft, merge, resolve_targets, save_peft
-from lorascope.base import Base, choose_device, load_base, load_tokenizer, resolve_model
+from lorascope.base import Base, choose_device, load_base, load_tokenizer
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, size, track
 from lorascope.data import Dataset, Prompt, load_dataset, load_prompts, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.features import load_encoder
+from lorascope.features import check_encoder, load_encoder
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.score import Generated, score_run
@@ -41,8 +39,6 @@ from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
-_TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
-_EFFICIENCY = 0.25  # share of a matrix product's speed that U-Nets reach, for the rough estimate of a dry run
 
 
 class Study:
@@ -53,7 +49,6 @@ class Study:
         self.run_dir = RunDir(run_dir)
         self.cache_dir = cache_dir or default_cache_dir()
         self.device = choose_device(config.device)
-        self.warnings: list[str] = []
 
     @classmethod
     def open(cls, run_dir: Path, cache_dir: Path | None = None) -> "Study":
@@ -69,6 +64,7 @@ class Study:
         and kept by then.
         """
         with self.working(command):
+            self.check_inputs()
             self.prepare_data()
             self.encode()
             self.train()
@@ -78,6 +74,12 @@ class Study:
             report = self.report()
         self.raise_faults()
         return report
+
+    def check_inputs(self) -> None:
+        """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
+        log.debug("prompts  %d", len(self.prompts))
+        check_encoder(self.config.score)
+        log.debug("targets  %d modules", len(self.targets))
 
     @contextmanager
     def working(self, command: str) -> Iterator[None]:
@@ -121,7 +123,13 @@ class Study:
         """The frozen base, loaded at first use."""
         base = load_base(self.config.base, self.device, self.config.train.precision)
         shown = base.describe()
-        log.info("base     %s: U-Net %.1f M parameters, %s, %s", self.config.base.model, shown["parameters"]["unet"] / 1e6, shown["dtype"], shown["prediction_type"])
+        log.info(
+            "base     %s: U-Net %.1f M parameters, %s, %s",
+            self.config.base.model,
+            shown["parameters"]["unet"] / 1e6,
+            shown["dtype"],
+            shown["prediction_type"],
+        )
         targets = resolve_targets(base.unet, self.config.adapter.targets)
         self.run_dir.describe(
             base={**shown, "model": self.config.base.model},
@@ -211,7 +219,9 @@ class Study:
             note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
 
     def _train_inputs(self) -> str:
-        return digest_json([self.config.digest("train", "arms", "adapter"), self.dataset.summary["fingerprint"], self.base.digest, str(self.device)])
+        return digest_json(
+            [self.config.digest("train", "arms", "adapter"), self.dataset.summary["fingerprint"], self.base.digest, str(self.device)]
+        )
 
     def _train_group(self, arms: Sequence[Arm], train: Encoded, heldout: Encoded, inputs: str) -> None:
         section, run_dir = self.config.train, self.run_dir
@@ -224,12 +234,11 @@ class Study:
         bank = AdapterBank(self.base.unet, self.targets, arms).attach()
         trainer = Trainer(self.base, bank, train, section)
         metrics = JsonLines(run_dir.metrics_jsonl)
-        log.info(
-            "train    %s: %d modules, %s; %d steps of %d pictures%s",
-            " + ".join(arm.name for arm in arms), len(self.targets),
-            ", ".join(f"{arm.name} {count_parameters(self.targets, arm.rank):,} parameters ({size(4 * count_parameters(self.targets, arm.rank))})" for arm in arms),
-            trainer.num_steps, section.batch_size, " each, in one pass" if len(arms) > 1 else "",
-        )  # fmt: skip
+        sizes = {arm.name: count_parameters(self.targets, arm.rank) for arm in arms}
+        shown = ", ".join(f"{name} {count:,} parameters ({size(4 * count)})" for name, count in sizes.items())
+        together = " each, in one pass" if len(arms) > 1 else ""
+        log.info("train    %d modules: %s", len(self.targets), shown)
+        log.info("train    %d steps of %d pictures%s", trainer.num_steps, section.batch_size, together)
         try:
             if checkpoint.exists():
                 facts = trainer.load_checkpoint(checkpoint, group_inputs)
@@ -238,7 +247,9 @@ class Study:
                 log.info("train    going on from step %d", trainer.step)
             else:
                 failures, last_epoch = {}, {arm.name: [] for arm in arms}
-                trainer.save_checkpoint(checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": {}, "last_epoch": last_epoch})
+                trainer.save_checkpoint(
+                    checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": {}, "last_epoch": last_epoch}
+                )
             probe = _Probe(self.base, bank, train.first(section.num_probe), heldout.first(section.num_probe), metrics)
             if trainer.step == 0 and arms[0] == self.config.expand_arms()[0]:
                 probe.record_base()
@@ -254,7 +265,9 @@ class Study:
                         bank.select_all()
                     at_end = record.step == trainer.num_steps
                     if interrupted() or (record.step % section.checkpoint_every_steps == 0 and not at_end):
-                        trainer.save_checkpoint(checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": failures, "last_epoch": last_epoch})
+                        trainer.save_checkpoint(
+                            checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": failures, "last_epoch": last_epoch}
+                        )
                     task.advance(1, "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(arms, record.losses, strict=True)))
                     if interrupted():
                         log.info("train    stopped after step %d; the same command goes on from here", record.step)
@@ -276,11 +289,21 @@ class Study:
                     log.warning("train    %s failed: %s; the other arms go on", arm.name, failures[arm.name])
                 continue
             metrics.append(
-                {"kind": "train", "step": record.step, "epoch": round(record.epoch, 6), "arm": arm.name, "loss": loss, "grad_norm": norm, "lr": lr}
+                {
+                    "kind": "train",
+                    "step": record.step,
+                    "epoch": round(record.epoch, 6),
+                    "arm": arm.name,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr": lr,
+                }
             )
         require_any_active(record, [arm.name for arm in arms])
 
-    def _write_adapter(self, bank: AdapterBank, index: int, arms: Sequence[Arm], trainer: Trainer, failure: str | None, losses: list[float]) -> None:
+    def _write_adapter(
+        self, bank: AdapterBank, index: int, arms: Sequence[Arm], trainer: Trainer, failure: str | None, losses: list[float]
+    ) -> None:
         arm, section = bank.arms[index], self.config.train
         folder = self.run_dir.adapters_dir / arm.name
         memory, memory_kind = peak_memory(self.device)
@@ -352,7 +375,13 @@ class Study:
                 note(pictures=len(jobs) * len(models))
         finally:
             bank.detach()
-        log.info("sample   %d pictures: %d prompts x %d seeds x (base + %d arms)", len(jobs) * len(models), len(self.prompts), len(section.seeds), len(arms))
+        log.info(
+            "sample   %d pictures: %d prompts x %d seeds x (base + %d arms)",
+            len(jobs) * len(models),
+            len(self.prompts),
+            len(section.seeds),
+            len(arms),
+        )
 
     def _image_path(self, arm: str, job: Job) -> Path:
         return self.run_dir.images_dir / arm / job.file_name
@@ -409,7 +438,9 @@ class Study:
             raise ConfigError(f"{folder}: exists and is not empty: name a new folder")
         unet = self.merged_unet(self.load_bank([arms[arm_name]]), 0).float()
         with storage_errors(folder):
-            pipeline = StableDiffusionPipeline.from_pretrained(self.base.folder, unet=unet, safety_checker=None, requires_safety_checker=False)
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                self.base.folder, unet=unet, safety_checker=None, requires_safety_checker=False
+            )
             partial = folder.with_name(folder.name + ".partial")
             pipeline.save_pretrained(partial, safe_serialization=True)
             partial.replace(folder)
@@ -504,70 +535,9 @@ class _Probe:
     def _append(self, arm: str, step: int, epoch: int, key: tuple[str, bool], losses: torch.Tensor) -> None:
         split, conditional = key
         for record in probe_records(losses, self.base_losses[key], len(self.base.alphas_cumprod)):
-            self.metrics.append({"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record})
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study would do, without doing it."""
-
-    arms: list[dict[str, Any]]
-    num_train: int | None  # known only for sources at hand
-    steps: int | None
-    pictures: int
-    estimated_s: float | None
-    estimated_bytes: int
-    modules: int | None
-
-
-def plan_study(config: StudyConfig) -> Plan:
-    """The plan behind `--dry-run`. Loads no weights; time is a rough estimate from counted FLOPs and a timed matrix product."""
-    arms = config.expand_arms()
-    num_pictures = len(load_prompts(config.sample.prompts, config.sample.num_prompts)) * len(config.sample.seeds) * (len(arms) + 1)
-    num_train = config.data.num_train
-    steps = count_steps(config.train, num_train) if num_train else None
-    counted = _count_flops(config)
-    seconds, modules, targets = None, None, []
-    if counted is not None:
-        flops, targets = counted
-        modules = len(targets)
-        if steps is not None:
-            rate = _matmul_flops_per_s(choose_device(config.device)) * _EFFICIENCY
-            training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * config.train.batch_size * len(arms)
-            sampling = flops * config.sample.steps * (1 if config.sample.guidance == 1 else 2) * num_pictures
-            seconds = (training + sampling) / rate
-    shown = [{**arm.model_dump(), "scale": arm.scale, "parameters": count_parameters(targets, arm.rank) if targets else None} for arm in arms]
-    adapter_bytes = sum(4 * item["parameters"] for item in shown if item["parameters"])
-    picture_bytes = num_pictures * 2 * config.data.resolution_px**2
-    latents_bytes = (num_train or 0) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
-    return Plan(shown, num_train, steps, num_pictures, seconds, 4 * adapter_bytes + picture_bytes + latents_bytes, modules)
-
-
-def _count_flops(config: StudyConfig) -> tuple[int, list[Target]] | None:
-    """FLOPs of one U-Net forward pass and the adapted layers, from the configuration alone; None if it is not at hand."""
-    if config.base.model.count("/") == 1 and not Path(config.base.model).exists():
-        return None  # a hub id: nothing is downloaded for a plan
-    folder = resolve_model(config.base.model, config.base.revision, "base", [])
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-        vae = AutoencoderKL.load_config(folder / "vae")
-        side = config.data.resolution_px // 2 ** (len(vae["block_out_channels"]) - 1)
-        sample = torch.empty(1, unet.config.in_channels, side, side)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(sample, torch.zeros((), dtype=torch.long), torch.empty(1, 77, unet.config.cross_attention_dim))
-    return counter.get_total_flops(), resolve_targets(unet, config.adapter.targets)
-
-
-def _matmul_flops_per_s(device: torch.device) -> float:
-    side = 1024 if device.type == "cpu" else 8192
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    rates = []
-    for _ in range(4):
-        started = time.perf_counter()
-        (matrix @ matrix).sum().item()
-        rates.append(2 * side**3 / (time.perf_counter() - started))
-    return float(np.median(rates[1:]))
+            self.metrics.append(
+                {"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record}
+            )
 
 
 def _with_unet(base: Base, unet: UNet2DConditionModel) -> Base:

@@ -234,5 +234,6 @@ def require_any_active(record: StepRecord, names: Sequence[str]) -> None:
     """Raise `RunError` when no arm of the group is left."""
     if all(record.failed):
         raise RunError(
-            f"step {record.step}: loss or gradient of every arm ({', '.join(names)}) is not finite: lower arms.lr, or set train.precision = \"fp32\""
+            f"step {record.step}: loss or gradient of every arm ({', '.join(names)}) is not finite: "
+            'lower arms.lr, or set train.precision = "fp32"'
         )

@@ -1,0 +1,126 @@
+"""What a study would do, from its configuration alone: arms, steps, pictures, rough time and disk."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorascope.adapter import Target, count_parameters, resolve_targets
+from lorascope.base import choose_device, resolve_model
+from lorascope.config import StudyConfig
+from lorascope.console import duration, size
+from lorascope.data import load_prompts
+from lorascope.train import count_steps
+
+_TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
+_EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a study; what is not known before base or data are at hand is None."""
+
+    name: str
+    base: str
+    arms: list[dict[str, Any]]  # every choice of each arm, with its scale and number of parameters
+    modules: int | None
+    num_train: int | None
+    epochs: int
+    batch_size: int
+    steps: int | None
+    stacked_arms: int
+    pictures: int
+    denoising_steps: int
+    guidance: float
+    estimated_s: float | None
+    estimated_bytes: int
+
+    def as_text(self) -> str:
+        """The plan for people, several lines."""
+        modules = f"{self.modules} adapted layers" if self.modules else "layers known once the base is loaded"
+        lines = [f"study {self.name}: {len(self.arms)} arms on {self.base}, {modules}"]
+        for arm in self.arms:
+            count = arm["parameters"]
+            parameters = f"{count:,} parameters, {size(4 * count)}" if count else ""
+            choices = f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr {arm['lr']:<8g} seed {arm['seed']}"
+            lines.append(f"  {arm['name']:<16} {choices}  {parameters}".rstrip())
+        shown = f"{self.num_train:,} pictures" if self.num_train else "all pictures of the source"
+        steps = f"{self.steps:,} steps" if self.steps else "steps known once the data is read"
+        lines.append(f"training   {shown} x {self.epochs} epochs, batch {self.batch_size}: {steps}, {self.stacked_arms} arms in one pass")
+        lines.append(f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}")
+        known = self.estimated_s is not None
+        lines.append(
+            f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once base and data are at hand'}"
+        )
+        lines.append(f"disk       about {size(self.estimated_bytes)}")
+        return "\n".join(lines)
+
+
+def plan_study(config: StudyConfig) -> Plan:
+    """The plan behind `--dry-run`: loads no weights, downloads nothing.
+
+    Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product.
+    """
+    arms, train, sample = config.expand_arms(), config.train, config.sample
+    num_pictures = len(load_prompts(sample.prompts, sample.num_prompts)) * len(sample.seeds) * (len(arms) + 1)
+    num_train = config.data.num_train
+    steps = count_steps(train, num_train) if num_train else None
+    flops, targets = _count_flops(config)
+    seconds = None
+    if flops and steps:
+        device = choose_device(config.device)
+        training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * len(arms)
+        sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * num_pictures
+        seconds = (training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
+    counts = [count_parameters(targets, arm.rank) for arm in arms]
+    latent_bytes = (num_train or 0) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
+    picture_bytes = num_pictures * 2 * config.data.resolution_px**2
+    checkpoint_bytes = 3 * 4 * max(counts) * min(len(arms), train.max_stacked_arms)
+    return Plan(
+        name=config.name,
+        base=config.base.model,
+        arms=[{**arm.model_dump(), "scale": arm.scale, "parameters": count or None} for arm, count in zip(arms, counts, strict=True)],
+        modules=len(targets) or None,
+        num_train=num_train,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        steps=steps,
+        stacked_arms=min(len(arms), train.max_stacked_arms),
+        pictures=num_pictures,
+        denoising_steps=sample.steps,
+        guidance=sample.guidance,
+        estimated_s=seconds,
+        estimated_bytes=4 * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,
+    )
+
+
+def _count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
+    """FLOPs of one U-Net forward pass and the adapted layers; nothing of either for a hub id, whose files are not fetched."""
+    if config.base.model.count("/") == 1 and not Path(config.base.model).exists():
+        return 0, []
+    folder = resolve_model(config.base.model, config.base.revision, "base", [])
+    vae = AutoencoderKL.load_config(folder / "vae")
+    side = config.data.resolution_px // 2 ** (len(vae["block_out_channels"]) - 1)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        sample, text = torch.empty(1, unet.config.in_channels, side, side), torch.empty(1, 77, unet.config.cross_attention_dim)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(sample, torch.zeros((), dtype=torch.long), text)
+    return counter.get_total_flops(), resolve_targets(unet, config.adapter.targets)
+
+
+def _matmul_flops_per_s(device: torch.device) -> float:
+    """Speed of a large matrix product, median of three, in the precision of training."""
+    side, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    rates = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        rates.append(2 * side**3 / (time.perf_counter() - started))
+    return float(np.median(rates[1:]))

@@ -1,0 +1,124 @@
+"""ARCHITECTURE.md holds: the order of imports, what stays free of torch, and the habits a machine can check."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lorascope.errors
+from lorascope.errors import LorascopeError
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "lorascope"
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
+ENTRY_POINTS = ("__init__", "__main__")
+
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}
+TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
+MODULES = [name for name in SOURCES if name not in ENTRY_POINTS]
+# The table of ARCHITECTURE.md: module and what it says about torch, in the order of the flow.
+TABLE = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE)
+ORDER = [name for name, _ in TABLE]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The full names of all modules imported anywhere in a tree, inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def own_modules(tree: ast.AST) -> set[str]:
+    """The modules of this package that a tree imports."""
+    return {parts[1] for name in imported(tree) if (parts := name.split("."))[0] == "lorascope" and len(parts) > 1 and parts[1] in SOURCES}
+
+
+def public(tree: ast.Module) -> list[ast.FunctionDef | ast.ClassDef]:
+    """Public functions and classes."""
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_table_lists_every_module_once() -> None:
+    assert len(ORDER) == len(set(ORDER)) > 10
+    assert set(MODULES) <= set(ORDER)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    before = {*ORDER[: ORDER.index(module)], "__init__"}
+    assert own_modules(TREES[module]) - before == set()
+
+
+@pytest.mark.parametrize("module", [name for name, torch in TABLE if torch.strip() == "no" and name in MODULES])
+def test_a_module_without_torch_stays_so_in_all_it_imports(module: str) -> None:
+    result = python(f"import lorascope.{module}, sys; print(*[name for name in {HEAVY} if name in sys.modules])")
+    assert result.stderr == ""
+    assert result.stdout.split() == []
+
+
+def test_the_help_is_quick_and_imports_no_torch() -> None:
+    code = f"""
+import sys
+from lorascope.cli import main
+code = main(["--help"])
+loaded = [name for name in {HEAVY} if name in sys.modules]
+print(loaded, code, file=sys.stderr)
+"""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = python(code)
+        seconds.append(time.perf_counter() - started)
+        assert result.stderr.splitlines()[-1] == "[] 0"
+        assert "study" in result.stdout
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_module_has_a_name_that_says_nothing(path: Path) -> None:
+    assert not {path.stem, *path.parent.relative_to(PACKAGE).parts} & {"utils", "util", "helpers", "common", "misc", "core", "shared"}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_everything_public_has_a_docstring(module: str) -> None:
+    assert ast.get_docstring(TREES[module])
+    assert [node.name for node in public(TREES[module]) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_lines_fit_the_page(module: str) -> None:
+    assert [number for number, line in enumerate(SOURCES[module].splitlines(), 1) if len(line) > 140] == []
+
+
+def errors_raised(tree: ast.AST) -> set[str]:
+    """The names of our user errors that a tree raises."""
+    ours = {name for name, value in vars(lorascope.errors).items() if isinstance(value, type) and issubclass(value, LorascopeError)}
+    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return {call.func.id for call in calls if isinstance(call.func, ast.Name)} & ours
+
+
+# The command line turns errors into exit codes, which its tests look at instead.
+RAISED = [(module, error) for module in MODULES if module != "cli" for error in sorted(errors_raised(TREES[module]))]
+
+
+@pytest.mark.parametrize(("module", "error"), RAISED)
+def test_every_kind_of_error_a_module_raises_is_expected_by_a_test_of_it(module: str, error: str) -> None:
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    own = [text for text in tests if module in own_modules(ast.parse(text))]
+    assert any(re.search(rf"raises\(\(?{error}\b", text) for text in own)

@@ -1,0 +1,476 @@
+"""Files appear whole or not at all; a run folder has one owner; digests are canonical."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorascope.errors import EXIT_RUN_FAILED, LorascopeError, StorageError
+from lorascope.store import (
+    JsonLines,
+    RunDir,
+    atomic_path,
+    digest_bytes,
+    digest_file,
+    digest_folder,
+    digest_json,
+    read_json,
+    storage_errors,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+# -- atomic writes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_makes_folders_and_replaces_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_text(path, "old")
+    write_text(path, "new ✓")
+    assert path.read_text(encoding="utf-8") == "new ✓"
+    assert files_in(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_writer_leaves_the_old_content_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+
+    def write_half() -> None:
+        with atomic_path(path) as partial:
+            partial.write_bytes(b"ne")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert files_in(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("place", ["pathlib.Path.write_bytes", "os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "the disk is full: free space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_disk_that_fails_at_any_point_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int, remedy: str
+) -> None:
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing(number))
+        with pytest.raises(StorageError, match=remedy) as error:
+            write_bytes(path, b"new")
+    assert str(error.value).startswith(f"{path}: cannot be written: ")
+    assert path.read_bytes() == b"old"
+    assert files_in(tmp_path) == ["file.bin"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Any:
+    """A file system of 64 KiB, where mounting one is permitted."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_leaves_the_old_content(tiny_disk: Path) -> None:
+    path = tiny_disk / "file.bin"
+    write_bytes(path, b"old")
+    with pytest.raises(StorageError, match=r"file\.bin: cannot be written: the disk is full"):
+        write_bytes(path, bytes(1 << 20))
+    assert path.read_bytes() == b"old"
+    assert files_in(tiny_disk) == ["file.bin"]
+
+
+def test_a_full_disk_is_told_from_the_errors_of_writers_in_rust(tiny_disk: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    with pytest.raises(StorageError, match="the disk is full"), atomic_path(tiny_disk / "w.safetensors") as partial:
+        safetensors.save_file({"weight": numpy.zeros(1 << 18)}, partial)
+    assert files_in(tiny_disk) == []
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only")])
+def test_a_folder_that_may_not_be_written_is_named_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    monkeypatch.setattr("pathlib.Path.touch", failing(number))
+    with pytest.raises(StorageError, match=f"{remedy}.*choose another folder .--run-dir for a run") as error:
+        write_text(tmp_path / "file.txt", "text")
+    assert error.value.exit_code == EXIT_RUN_FAILED
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        write_text(tmp_path / "file" / "x.txt", "text")
+    with pytest.raises(StorageError, match="a part of this path is a file"):
+        write_text(tmp_path / "file" / "folder" / "x.txt", "text")
+
+
+def test_a_folder_in_the_files_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").mkdir()
+    with pytest.raises(StorageError, match="a folder stands where a file is needed"):
+        write_text(tmp_path / "x.txt", "text")
+    assert files_in(tmp_path) == ["x.txt"]
+
+
+def test_errors_that_are_not_the_disks_pass() -> None:
+    with pytest.raises(ZeroDivisionError), storage_errors(Path("x")):
+        raise ZeroDivisionError
+    with pytest.raises(StorageError, match="x: cannot be written: unknown format"), storage_errors(Path("x")):
+        raise OSError("unknown format")
+    with pytest.raises(StorageError, match=r"^inner$"), storage_errors(Path("x")):
+        raise StorageError("inner")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_users_usual_permissions(tmp_path: Path, umask: int) -> None:
+    old = os.umask(umask)
+    try:
+        write_text(tmp_path / "file.txt", "text")
+        with atomic_path(tmp_path / "private.txt") as partial:  # as safetensors does, which renames a file of its own
+            private = partial.with_suffix(".own")
+            private.touch(mode=0o600)
+            private.replace(partial)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_a_partial_file_keeps_the_suffix_and_is_hidden(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "figure.svg") as partial:
+        assert (partial.suffix, partial.parent, partial.name[0]) == (".svg", tmp_path, ".")
+        partial.write_bytes(b"")
+
+
+def test_threads_writing_one_file_leave_one_whole_content(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+    seen: set[bytes] = set()
+
+    def work(content: bytes) -> None:
+        for _ in range(25):
+            write_bytes(path, content)
+            seen.add(path.read_bytes())
+
+    threads = [threading.Thread(target=work, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen <= set(contents)
+    assert files_in(tmp_path) == ["file.bin"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "not for folders")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", only_files)
+    write_text(tmp_path / "file.txt", "text")
+    assert files_in(tmp_path) == ["file.txt"]
+
+
+# -- JSON ---------------------------------------------------------------------------------------------------------------
+
+
+@given(value=JSON)
+def test_json_comes_back(value: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}, {"a": object()}])
+def test_what_json_cannot_hold_is_refused_before_the_file_is_touched(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, 1)
+    with pytest.raises((ValueError, TypeError)):
+        write_json(path, value)
+    assert read_json(path) == 1
+    assert files_in(tmp_path) == ["value.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe"])
+def test_damaged_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"value\.json: damaged .*: delete it and run the same command again"):
+        read_json(path)
+
+
+def test_json_that_is_not_there_or_not_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="not there: run the stage that writes it first"):
+        read_json(tmp_path / "value.json")
+    with pytest.raises(StorageError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+# -- digests ------------------------------------------------------------------------------------------------------------
+
+
+def test_digests_are_stable() -> None:
+    assert digest_bytes() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert digest_json({"b": [1, 2.5, None], "a": "ä"}) == digest_bytes(b'{"a":"\\u00e4","b":[1,2.5,null]}')
+
+
+def test_parts_do_not_run_into_each_other() -> None:
+    assert len({digest_bytes(b"ab", b"c"), digest_bytes(b"a", b"bc"), digest_bytes(b"abc"), digest_bytes(b"abc", b"")}) == 4
+
+
+@given(
+    values=st.dictionaries(st.text(max_size=4), st.integers() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=4), max_size=5)
+)
+def test_the_order_of_keys_is_of_no_account(values: dict[str, Any]) -> None:
+    assert digest_json(values) == digest_json(dict(reversed(values.items())))
+
+
+def test_json_digests_tell_values_apart() -> None:
+    values = [1, 1.0, "1", True, None, [], {}, [1], [[1]], [1, 2], [2, 1], {"a": 1}, {"a": [1]}]
+    assert len({digest_json(value) for value in values}) == len(values)
+    assert digest_json((1, 2)) == digest_json([1, 2])
+    assert digest_json("\ud800") != digest_json("\ud801")  # file names that are not UTF-8
+
+
+def test_a_folders_digest_covers_names_and_contents(tmp_path: Path) -> None:
+    def build(name: str, files: dict[str, str]) -> str:
+        for file, text in files.items():
+            write_text(tmp_path / name / file, text)
+        return digest_folder(tmp_path / name)
+
+    files = {"config.json": "{}", "unet/model.safetensors": "w"}
+    same = build("a", files)
+    assert build("b", dict(reversed(files.items()))) == same
+    assert build("c", {**files, "README.md": "text"}) == same
+    assert build("d", {**files, "vocab.txt": ""}) != same
+    assert build("e", {"config.json": "{}", "vae/model.safetensors": "w"}) != same
+    assert build("f", {**files, "config.json": "[]"}) != same
+    assert digest_file(tmp_path / "a" / "config.json") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+# -- lines --------------------------------------------------------------------------------------------------------------
+
+
+def test_records_come_back_in_order(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "new" / "metrics.jsonl")
+    assert lines.read() == []
+    assert lines.sync() == 0
+    records = [{"step": step, "text": "ä\n"} for step in range(5)]
+    for record in records:
+        lines.append(record)
+    assert lines.sync() == lines.path.stat().st_size
+    assert lines.read() == records
+    lines.close()
+    lines.close()
+    lines.append({"step": 5})
+    lines.close()
+    assert [record["step"] for record in lines.read()] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_rewound_log_goes_on_as_if_nothing_had_followed(tmp_path: Path) -> None:
+    lines, other = JsonLines(tmp_path / "a.jsonl"), JsonLines(tmp_path / "b.jsonl")
+    lines.append({"step": 0})
+    length = lines.sync()
+    for step in (1, 2):
+        lines.append({"step": step})
+    lines.rewind(length)
+    assert lines.read() == [{"step": 0}]
+    lines.append({"step": 1, "again": True})
+    for record in ({"step": 0}, {"step": 1, "again": True}):
+        other.append(record)
+    lines.close()
+    other.close()
+    assert lines.path.read_bytes() == other.path.read_bytes()
+
+
+def test_a_log_can_be_rewound_to_nothing_and_to_its_own_length(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "a.jsonl")
+    lines.rewind(0)
+    assert not lines.path.exists()
+    lines.append({})
+    lines.rewind(3)
+    assert lines.read() == [{}]
+    lines.rewind(0)
+    assert lines.read() == []
+
+
+def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "a.jsonl")
+    with pytest.raises(StorageError, match="has 0 bytes, but 9 were written before the checkpoint: start again in an empty run folder"):
+        lines.rewind(9)
+    lines.append({})
+    with pytest.raises(StorageError, match="has 3 bytes, but 9"):
+        lines.rewind(9)
+    assert lines.path.read_bytes() == b"{}\n"
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 1', b'{"step": 1}', b'{"text": "\xc3', b"{", b"1"])
+def test_a_last_line_cut_by_a_crash_is_left_out_and_written_over(tmp_path: Path, cut: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + cut)
+    lines = JsonLines(path)
+    assert lines.read() == [{"step": 0}]
+    lines.append({"step": 1})
+    lines.close()
+    assert path.read_bytes() == b'{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_log_of_nothing_but_a_cut_line_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"st')
+    lines = JsonLines(path)
+    lines.append({})
+    lines.close()
+    assert path.read_bytes() == b"{}\n"
+
+
+def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(StorageError, match="line 2 is damaged"):
+        JsonLines(path).read()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_is_a_storage_error() -> None:
+    lines = JsonLines(Path("/dev/full"))
+    lines.append({"step": 0})
+    with pytest.raises(StorageError, match="/dev/full: cannot be written: the disk is full"):
+        lines.sync()
+    with pytest.raises(StorageError, match="the disk is full"):
+        lines.close()
+    lines.close()
+
+
+def test_a_log_whose_folder_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        JsonLines(tmp_path / "file" / "a.jsonl").append({})
+
+
+# -- the run folder -----------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_finished_for_the_inputs_it_had(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.manifest() == {"stages": {}}
+    assert not run.is_finished("data", "abc")
+    run.finish("data", "abc", 1.23456, fingerprint="f")
+    run.describe(commit=None, lorascope="1")
+    run.finish("train", "def", 2)
+    run.describe(lorascope="2")
+    assert run.is_finished("data", "abc")
+    assert not run.is_finished("data", "other")
+    assert not run.is_finished("sample", "abc")
+    stages = {"data": {"inputs": "abc", "seconds": 1.235, "fingerprint": "f"}, "train": {"inputs": "def", "seconds": 2}}
+    assert read_json(run.manifest_json) == {"stages": stages, "commit": None, "lorascope": "2"}
+
+
+def test_a_manifest_without_stages_has_none_finished(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.manifest_json, {"commit": "c"})
+    assert not run.is_finished("data", "abc")
+
+
+def test_the_layout_is_that_of_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    listed = {line.split()[0] for line in text.partition("runs/<name>/\n")[2].partition("```")[0].splitlines()}
+    names = {path.name for key, path in vars(RunDir(Path("run"))).items() if key != "path"}
+    known = {entry.rstrip("/,").split("/")[0] for entry in listed} | {"report.md"}
+    assert names <= known
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lorascope.store import RunDir
+with RunDir(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_folder_has_one_owner_until_that_process_dies(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match="another lorascope process is working in this run folder: wait for it"), run.lock():
+            pass
+        partial = run.images_dir / ".picture-1234.partial.png"
+        partial.parent.mkdir()
+        partial.write_bytes(b"half")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with run.lock():
+            assert not partial.exists()  # left by the killed process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_a_lock_ends_with_its_block_even_on_an_error(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(FileNotFoundError), run.lock():
+        raise FileNotFoundError("not the folder's")
+    with run.lock(), pytest.raises(LorascopeError, match="another lorascope process"), RunDir(tmp_path).lock():
+        pass
+    with run.lock():
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"), RunDir(tmp_path / "file").lock():
+        pass
+    monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
+    with pytest.raises(StorageError, match="cannot be written: No locks available"), RunDir(tmp_path / "run").lock():
+        pass

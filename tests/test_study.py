@@ -1,0 +1,273 @@
+"""The study in its run folder: stages, resuming after a kill, failed arms, merged pipelines, bad run folders."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from lorascope.adapter import AdapterBank
+from lorascope.config import load_study
+from lorascope.errors import ConfigError, RunError, StorageError
+from lorascope.store import read_json
+from lorascope.study import Study
+
+
+@pytest.fixture(scope="session")
+def study_file(pipeline_folder: Path, scorer_folder: Path, picture_parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "prompts.txt").write_text("[normal]\npicture 1 of blocks\nred\nblue\n[abstract]\nluck\njoy\n")
+    path = folder / "tiny.toml"
+    path.write_text(
+        f"""
+        base.model = "{pipeline_folder}"
+        data = {{ source = "{picture_parquet}", resolution_px = 32, heldout_share = 0.2 }}
+        arms = [{{ rank = [4, 8], alpha_per_rank = 2, lr = 1e-3 }}]
+        train = {{ epochs = 3, checkpoint_every_steps = 2, num_probe = 4 }}
+        sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1], batch_size = 9 }}
+        score = {{ model = "{scorer_folder}", resamples = 200 }}
+        """
+    )
+    return path
+
+
+def make_study(study_file: Path, folder: Path, *overrides: str) -> Study:
+    config = load_study(study_file, overrides=overrides, environment={})
+    return Study(config, folder, cache_dir=study_file.parent / "cache")
+
+
+def digests(run: Path) -> dict[str, str]:
+    """SHA-256 of everything that must not depend on interruptions."""
+    paths = [
+        *run.glob("adapters/*/adapter_*"),
+        *run.glob("images/**/*.png"),
+        run / "scores.parquet",
+        run / "metrics.jsonl",
+        run / "data.json",
+    ]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+@pytest.fixture(scope="module")
+def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; never write into it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    make_study(study_file, run).run()
+    return run
+
+
+def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
+    for name in ("study.toml", "manifest.json", "data.json", "metrics.jsonl", "merge_check.json", "features.safetensors", "scores.parquet"):
+        assert (finished / name).is_file(), name
+    for name in ("report.html", "report.md", "lorascope.log", "adapters/r4/adapter_model.safetensors", "images/base/normal-000-0.png"):
+        assert (finished / name).is_file(), name
+    manifest = read_json(finished / "manifest.json")
+    assert set(manifest["stages"]) == {"data", "encode", "train", "sample", "merge_check", "score", "report"}
+    assert manifest["base"]["prediction_type"] == "epsilon" and manifest["versions"]["torch"]
+    assert not list(finished.rglob("*.partial*")) and not list((finished / "checkpoints").iterdir())
+
+
+def test_metrics_hold_every_step_and_probe(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [(record["step"], record["arm"]) for record in records if record["kind"] == "train"]
+    assert steps == [(step, arm) for step in range(1, 13) for arm in ("r4", "r8")]
+    probes = {(r["step"], r["arm"], r["split"], r["conditional"], r["band"]) for r in records if r["kind"] == "probe"}
+    expected_models = {(0, "base")} | {(step, arm) for step in (4, 8, 12) for arm in ("r4", "r8")}
+    assert {probe[:2] for probe in probes} == expected_models
+    assert len(probes) == len(expected_models) * 2 * 2 * 5
+
+
+def test_scores_have_one_row_a_picture_with_the_base_among_them(finished: Path) -> None:
+    rows = pq.read_table(finished / "scores.parquet").to_pylist()
+    arms = [row for row in rows if row["kind"] == "arm"]
+    assert {row["arm"] for row in arms} == {"base", "r4", "r8"} and len(arms) == 5 * 2 * 3
+    assert {"arm", "rank", "category", "prompt", "seed", "clip_score", "image"} <= set(rows[0])
+    assert all((finished / row["image"]).is_file() for row in arms)
+    assert {row["arm"] for row in rows if row["kind"] == "calibration"} == {"shuffled prompts", "noise", "real held-out"}
+
+
+def test_training_facts_match_the_files(finished: Path) -> None:
+    facts = read_json(finished / "adapters" / "r8" / "training.json")
+    assert facts["file_bytes"] == (finished / "adapters" / "r8" / "adapter_model.safetensors").stat().st_size
+    assert (facts["rank"], facts["alpha"], facts["scale"], facts["steps"]) == (8, 16, 2, 12)
+    assert facts["group"] == ["r4", "r8"] and facts["run_time_s"] > 0 and facts["peak_memory_bytes"] > 0
+
+
+def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = digests(run)
+    for module_attribute in ("Trainer", "draw_pictures", "load_encoder", "prepare_data"):
+        monkeypatch.setattr(f"lorascope.study.{module_attribute}", None)
+    make_study(study_file, run).run()
+    assert digests(run) == before
+
+
+def test_stages_one_by_one_give_the_same_run(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    for stage in ("prepare_data", "encode", "train", "sample", "check_merge", "score", "report"):
+        study = make_study(study_file, tmp_path / "run")
+        with study.working("test"):
+            getattr(study, stage)()
+    assert digests(tmp_path / "run") == digests(finished)
+
+
+_KILL_AT = {
+    "before the first checkpoint": ("lorascope.train.Trainer.load_batch", 2),
+    "between checkpoints": ("lorascope.train.Trainer.load_batch", 7),
+    "while adapters are written": ("lorascope.study.save_peft", 2),
+    "in the middle of sampling": ("lorascope.study.save_picture", 13),
+    "while scoring": ("lorascope.score.write_scores", 1),
+}
+_KILLER = """
+import os, signal, sys
+from pathlib import Path
+import importlib
+module, _, name = sys.argv[1].rpartition(".")
+try:
+    owner = importlib.import_module(module)
+except ModuleNotFoundError:
+    outer, _, cls = module.rpartition(".")
+    owner = getattr(importlib.import_module(outer), cls)
+original, left = getattr(owner, name), int(sys.argv[2])
+def counted(*args, **kwargs):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, counted)
+import torch
+torch.set_num_threads(1)
+from lorascope.config import load_study
+from lorascope.study import Study
+Study(load_study(Path(sys.argv[3]), environment={}), Path(sys.argv[4]), cache_dir=Path(sys.argv[5])).run()
+"""
+
+
+@pytest.mark.parametrize("point", _KILL_AT)
+def test_a_killed_run_started_again_ends_in_the_same_bytes(study_file: Path, finished: Path, tmp_path: Path, point: str) -> None:
+    name, count = _KILL_AT[point]
+    run = tmp_path / "run"
+    arguments = [name, str(count), str(study_file), str(run), str(study_file.parent / "cache")]
+    killed = subprocess.run([sys.executable, "-c", _KILLER, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    make_study(study_file, run).run()
+    assert digests(run) == digests(finished)
+
+
+def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import os, signal, sys, lorascope.train as t\n"
+        "original = t.Trainer.load_batch\n"
+        "def load(self, step):\n"
+        "    if step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(self, step)\n"
+        "t.Trainer.load_batch = load\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from lorascope.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    stopped = subprocess.run(
+        [sys.executable, "-c", code, "study", str(study_file), "--run-dir", str(run)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "stopped after step 7" in stopped.stderr and "interrupted" in stopped.stderr.splitlines()[-1]
+    study = make_study(study_file, run)
+    study.run()
+    assert "going on from step 7" in (run / "lorascope.log").read_text()
+    assert digests(run) == digests(finished)
+
+
+def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    make_study(study_file, tmp_path / "run", "train.max_stacked_arms=1").run()
+
+    def losses(run: Path, arm: str) -> list[float]:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [record["loss"] for record in records if record["kind"] == "train" and record["arm"] == arm]
+
+    for arm in ("r4", "r8"):
+        assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=1e-4)
+
+
+def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e30, lr=1e30}]')
+    with pytest.raises(RunError, match=r"arm wild failed: loss or gradient is not finite at step"):
+        study.run()
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / "images" / "wild").exists()
+    assert "wild" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.study.merge", lambda unet, bank, index: unet.conv_in.weight.data.mul_(1.5))
+    with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
+        make_study(study_file, tmp_path / "run").run()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_another_configuration_in_the_folder_is_refused(study_file: Path, finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.epochs was 3, now 4"):
+        make_study(study_file, finished, "train.epochs=4").run()
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no study.toml here"):
+        Study.open(tmp_path)
+
+
+def test_a_stage_before_its_input_is_refused(study_file: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run")
+    with study.working("test"), pytest.raises(StorageError, match=r"data.json: not there: run the stage that writes it first"):
+        study.train()
+
+
+def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    manifest = read_json(run / "manifest.json")
+    del manifest["stages"]["score"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "images" / "r8" / "normal-001-0.png").unlink()
+    study = make_study(study_file, run)
+    with study.working("test"), pytest.raises(StorageError, match=r"normal-001-0.png: not there: run `lorascope sample"):
+        study.score()
+
+
+def test_a_merged_pipeline_folder_draws_what_the_arm_draws(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, finished)
+    study.save_merged("r8", tmp_path / "merged")
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
+    bank: AdapterBank = study.load_bank([arm for arm in study.trained_arms() if arm.name == "r8"])
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 32)
+    with torch.no_grad():
+        bank.attach()
+        torch.testing.assert_close(merged.unet(*inputs).sample, study.base.unet(*inputs).sample, rtol=1e-4, atol=1e-5)
+        bank.detach()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        study.save_merged("r8", tmp_path / "merged")
+    with pytest.raises(ConfigError, match="not a trained arm of this run: choose one of r4, r8"):
+        study.save_merged("r9", tmp_path / "other")
+
+
+def test_two_processes_cannot_work_in_one_folder(study_file: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run")
+    with study.working("test"), pytest.raises(StorageError, match="another lorascope process"):
+        started = time.monotonic()
+        make_study(study_file, tmp_path / "run").run()
+    assert time.monotonic() - started < 5
