@@ -105,6 +105,8 @@ def test_page_has_all_sections_and_answers_first(two_arms: tuple[RunDir, Report,
     assert report.answer.startswith("Keep r16. r16 ")
     assert "95 % interval" in report.answer
     assert verdict_of(run).answer == report.answer
+    prose = " ".join(data for tag, data in page.texts if tag not in ("script", "style", "pre"))
+    assert not re.search(r"[{}]|\bnan\b", prose)
 
 
 def test_page_is_offline_and_guarded(two_arms: tuple[RunDir, Report, Page]) -> None:
@@ -319,9 +321,9 @@ def test_trained_but_not_sampled_gives_a_partial_report(tmp_path: Path) -> None:
     report = build_report(run)
     page = Page(report.html_path.read_text(encoding="utf-8"))
     assert report.keep is None
-    assert report.answer.startswith("No verdict yet. 2 arms trained; stage `score` has not run")
-    assert page.text().count("Not measured: stage `score` has not run.") == 2
-    assert "Not measured: stage `sample` has not run." in page.text()
+    assert report.answer.startswith("No verdict yet. 2 arms trained; the score stage has not run")
+    assert page.text().count("Not measured: the score stage has not run.") == 2
+    assert "Not measured: the sample stage has not run." in page.text()
     assert not page.all("img")
 
 
@@ -421,6 +423,22 @@ def test_folder_without_trained_arm_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "new", stages=("data",))
     with pytest.raises(StorageError, match=r"no arm has finished stage `train`"):
         build_report(run)
+
+
+def test_scores_of_another_study_are_refused(copied: RunDir) -> None:
+    text = copied.study_toml.read_text()
+    copied.study_toml.write_text(text.replace("64,", "32,"))
+    with pytest.raises(StorageError, match=r"scores r64, not a finished arm of this study"):
+        build_report(copied)
+
+
+def test_picture_outside_the_run_folder_is_not_embedded(copied: RunDir, two_arms: tuple[RunDir, Report, Page]) -> None:
+    picture = two_arms[0].images_dir / "r16" / "normal-000-0.png"
+    (copied.images_dir / "r16" / "normal-000-0.png").unlink()
+    (copied.images_dir / "r16" / "normal-000-0.png").symlink_to(picture)
+    album = Album(Facts(copied))
+    assert album.embedded(album.by_place["r16", "normal", 0, 0]) == ("", 0)
+    assert album.embedded(album.by_place["r64", "normal", 0, 0])[1] == 64
 
 
 def test_damaged_picture_is_refused(copied: RunDir) -> None:

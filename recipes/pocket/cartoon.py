@@ -26,9 +26,10 @@ def write_cartoon(
 ) -> dict[str, list[int]]:
     """Write `cartoon/data/{train,test}-00000-of-00001.parquet` and return the rows of each split.
 
-    The subjects in `normal_names` go to the test split with everything that looks like them.
+    The subjects in `normal_names` go to the test split with everything that looks like them. Of drawings that are equal in
+    every pixel ("chef" and "man cook") only one is used.
     """
-    rows = drawings.rows_of((CARTOON_VENDOR,))
+    rows = _without_copies(drawings, drawings.rows_of((CARTOON_VENDOR,)))
     groups = _group_near_duplicates(drawings.pixels[rows], config.cartoon.near_hamming, config.cartoon.near_difference)
     digests = [hashlib.sha256(drawings.pixels[row].tobytes()).hexdigest() for row in rows]
     held = {groups[i] for i, row in enumerate(rows) if drawings.subjects[drawings.subject_id[row]].name in normal_names}
@@ -94,6 +95,12 @@ def _write_parquet(drawings: Drawings, rows: list[int], seed: int, path: Path) -
     part = path.with_suffix(".part")
     pq.write_table(table, part)
     part.replace(path)
+
+
+def _without_copies(drawings: Drawings, rows: list[int]) -> list[int]:
+    """The rows whose pixels no earlier row has."""
+    first = {drawings.pixels[row].tobytes(): row for row in reversed(rows)}
+    return sorted(first.values())
 
 
 def _group_near_duplicates(images: np.ndarray, max_hamming: int, max_difference: float) -> list[int]:

@@ -91,11 +91,11 @@ class ScorerConfig:
     text_num_layers: int = 3
     vocab_size: int = 3000
     projection_size: int = 128
-    num_samples: int = 230_400
+    num_samples: int = 460_800
     full_share: float = 0.2  # of the samples, at the end, with all patches
     known_weight: float = 6.0  # how much oftener a subject is drawn that the base knows
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.2e-3
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ def load_study(
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, values, origins)) from None
+        raise ConfigError(_explain(error, values, origins).replace("\n", "\\n")) from None
 
 
 def _name_of_file(path: Path) -> str:

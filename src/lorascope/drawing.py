@@ -39,14 +39,14 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lorascope",
     "font.family": "DejaVu Sans",
-    "font.size": 7.5,
+    "font.size": 8.2,
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
-    "axes.titlesize": 7.5,
+    "axes.titlesize": 8.2,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 7.5,
+    "axes.labelsize": 8.2,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,14 +58,14 @@ _STYLE: dict[str, Any] = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
+    "xtick.labelsize": 7.8,
+    "ytick.labelsize": 7.8,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
     "legend.frameon": False,
-    "legend.fontsize": 7,
+    "legend.fontsize": 7.8,
     "legend.handlelength": 2.6,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.h_pad": 0.03,
@@ -158,7 +158,7 @@ def draw_forest(rows: Sequence[Row], looks: Mapping[str, Look], xlabel: str, key
                         f"{row.mean:+.2f}".replace("-", "\N{MINUS SIGN}"),
                         (1.01, place),
                         xycoords=("axes fraction", "data"),
-                        fontsize=7,
+                        fontsize=7.8,
                         va="center",
                     )
             axes.set_title(facet)
@@ -292,7 +292,7 @@ def draw_costs(
             ticks = _log_ticks(low, high)
             axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e3 else f"{tick / 1000:g}k" for tick in ticks])
             axes.minorticks_off()
-            axes.set_title(measure, fontsize=7)
+            axes.set_title(measure, fontsize=7.8)
             axes.set_yticks(range(len(arms) + len(others)), [*arms, *others])
             axes.set_ylim(len(arms) + len(others) - 0.4, -0.6)
             axes.tick_params(axis="y", length=0)

@@ -4,6 +4,7 @@ Every number with an interval comes from `score`; what a stage has not written y
 in the report.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ from lorascope.errors import StorageError
 from lorascope.score import (
     ALL,
     BASE,
+    NOISE,
+    REAL,
+    SHUFFLED,
     PairedDifference,
     Scores,
     Style,
@@ -117,6 +121,10 @@ class Facts:
         self.summary: dict[tuple[str, str], SummaryRow] = {}
         self.effects: dict[tuple[str, str], PairedDifference] = {}
         if self.scores is not None:
+            if strangers := [arm for arm in self.scores.arms if arm not in self.arms]:
+                raise StorageError(
+                    f"{run.scores_parquet}: scores {', '.join(strangers)}, not a finished arm of this study: delete it and score again"
+                )
             resamples = self.config.score.resamples
             self.verdict = choose_arm(self.scores, self.probes, tuple(self.failed), resamples)
             self.summary = {(row.arm, row.category): row for row in summary_table(self.scores, resamples)}
@@ -130,13 +138,13 @@ class Facts:
         """Arms that were trained, in the study's order."""
         return tuple(name for name in self.settings if name in self.training and name not in self.failed)
 
-    @property
+    @functools.cached_property
     def ranked(self) -> list[str]:
         """Scored arms from the highest mean CLIP similarity to the lowest."""
         arms = self.scores.arms if self.scores else ()
         return sorted(arms, key=lambda arm: (-self.summary[arm, ALL].mean, arm))
 
-    @property
+    @functools.cached_property
     def detailed(self) -> tuple[str, ...]:
         """Arms shown in detail: all of a few, else the kept one (or the best), the runner-up and the worst."""
         if len(self.arms) <= MAX_DETAILED or self.verdict is None or not self.ranked:
@@ -197,7 +205,7 @@ def answer_of(facts: Facts) -> Answer:
         return Answer(
             None,
             "No verdict yet",
-            (f"{done}; stage `score` has not run, so nothing was compared.", f"Run `lorascope score {facts.run.path.name}` next."),
+            (f"{done}; the score stage has not run, so nothing was compared.", f"Next: lorascope score {facts.run.path.name}"),
         )
     if verdict.keep is None:
         best = facts.ranked[:1]
@@ -253,7 +261,7 @@ def _same_length(facts: Facts) -> Condition:
 def _same_noise(facts: Facts) -> Condition:
     name = "Same prompts and initial noise in the test"
     if facts.scores is None:
-        return Condition(name, NOT_MEASURED, "Stage `score` has not run.")
+        return Condition(name, NOT_MEASURED, "The score stage has not run.")
     verdict = facts.verdict
     assert verdict is not None
     basis = f"{count(verdict.num_prompts, 'prompt')} x {count(verdict.num_seeds, 'sampling seed')}"
@@ -265,7 +273,7 @@ def _same_noise(facts: Facts) -> Condition:
 def _leaks(facts: Facts) -> list[Condition]:
     split, prompts = "No training picture among the held-out ones", "Test prompts are not training captions"
     if facts.data is None:
-        return [Condition(name, NOT_MEASURED, "Stage `data` has not run.") for name in (split, prompts)]
+        return [Condition(name, NOT_MEASURED, "The data stage has not run.") for name in (split, prompts)]
     train, heldout = facts.data["train"], facts.data["heldout"]
     train_ids, heldout_ids = ({example["id"] for example in side} for side in (train, heldout))
     same = {example["digest"] for example in train} & {example["digest"] for example in heldout}
@@ -277,11 +285,11 @@ def _leaks(facts: Facts) -> list[Condition]:
         conditions = [Condition(split, "no", text)]
     else:
         text = f"No digest and no group of near duplicates lies on both sides ({len(train)} training, {len(heldout)} held-out pictures; "
-        text += f"{found} of duplicates found and handled)."
+        text += f"{found} of duplicates found in the source and handled)."
         conditions = [Condition(split, "yes", text)]
     asked = {_plain(picture.prompt): picture.prompt for picture in facts.pictures}
     if not asked:
-        return [*conditions, Condition(prompts, NOT_MEASURED, "Stage `sample` has not run.")]
+        return [*conditions, Condition(prompts, NOT_MEASURED, "The sample stage has not run.")]
     seen = sorted(asked[key] for key in asked.keys() & {_plain(example["caption"]) for example in train})
     if seen:
         return [
@@ -329,7 +337,7 @@ def _same_gain(facts: Facts) -> Condition:
 def _merged(facts: Facts) -> Condition:
     name = "Merged weights draw the same pictures"
     if not facts.merges:
-        return Condition(name, NOT_MEASURED, "Stage `merge_check` has not run.")
+        return Condition(name, NOT_MEASURED, "The merge check has not run.")
     bad = [arm for arm, result in facts.merges.items() if not result["ok"]]
     worst = max(facts.merges.values(), key=lambda result: float(result["relative_error"]))
     measured = f"relative difference at most {worst['relative_error']:.1g}, tolerance {worst['tolerance']:g}"
@@ -343,7 +351,7 @@ def _merged(facts: Facts) -> Condition:
 
 def _base_quality(facts: Facts) -> Condition:
     name = "The base follows its prompts"
-    base, shuffled = facts.summary.get((BASE, ALL)), facts.summary.get(("shuffled prompts", ALL))
+    base, shuffled = facts.summary.get((BASE, ALL)), facts.summary.get((SHUFFLED, ALL))
     if base is None or shuffled is None or base.low is None or shuffled.high is None:
         return Condition(name, NOT_MEASURED, "There are no scores of the base against shuffled prompts.")
     text = f"The base's pictures score {base.mean:.1f} with their own prompts and {shuffled.mean:.1f} with others'."
@@ -357,12 +365,14 @@ def _base_quality(facts: Facts) -> Condition:
 
 def _scorer_quality(facts: Facts) -> Condition:
     name = "The scorer tells captions apart"
-    real, noise = facts.summary.get(("real held-out", ALL)), facts.summary.get(("noise", ALL))
+    real, noise = facts.summary.get((REAL, ALL)), facts.summary.get((NOISE, ALL))
     quality = facts.quality if facts.config.score.model == "pocket" else None
     texts, states = [], []
     if real is not None and noise is not None and real.low is not None and noise.high is not None:
-        texts.append(f"Real held-out pictures score {real.mean:.1f} with their captions, noise {noise.mean:.1f}.")
-        states.append(real.low > noise.high)
+        apart = real.low > noise.high
+        overlap = "" if apart else "; the intervals overlap"
+        texts.append(f"Real held-out pictures score {real.mean:.1f} with their captions, noise {noise.mean:.1f}{overlap}.")
+        states.append(apart)
     if quality and "scorer_r1" in quality:
         texts.append(f"The pocket scorer as shipped: {_retrieval(quality, 'scorer')}.")
         states.append(quality["scorer_r5"] >= 0.5)

@@ -21,7 +21,7 @@ from lorascope.drawing import (
     looks_of,
 )
 from lorascope.evidence import Facts, count
-from lorascope.score import ALL, BASE, POWER_FORMULA, describe_difference
+from lorascope.score import ALL, BASE, CAPTIONS, MIN_PROMPTS, NOISE, POWER_FORMULA, REAL, SHUFFLED, describe_difference
 from lorascope.tables import REFERENCE, Cell, Column, Table, cell, row
 
 NUM_CURVE_POINTS = 160
@@ -61,12 +61,12 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         return None
     scored = list(dict.fromkeys(arm for arm, _ in facts.effects))
     shown = _rows_shown(facts, scored)
-    looks_named = [arm for arm in shown if looks[arm].colour != looks[BASE].colour]
+    named = [arm for arm in shown if looks[arm].colour != looks[BASE].colour]
     rows = []
     for category in facts.scores.categories:
         for arm in shown:
             effect = facts.effects[arm, category]
-            points = tuple(item.difference for item in effect.per_prompt) if arm in looks_named else ()
+            points = tuple(item.difference for item in effect.per_prompt) if arm in named else ()
             rows.append(Row(category, arm, effect.difference, effect.low, effect.high, effect.smallest_detectable, points))
     columns = (Column("arm", False), Column("prompts", False), Column("n"), Column("difference"), Column("95 % low"), Column("95 % high"),
                Column("could be seen from"), Column("prompts above base"))  # fmt: skip
@@ -82,17 +82,18 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             ]
             table_rows.append(row(Cell(arm), Cell(category), cell(effect.num_prompts, "d"), *numbers, cell(effect.share_above, ".0%")))
     seeds = facts.verdict.num_seeds if facts.verdict else 1
-    left_out = (
-        f" Of {len(scored)} arms the {MAX_ROWS - 4} highest and 4 lowest are drawn; the table has all." if len(shown) < len(scored) else ""
-    )
-    left_out += f" Only {', '.join(looks_named)} have their dots drawn." if len(looks_named) < len(shown) else ""
+    notes = [
+        "" if len(shown) == len(scored) else f" Of {len(scored)} arms the {MAX_ROWS - 4} highest and 4 lowest are drawn; the table has all."
+    ]
+    notes += [f" Dots only for {', '.join(named)}."] if len(named) < len(shown) else []
+    notes += [f" No interval from fewer than {MIN_PROMPTS} prompts."] if any(item.low is None for item in rows) else []
     return Figure(
         key="effect",
         title="Each prompt against itself: arm minus base",
         description=(
             f"A small dot is one prompt{f', averaged over {seeds} sampling seeds' if seeds > 1 else ''}; the large mark is the "
             "mean, the bar its 95 % interval. "
-            f"The line at 0 is the base. The grey box reaches as far as an effect could have hidden: {POWER_FORMULA}.{left_out}"
+            f"The line at 0 is the base. The grey box reaches as far as an effect could have hidden: {POWER_FORMULA}.{''.join(notes)}"
         ),
         alt="Dot plot of paired differences from the base. "
         + " ".join(describe_difference(facts.effects[arm, ALL]) for arm in facts.detailed if (arm, ALL) in facts.effects),
@@ -141,12 +142,12 @@ def _gain_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
 def _scale_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
     if not facts.summary or facts.scores is None:
         return None
-    sources = [name for name in ("noise", "shuffled prompts", BASE) if (name, ALL) in facts.summary]
+    sources = [name for name in (NOISE, SHUFFLED, BASE) if (name, ALL) in facts.summary]
     sources += [arm for arm in facts.detailed if (arm, ALL) in facts.summary]
-    sources += [name for name in ("real held-out",) if (name, ALL) in facts.summary]
+    sources += [REAL] if (REAL, ALL) in facts.summary else []
     rows, table = [], []
     for source in sources:
-        for category in (*facts.scores.categories, "captions"):
+        for category in (*facts.scores.categories, CAPTIONS):
             part = facts.summary.get((source, category))
             if part is not None:
                 low, high = (None, None) if part.std is None else (part.mean - part.std, part.mean + part.std)
@@ -214,7 +215,7 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="loss",
         title="Training loss",
         description=(
-            f"Mean squared error per step, averaged over {window} steps. Last epoch: {finals}.{why} "
+            f"Mean squared error{f', averaged over {window} steps' if window > 1 else ' of each step'}. Last epoch: {finals}.{why} "
             "Training loss says little about which arm to keep."
         ),
         alt=f"Line plot of the smoothed training loss of {count(len(curves), 'arm')}. Mean of the last epoch: {finals}.",

@@ -147,11 +147,12 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
         "reasons": verdict.reasons if verdict else (),
         "undecided": verdict.undecided if verdict else (),
         "hero": hero,
-        "picture_note": f"“{hero[0].prompt}”, the first {hero[0].category} prompt of the list, from one initial noise (seed "
-        "{hero[0].seed})."
-        if hero
-        else "",
+        "picture_note": _picture_note(hero[0]) if hero else "",
     }
+
+
+def _picture_note(picture: Picture) -> str:
+    return f"“{picture.prompt}”, the first {picture.category} prompt of the list, from one initial noise (seed {picture.seed})."
 
 
 def _mean_text(facts: Facts, arm: str) -> str:
@@ -245,9 +246,15 @@ class Album:
     def embedded(self, picture: Picture) -> tuple[str, int]:
         """Data URI and side of a picture, made once; empty if its file is not there."""
         if picture.path not in self._cache:
-            path = self.facts.run.path / picture.path
-            self._cache[picture.path] = _embed(path) if picture.path and path.is_file() else ("", 0)
+            path = self._file_of(picture)
+            self._cache[picture.path] = ("", 0) if path is None else _embed(path)
         return self._cache[picture.path]
+
+    def _file_of(self, picture: Picture) -> Path | None:
+        """The picture's file, if it is there and inside the run folder."""
+        root = self.facts.run.path.resolve()
+        path = (root / picture.path).resolve()
+        return path if picture.path and path.is_relative_to(root) and path.is_file() else None
 
     def fill(self, budget_bytes: int) -> set[str]:
         """Paths of the pictures that fit into the budget."""
@@ -270,8 +277,7 @@ class Album:
         if picture.path in taken:
             source, side = self.embedded(picture)
             return Shown(picture.arm, picture.path, score, alt, source, side)
-        exists = picture.path and (self.facts.run.path / picture.path).is_file()
-        return Shown(picture.arm, picture.path if exists else "", score, alt)
+        return Shown(picture.arm, picture.path if self._file_of(picture) else "", score, alt)
 
     def content(self, taken: set[str]) -> dict[str, Any]:
         """The chosen prompts and the contact sheet."""
@@ -287,7 +293,7 @@ class Album:
                 ]
                 if arms:
                     sheet.append(self._prompt_row(place, seed, arms, f"{place[0]}, seed {seed}", taken))
-        left_out = len([picture for picture in self.facts.pictures if picture.path not in taken])
+        left_out = sum(picture.path not in taken and self._file_of(picture) is not None for picture in self.facts.pictures)
         note = (
             f"{left_out:,} pictures are not embedded, to keep this page under 5 MB; they lie in the folder images, by arm."
             if left_out
@@ -298,7 +304,7 @@ class Album:
             "chosen": chosen,
             "sheet": sheet,
             "sheet_title": f"Contact sheet: {count(len(sheet), 'further row')} of pictures",
-            "sheet_note": f"{note} The prompts above are not repeated for the arms shown there.",
+            "sheet_note": note + (" The contact sheet does not repeat the prompts above for the arms shown there." if sheet else ""),
         }
 
     def _prompt_row(self, place: tuple[str, int], seed: int, arms: Iterable[str], note: str, taken: set[str]) -> PromptRow:
@@ -343,7 +349,7 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
     def pick(*keys: str) -> tuple[Figure, ...]:
         return tuple(figures[key] for key in keys if key in figures)
 
-    unscored = "Not measured: stage `score` has not run."
+    unscored = "Not measured: the score stage has not run."
     scored = facts.scores is not None
     contrasts = build_contrast_table(facts)
     effect = [describe_difference(facts.effects[arm, ALL]) for arm in facts.detailed if (arm, ALL) in facts.effects]
@@ -353,7 +359,9 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
         else "Held-out loss: not measured."
     )
     look = (
-        "The base and the arms on the same prompts from the same noise." if facts.pictures else "Not measured: stage `sample` has not run."
+        "The base and the arms on the same prompts from the same noise."
+        if facts.pictures
+        else "Not measured: the sample stage has not run."
     )
     look_reference = " Figures 3 to 6 of the reference study show one normal and one abstract prompt this way." if facts.pictures else ""
     tables = (build_arms_table(facts), *([contrasts] if contrasts else []), build_reference_table())

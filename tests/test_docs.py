@@ -1,0 +1,61 @@
+"""The documents are true: commands parse, study files load, links and named files exist."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lorascope.cli import app
+from lorascope.config import StudyConfig, preset_names
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_lorascope_command_in_a_document_parses(path: Path) -> None:
+    for block in [*blocks(path, ""), *blocks(path, "bash")]:
+        for line in block.splitlines():
+            if line.startswith("lorascope "):
+                command = line.split("#")[0].split(">")[0]
+                app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_make_target_in_a_document_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"^make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert used | set(re.findall(r"`make ([a-z]+)`", path.read_text(encoding="utf-8"))) <= targets
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_study_file_in_a_document_is_valid(path: Path) -> None:
+    for block in blocks(path, "toml"):
+        table = tomllib.loads(block)
+        table.pop("preset", None)
+        StudyConfig.model_validate(table)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_local_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_names_every_preset() -> None:
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)) == set(preset_names())
+
+
+def test_the_readme_states_the_pocket_worlds_measured_quality() -> None:
+    import json
+
+    quality = json.loads((ROOT / "src" / "lorascope" / "pocket" / "quality.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for key in ("scorer_r1", "scorer_r5", "base_r1", "base_r5"):
+        assert f"{quality[key]:.2f}" in text, key
