@@ -70,7 +70,7 @@ class UnetConfig:
     simple_only: bool = True
     """Leave out people, signs, scenes and whatever a small model cannot draw in a short time."""
     draft_samples: int = 180_000
-    final_samples: int = 136_800
+    final_samples: int = 165_600
     batch_size: int = 72
     images_per_caption: int = 3
     learning_rate: float = 1e-3

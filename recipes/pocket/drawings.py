@@ -11,6 +11,7 @@ import subprocess
 import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import resvg_py
@@ -97,7 +98,7 @@ def _version(package: Path) -> str | None:
 def _read_subjects(modules: Path) -> dict[str, Subject]:
     """Unicode's subjects without flags, skin tones and keycaps, then OpenMoji's own pictograms."""
     subjects = {}
-    skip = set()
+    skip: set[str] = set()
     for entry in json.loads((modules / "emojibase-data/en/data.json").read_text()):
         subject_id = _subject_id(entry["hexcode"])
         skip.update(_subject_id(skin["hexcode"]) for skin in entry.get("skins", []))
@@ -119,11 +120,11 @@ def _read_subjects(modules: Path) -> dict[str, Subject]:
     return subjects
 
 
-def _match_icons(modules: Path, vendor: str, icons: dict, subjects: dict[str, Subject]) -> dict[str, str]:
+def _match_icons(modules: Path, vendor: str, icons: dict[str, Any], subjects: dict[str, Subject]) -> dict[str, str]:
     """Which icon of a vendor draws which subject: by code point where the package says, else by name."""
     chars = json.loads((modules / "@iconify-json" / vendor / "chars.json").read_text())
     known = icons["icons"].keys() | icons.get("aliases", {}).keys()
-    matches = {}
+    matches: dict[str, str] = {}
     for hexcode, icon in sorted(chars.items()):
         if _subject_id(hexcode) in subjects and icon in known:
             matches.setdefault(_subject_id(hexcode), icon)
@@ -154,7 +155,7 @@ def _other_names(modules: Path) -> dict[str, list[str]]:
     return names
 
 
-def _draw(icons: dict, icon: str) -> np.ndarray:
+def _draw(icons: dict[str, Any], icon: str) -> np.ndarray:
     """Draw one icon as (64, 64, 3) uint8 on white."""
     alias = icons.get("aliases", {}).get(icon, {})
     data = icons["icons"][alias.get("parent", icon)]

@@ -136,8 +136,9 @@ def train_unet(
             log(stage="unet", samples=step * config.batch_size, size=clean.shape[-1], loss=mean_loss,
                 lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - start)  # fmt: skip
             losses.clear()
-        if step % 500 == 0 or step == num_steps:
+        if step % 100 == 0 or step == num_steps:
             save_checkpoint(work_dir / "unet.ckpt", step, model=unet, average=average, optimizer=optimizer)
+        if step % 500 == 0 or step == num_steps:
             yield step * config.batch_size, average
 
 

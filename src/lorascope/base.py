@@ -197,4 +197,4 @@ def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
     """The noise schedule of the base, by diffusers' own scheduler: float32 [T]."""
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(config).alphas_cumprod.float()  # type: ignore[no-any-return]
+    return DDPMScheduler.from_config(config).alphas_cumprod.float()

@@ -372,7 +372,7 @@ def _parse_value(keys: Sequence[str], text: str) -> Any:
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _lay(values: Any, table: Mapping[str, Any], origin: str, origins: dict[str, str], prefix: str = "") -> None:

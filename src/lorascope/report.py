@@ -272,7 +272,7 @@ class Album:
 
     def show(self, picture: Picture, taken: set[str]) -> Shown:
         """A picture for the page."""
-        score = "" if picture.score is None else f"{picture.score:.1f}"
+        score = "" if picture.score is None else cell(picture.score, ".1f").text
         alt = f"{picture.arm}: {picture.prompt} (seed {picture.seed})"
         if picture.path in taken:
             source, side = self.embedded(picture)

@@ -407,9 +407,11 @@ def read_scores(run: RunDir) -> Scores:
 
 
 def bootstrap_interval(values: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean of `values` [n] (Efron and Tibshirani 1993, ch. 13).
+    """Expanded percentile bootstrap interval of the mean of `values` [n] (Hesterberg 2015, section 5.3).
 
-    The draws depend on (seed, n, resamples) alone, so equal inputs give equal bounds. None for fewer than `MIN_PROMPTS`.
+    The percentile interval is too narrow for few values; taking its quantiles further out, where Student's interval would
+    lie, mends that: at 50 prompts it widens by 4 %, at 6 by more than a third. The draws depend on (seed, n, resamples)
+    alone, so equal inputs give equal bounds. None for fewer than `MIN_PROMPTS`.
     """
     sample = np.asarray(values, np.float64)
     if not np.isfinite(sample).all():
@@ -423,8 +425,15 @@ def bootstrap_interval(values: ArrayLike, resamples: int = 10_000, level: float 
     for start in range(0, resamples, 4096):
         part = means[start : start + 4096]
         part[:] = sample[generator.integers(0, len(sample), (len(part), len(sample)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    tail = expanded_tail(len(sample), level)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def expanded_tail(count: int, level: float) -> float:
+    """The share to cut from each end of a bootstrap of `count` values, so that it is as wide as Student's interval."""
+    quantile = stats.t.ppf((1 + level) / 2, count - 1) * math.sqrt(count / (count - 1))
+    return float(stats.norm.sf(quantile))
 
 
 def smallest_detectable_effect(std: float, num_prompts: int) -> float:
@@ -684,7 +693,7 @@ def _side(value: float) -> str:
 
 def _amount(value: float, smallest: float) -> str:
     """Size of a value with one decimal, or with as many as keep the smallest beside it from reading 0.0."""
-    decimals = 1 if abs(smallest) >= 0.1 or smallest == 0 else min(6, 1 - math.floor(math.log10(abs(smallest))))
+    decimals = 1 if abs(smallest) >= 0.1 or smallest == 0 else min(6, -math.floor(math.log10(abs(smallest))))
     return f"{abs(value):.{decimals}f}"
 
 

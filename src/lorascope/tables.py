@@ -138,11 +138,15 @@ def build_contrast_table(facts: Facts) -> Table | None:
             cell(d.difference, "+.2f"),
             cell(d.low, "+.2f"),
             cell(d.high, "+.2f"),
-            cell(contrast.p_value, ".3f"),
-            cell(contrast.p_adjusted, ".3f"),
+            _p_value(contrast.p_value),
+            _p_value(contrast.p_adjusted),
         ]
         rows.append(row(Cell(f"{d.arm} minus {d.against}"), *numbers))
     return Table("Planned contrasts over all prompts: sign-flip test, and adjusted for their number after Holm", columns, tuple(rows))
+
+
+def _p_value(value: float) -> Cell:
+    return Cell("< 0.001", value) if value < 0.001 else cell(value, ".3f")
 
 
 def build_fact_tables(facts: Facts) -> list[Table]:
