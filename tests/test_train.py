@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lorascope.adapter import AdapterBank, Slice, resolve_targets
-from lorascope.base import Base
+from lorascope.base import Base, load_base
 from lorascope.cache import Encoded
-from lorascope.config import REFERENCE_TARGETS, Arm, TrainSection
+from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.errors import RunError, StorageError
 from lorascope.objective import seeded
 from lorascope.train import (
@@ -168,7 +168,7 @@ def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(base: Base, pict
 
 
 def test_the_run_stops_when_no_arm_is_left() -> None:
-    record = StepRecord(step=3, epoch=0.1, losses=(float("nan"),), grad_norms=(1.0,), lrs=(1.0,), failed=(True,))
+    record = StepRecord(step=3, epoch=0.1, losses=(float("nan"),), grad_norms=(1.0,), lrs=(1.0,), failed=(True,), seconds=1.0)
     with pytest.raises(RunError, match="step 3: loss or gradient of every arm"):
         require_any_active(record, ["r4"])
 
@@ -211,3 +211,12 @@ def test_probe_records_are_paired_means_with_students_interval() -> None:
 def test_peak_memory_on_a_cpu_is_the_resident_set() -> None:
     num_bytes, kind = peak_memory(torch.device("cpu"))
     assert kind == "rss" and num_bytes > 50 * 2**20
+
+
+def test_a_bf16_base_trains_float32_adapters_to_nearly_the_same_losses(pipeline_folder: Path, base: Base, pictures: Encoded) -> None:
+    half = load_base(BaseSection(model=str(pipeline_folder)), torch.device("cpu"), "bf16")
+    assert half.unet.dtype == torch.bfloat16
+    trainer, reference = make_trainer(half, pictures, R4, R8), make_trainer(base, pictures, R4, R8)
+    assert trainer.bank.parameters.dtype == torch.float32
+    for ours, theirs in zip(run(trainer), run(reference), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=0.02)

@@ -268,7 +268,9 @@ class Study:
                         trainer.save_checkpoint(
                             checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": failures, "last_epoch": last_epoch}
                         )
-                    task.advance(1, "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(arms, record.losses, strict=True)))
+                    rate = section.batch_size * len(arms) / record.seconds
+                    losses = "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(arms, record.losses, strict=True))
+                    task.advance(1, f"{rate:.0f} pictures/s  {losses}")
                     if interrupted():
                         log.info("train    stopped after step %d; the same command goes on from here", record.step)
                         raise KeyboardInterrupt

@@ -35,6 +35,7 @@ class StepRecord:
     grad_norms: tuple[float, ...]  # before clipping
     lrs: tuple[float, ...]
     failed: tuple[bool, ...]  # arms that met a loss or gradient that is not finite; they no longer move
+    seconds: float  # wall time of the step
 
 
 def count_steps(section: TrainSection, num_examples: int, epochs: int | None = None) -> int:
@@ -102,16 +103,11 @@ class Trainer:
             lrs = learning_rates(self.peak_lrs, self.step, section.warmup_steps)
             self.optimizer.step(self.step + 1, lrs, self.active)
             self.step += 1
-            record = StepRecord(
-                step=self.step,
-                epoch=self.step * section.batch_size / len(self.train),
-                losses=tuple(losses.tolist()),
-                grad_norms=tuple(norms.tolist()),
-                lrs=tuple(lrs.tolist()),
-                failed=tuple((~self.active).tolist()),
-            )
-            self.seconds += time.perf_counter() - started
-            yield record
+            shown = [tuple(values.tolist()) for values in (losses, norms, lrs, ~self.active)]  # waits for the device
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            epoch = self.step * section.batch_size / len(self.train)
+            yield StepRecord(self.step, epoch, losses=shown[0], grad_norms=shown[1], lrs=shown[2], failed=shown[3], seconds=seconds)
 
     def load_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, noise [N * batch, c, h, w], timesteps [N * batch] and text states of one step, arm after arm.
