@@ -93,6 +93,7 @@ class ScorerConfig:
     projection_size: int = 128
     num_samples: int = 460_800
     full_share: float = 0.2  # of the samples, at the end, with all patches
+    strength: float = 1.0  # of the distortions; they start at 0.3
     known_weight: float = 6.0  # how much oftener a subject is drawn that the base knows
     batch_size: int = 128
     learning_rate: float = 1.2e-3
@@ -121,6 +122,6 @@ GPU = PocketConfig(
         simple_only=False,
         ema_half_life_samples=60_000,
     ),
-    scorer=ScorerConfig(num_samples=3_000_000, batch_size=512),
+    scorer=ScorerConfig(num_samples=3_000_000, batch_size=512, strength=1.25),
 )
 """The same recipe with more of everything, for a machine with an accelerator. Not yet run."""

@@ -54,8 +54,8 @@ def recall_at(text: Tensor, image: Tensor, own: Tensor, k: int) -> float:
 def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Distort (B, 3, H, W) images in 0..1 on white so that no drawing style can be learnt by heart.
 
-    Shift, scale, turn, mirror, colours, grey, blur, noise, and tinted paper. `strength`, 0..1,
-    narrows the ranges.
+    Shift, scale, turn, mirror, colours, grey, blur, noise, and tinted paper. `strength`, 0..1.5,
+    scales the ranges.
     """
     batch = len(images)
 

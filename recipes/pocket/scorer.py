@@ -97,7 +97,7 @@ def train_scorer(
         rows = torch.multinomial(row_weights, config.batch_size, generator=generator)
         variant = torch.randint(num_variants, (config.batch_size,), generator=generator)
         caption = subject_index[rows] * num_variants + variant
-        strength = min(1.0, 0.3 + 2 * step / num_steps)  # easy drawings first: a transformer starts slowly
+        strength = min(config.strength, 0.3 + 2 * step / num_steps)  # easy drawings first: a transformer starts slowly
         images = augment(pixels[rows].float() / 255, generator, strength)
         for group in optimizer.param_groups:
             warmup, done = min(1.0, (step + 1) / 100), step / num_steps
