@@ -110,7 +110,7 @@ class PocketConfig:
 
 
 CPU = PocketConfig()
-"""About three hours on two cores: 314 subjects of three vendors."""
+"""About two hours on two cores: 314 subjects of three vendors."""
 
 GPU = PocketConfig(
     vae=VaeConfig(num_samples=640_000, batch_size=64),
