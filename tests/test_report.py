@@ -327,7 +327,8 @@ def test_trained_but_not_sampled_gives_a_partial_report(tmp_path: Path) -> None:
     assert not page.all("img")
 
 
-def test_sampled_but_not_scored_shows_pictures(tmp_path: Path) -> None:
+def test_sampled_but_not_scored_shows_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.evidence._pocket_quality", lambda: None)
     run = make_run(tmp_path / "unscored", num_prompts=3, num_steps=20, stages=("data", "train", "sample"))
     facts = Facts(run)
     content = report_module._content(facts, verdict_of(run), {})
@@ -338,6 +339,17 @@ def test_sampled_but_not_scored_shows_pictures(tmp_path: Path) -> None:
     assert state_of(run, "Same prompts and initial noise in the test") == NOT_MEASURED
     assert state_of(run, "The base follows its prompts") == NOT_MEASURED
     assert state_of(run, "The scorer tells captions apart") == NOT_MEASURED
+
+
+@pytest.mark.parametrize(("recall", "state"), [(0.76, "yes"), (0.4, "caution")])
+def test_the_shipped_scorers_quality_is_stated_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recall: float, state: str
+) -> None:
+    quality = {"scorer_r1": 0.3, "scorer_r5": recall, "base_r1": 0.59, "base_r5": 0.85}
+    monkeypatch.setattr("lorascope.evidence._pocket_quality", lambda: quality)
+    run = make_run(tmp_path / "unscored", num_prompts=3, num_steps=20, stages=("data", "train", "sample"))
+    assert state_of(run, "The scorer tells captions apart") == state
+    assert f"{recall:.0%}" in build_report(run).md_path.read_text()
 
 
 def test_nothing_kept_keeps_the_base(copied: RunDir) -> None:
