@@ -45,20 +45,29 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), model_max_length=77)
 
 
+def make_text_config(num_layers: int) -> CLIPTextConfig:
+    """A small CLIP text tower for `make_tokenizer`'s vocabulary."""
+    tokens = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    return CLIPTextConfig(**tokens, hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=2)
+
+
+def make_vae() -> AutoencoderKL:
+    """A small autoencoder with random weights: 4 pixels a latent position, 4 channels."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=1.0,
+    )
+
+
 def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
     """A complete Stable Diffusion pipeline folder with random weights."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder.parent / "vocabulary")
-    text = CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
+    text = make_text_config(num_layers=2)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -69,14 +78,7 @@ def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
         attention_head_dim=2,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=1.0,
-    )
+    vae = make_vae()
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
@@ -97,16 +99,7 @@ def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
 def make_scorer_folder(folder: Path) -> Path:
     """A CLIP model and processor folder with random weights."""
     torch.manual_seed(7)
-    text = CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
+    text = make_text_config(num_layers=1)
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

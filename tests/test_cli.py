@@ -127,6 +127,12 @@ def test_wrong_input_is_one_line_and_code_2(
     assert code == EXIT_INPUT and message in line
 
 
+def test_a_refused_start_does_not_print_an_earlier_answer(tiny: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = error_of(capsys, "study", str(tiny), "--run-dir", str(finished), "--set", "train.epochs=2")
+    assert code == EXIT_INPUT
+    assert "train.epochs was 1, now 2" in line
+
+
 def test_settings_for_a_started_run_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = error_of(capsys, "train", str(finished), "--set", "train.epochs=2")
     assert code == EXIT_INPUT and "has its study.toml already" in line

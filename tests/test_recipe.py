@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
+from conftest import make_vae
 from lorascope.config import DataSection
 from lorascope.data import load_prompts, prepare_data
 
@@ -23,13 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_latents_shift_and_scale_fold_into_the_vae_exactly() -> None:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        latent_channels=4,
-    ).eval()
+    vae = make_vae().eval()
     pixels = torch.rand(6, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before = vae.encode(pixels).latent_dist

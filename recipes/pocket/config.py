@@ -110,7 +110,7 @@ class PocketConfig:
 
 
 CPU = PocketConfig()
-"""About two hours on two cores: 314 subjects of three vendors."""
+"""About three hours on one core: 314 subjects of three vendors."""
 
 GPU = PocketConfig(
     vae=VaeConfig(num_samples=640_000, batch_size=64),

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lorascope.config import BaseSection
-from lorascope.errors import BaseModelError
+from lorascope.errors import BaseModelError, first_line
 from lorascope.store import digest_folder
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -176,9 +176,8 @@ def _load(kind: Any, folder: Path, part: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder / part, local_files_only=True, **weights, **options)
     except Exception as error:  # the libraries raise anything here, from KeyError to SafetensorError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
-            f"{folder / part}: cannot be loaded as {kind.__name__} ({reason[:200]}): the folder is damaged or of another family"
+            f"{folder / part}: cannot be loaded as {kind.__name__} ({first_line(error)}): the folder is damaged or of another family"
         ) from error
 
 

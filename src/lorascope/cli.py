@@ -72,11 +72,9 @@ def study(
         _print_plan(config, as_json)
         return EXIT_DONE
     job = _new_study(config, run_dir)
-    try:
-        job.run(shlex.join(["lorascope", *sys.argv[1:]]))
-    finally:
-        if job.run_dir.report_md.exists() and (job.run_dir.manifest()["stages"].get("report")):
-            _print_result(job, as_json, quiet)
+    job.run_stages(shlex.join(["lorascope", *sys.argv[1:]]))
+    _print_result(job, as_json, quiet)
+    job.raise_faults()
     return EXIT_DONE
 
 

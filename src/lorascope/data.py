@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorascope.config import DataSection
-from lorascope.errors import DataError
+from lorascope.errors import DataError, first_line
 from lorascope.store import digest_json
 
 MAX_PIXELS = 64 * 2**20
@@ -212,9 +212,7 @@ class _ParquetSource:
         try:
             return pq.ParquetFile(self._files[file])
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{self._files[file]}: cannot be read as Parquet ({_first_line(error)}): download or export it again"
-            ) from error
+            raise DataError(f"{self._files[file]}: cannot be read as Parquet ({first_line(error)}): download or export it again") from error
 
     def _check_columns(self, file: str, schema: Any) -> None:
         for key, column, fits in (
@@ -234,7 +232,7 @@ class _ParquetSource:
                 return parquet.read_row_group(group, columns=list(columns))
             except (OSError, pa.ArrowException) as error:
                 where = f"{self._files[file]}: row group {group}"
-                raise DataError(f"{where} cannot be read ({_first_line(error)}): download or export the file again") from error
+                raise DataError(f"{where} cannot be read ({first_line(error)}): download or export the file again") from error
 
     def rows(self) -> Iterator[_Row]:
         for file, first_rows in self._first_rows.items():
@@ -365,7 +363,7 @@ def _download(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise DataError(f"{where} it does not exist or is not open to you: check the id, or log in with `hf auth login`") from error
     except Exception as error:  # the client passes on whatever its transport raises
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{where} it could not be downloaded ({reason}): check the network, or give a local folder") from error
     if not _parquet_files(path):
         raise DataError(f"{where} it has no Parquet files at its top or in data/: download its pictures and give the folder")
@@ -470,10 +468,6 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, record
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
 # Pictures --------------------------------------------------------------------------------------------------------------
 
 
@@ -517,7 +511,7 @@ def _decode(content: bytes) -> tuple[Image.Image, list[str]]:
     except UnidentifiedImageError as error:
         raise _RefusedError(f"not an image in a known format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # decoders raise errors of any type on damaged files
-        raise _RefusedError(f"unreadable image: {_first_line(error) or type(error).__name__}") from error
+        raise _RefusedError(f"unreadable image: {first_line(error)}") from error
     if declared in _TURNS:
         treatments.append(f"turned upright (EXIF orientation {declared})")
     if orientation in _TURNS:

@@ -48,3 +48,9 @@ class RunError(LorascopeError):
     """Training, sampling or scoring failed; what was finished is kept."""
 
     exit_code = EXIT_RUN_FAILED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, at most 200 characters, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from lorascope.base import resolve_model
 from lorascope.config import ScoreSection
-from lorascope.errors import BaseModelError, RunError
+from lorascope.errors import BaseModelError, RunError, first_line
 from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json
 
 SCALE = "100 x cosine"
@@ -189,7 +189,7 @@ def load_encoder(section: ScoreSection, device: torch.device) -> ClipEncoder:
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the libraries raise anything here, from KeyError to SafetensorError
-        raise BaseModelError(f"{whose}: cannot be loaded as CLIP ({_first_line(error)}): {_REMEDY}") from error
+        raise BaseModelError(f"{whose}: cannot be loaded as CLIP ({first_line(error)}): {_REMEDY}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise BaseModelError(f"{whose}: lacks {len(missing)} weights of a CLIP model, such as {missing[0]}: {_REMEDY}")
@@ -230,13 +230,8 @@ def _open(picture: Picture, position: int) -> Image.Image:
         with Image.open(picture) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises each of these for damaged files
-        raise RunError(f"{_name(picture, position)}: cannot be read as a picture ({_first_line(error)}): sample it again") from error
+        raise RunError(f"{_name(picture, position)}: cannot be read as a picture ({first_line(error)}): sample it again") from error
 
 
 def _name(picture: Picture, position: int) -> str:
     return str(picture) if isinstance(picture, Path) else f"picture {position} of the list"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -4,6 +4,7 @@ Every stage can be called alone and again; what is finished for the same inputs 
 """
 
 import copy
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -63,6 +64,12 @@ class Study:
         Raises `RunError` at the end when an arm failed or merged and unmerged outputs differ; everything else is done
         and kept by then.
         """
+        report = self.run_stages(command)
+        self.raise_faults()
+        return report
+
+    def run_stages(self, command: str) -> Report:
+        """As `run`, but faults are left to `raise_faults`, so that the report can be shown before them."""
         with self.working(command):
             self.check_inputs()
             self.prepare_data()
@@ -71,9 +78,7 @@ class Study:
             self.sample()
             self.check_merge()
             self.score()
-            report = self.report()
-        self.raise_faults()
-        return report
+            return self.report()
 
     def check_inputs(self) -> None:
         """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
@@ -130,17 +135,15 @@ class Study:
             shown["dtype"],
             shown["prediction_type"],
         )
-        targets = resolve_targets(base.unet, self.config.adapter.targets)
-        self.run_dir.describe(
-            base={**shown, "model": self.config.base.model},
-            adapter={"modules": len(targets), "targets": list(self.config.adapter.targets)},
-        )
+        self.run_dir.describe(base={**shown, "model": self.config.base.model})
         return base
 
     @functools.cached_property
     def targets(self) -> list[Target]:
         """The adapted Linear layers."""
-        return resolve_targets(self.base.unet, self.config.adapter.targets)
+        targets = resolve_targets(self.base.unet, self.config.adapter.targets)
+        self.run_dir.describe(adapter={"modules": len(targets), "targets": list(self.config.adapter.targets)})
+        return targets
 
     @contextmanager
     def _stage(self, name: str, inputs: str) -> Iterator[Callable[..., None]]:
@@ -408,7 +411,7 @@ class Study:
                 bank.detach()
                 merged_unet = self.merged_unet(bank, index)
                 idle = AdapterBank(merged_unet, self.targets[:1], [arm])  # strength 0: the merged weights alone
-                merged = _with_unet(self.base, merged_unet)
+                merged = dataclasses.replace(self.base, unet=merged_unet)
                 merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
                 error = float((merged_latents - latents).norm() / latents.norm())
                 results[arm.name] = {
@@ -540,11 +543,6 @@ class _Probe:
             self.metrics.append(
                 {"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record}
             )
-
-
-def _with_unet(base: Base, unet: UNet2DConditionModel) -> Base:
-    values = {**vars(base), "unet": unet}
-    return Base(**values)
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
