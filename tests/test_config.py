@@ -2,13 +2,14 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorascope.config import Arm, ArmGrid, StudyConfig, load_study, preset_names, preset_text, reference_table
+from lorascope.config import Arm, ArmGrid, StudyConfig, TargetGroup, load_study, preset_names, preset_text, reference_table
 from lorascope.errors import ConfigError
 
 COUNTS = st.integers(1, 10_000)
@@ -264,9 +265,9 @@ def test_a_wrong_value_is_named_with_its_place_and_constraint(override: str, mes
     [
         ("train.epocs=3", "train.epocs: unknown key; known here: epochs, batch_size,", " - did you mean 'epochs'?"),
         ("arms.0.ranks=3", "arms.0.ranks: unknown key; known here: name, rank,", " - did you mean 'rank'?"),
-        ("trian.epochs=2", "trian: unknown key; known here: name, device, base,", " - did you mean 'train'?"),
-        ("zzz=2", "zzz: unknown key; known here: name, device, base,", "preset"),
-        ("train..epochs=2", "train.: unknown key; known here: epochs,", "num_probe"),
+        ("trian.epochs=2", "trian: unknown key; known here: name, device, trackers, base,", " - did you mean 'train'?"),
+        ("zzz=2", "zzz: unknown key; known here: name, device, trackers, base,", "preset"),
+        ("train..epochs=2", "train.: unknown key; known here: epochs,", "keep_best"),
         ("a\nb=2", "a\\nb: unknown key; known here: name,", "preset"),
     ],
 )
@@ -421,15 +422,16 @@ def test_the_digest_covers_what_changes_a_result() -> None:
 def test_the_reference_table_has_a_row_for_every_key() -> None:
     rows = reference_table().splitlines()[2:]
     keys = [row.split("`")[1] for row in rows]
-    sections = {name: field.annotation for name, field in StudyConfig.model_fields.items()}
-    expected = [
-        f"{section}.{key}" if fields else section
-        for section, kind in sections.items()
-        for fields in [ArmGrid.model_fields if section == "arms" else getattr(kind, "model_fields", {})]
-        for key in fields or [section]
-    ]
+    tables = {"arms": ArmGrid, "adapter.groups": TargetGroup}
+
+    def leaves(key: str, kind: Any) -> list[str]:
+        fields = getattr(tables.get(key, kind), "model_fields", None)
+        return [key] if fields is None else [leaf for name in fields for leaf in leaves(f"{key}.{name}", fields[name].annotation)]
+
+    expected = [leaf for name, field in StudyConfig.model_fields.items() for leaf in leaves(name, field.annotation)]
     assert keys == expected
     assert all(row.count("|") == 5 and not row.endswith("None |") for row in rows)
+    assert "| `trackers` | list of `tensorboard` or `wandb` or `mlflow` or `trackio` | `[]` | " in "\n".join(rows)
     assert "| `train.betas` | list of 2 numbers | `[0.9, 0.999]` | AdamW's decay rates |" in rows
     assert "| `arms.rank` | whole number or list of whole numbers | `16` | rank r of the adapter |" in rows
     assert '| `device` | `auto` or `cpu` or `cuda` | `"auto"` | `auto` takes the GPU if there is one |' in rows

@@ -46,6 +46,9 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Ranks = Annotated[tuple[Rank, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+Factor = Annotated[Real, Field(ge=0, le=1e3)]
+Flag = Annotated[bool, Field(strict=True)]
+Targets = Annotated[tuple[Text, ...], AfterValidator(_without_repeats)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 
 
@@ -59,9 +62,14 @@ class BaseSection(Section):
     """The frozen base model."""
 
     model: Text = Field(
-        default="pocket", description="`pocket`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`"
+        default="pocket",
+        description="`pocket`, a diffusers folder, one checkpoint file in the original layout (`.safetensors`, `.ckpt`), or a hub id "
+        "such as `stable-diffusion-v1-5/stable-diffusion-v1-5`",
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
+        default="auto", description="what the U-Net predicts; `auto` takes what the base says of itself, and `epsilon` for a single file"
+    )
 
 
 class DataSection(Section):
@@ -69,13 +77,33 @@ class DataSection(Section):
 
     source: Text = Field(
         default="pocket",
-        description="`pocket`, a Parquet file or folder with columns image and text, a picture folder with captions, or a hub data set id",
+        description="`pocket`, a Parquet file or folder, a picture folder with captions, WebDataset tar files, or a hub data set id",
     )
-    image_column: Text = Field(default="image", description="Parquet column that holds the picture")
-    caption_column: Text = Field(default="text", description="Parquet column that holds the caption")
+    revision: Text | None = Field(default=None, description="branch, tag or commit of a hub data set")
+    image_column: Text = Field(default="image", description="column (Parquet) or file ending (tar) that holds the picture, found if absent")
+    caption_column: Text = Field(default="text", description="column (Parquet, metadata) or file ending (tar) that holds the caption")
     resolution_px: Whole = Field(
-        default=64, ge=16, le=4096, multiple_of=8, description="side of the centre-cropped square picture, in pixels"
+        default=64,
+        ge=16,
+        le=4096,
+        multiple_of=8,
+        description="side of the centre-cropped square picture, in pixels; with buckets the side of a square of the same area",
     )
+    buckets: Flag = Field(
+        default=False, description="keep each picture's aspect ratio: group pictures of like shape instead of the centre crop"
+    )
+    bucket_step_px: Whole = Field(default=64, ge=8, le=512, multiple_of=8, description="sides of buckets are multiples of this")
+    bucket_max_ratio: Real = Field(
+        default=2.0, ge=1, le=8, description="longest side of a bucket over its shortest; what is longer is cropped"
+    )
+    flip: Flag = Field(default=False, description="mirror every second draw of a picture, by chance; for sets without text or fixed sides")
+    repeats: Positive = Field(default=1, description="times a picture is seen in an epoch, times that of its `10_name` folder")
+    caption_prefix: Text | None = Field(default=None, description="text put before every caption as it stands")
+    trigger_word: Text | None = Field(
+        default=None, description="word put first in every caption that lacks it; stays first when tags are shuffled"
+    )
+    shuffle_tags: Flag = Field(default=False, description="shuffle the comma-separated tags of a caption at every draw")
+    keep_tags: NonNegative = Field(default=0, description="leave the first so many tags in place when shuffling")
     num_train: Positive | None = Field(default=None, description="use at most this many training pictures; all when absent")
     num_heldout: Positive | None = Field(
         default=None, description="hold out at most this many pictures; all of the held-out share when absent"
@@ -89,12 +117,25 @@ class DataSection(Section):
     max_refused_share: Share = Field(default=0.1, description="stop before training when more than this share of the rows cannot be used")
 
 
+class TargetGroup(Section):
+    """One table of `[[adapter.groups]]`: further layers, with a rank, alpha and learning rate of their own."""
+
+    component: Literal["unet", "text_encoder"] = Field(default="unet", description="part of the base that holds the layers")
+    targets: Targets = Field(default=(), min_length=1, validate_default=True, description="as `adapter.targets`, which need not name them")
+    rank: Rank | None = Field(default=None, description="rank of these layers; the arm's when absent")
+    alpha: PositiveReal | None = Field(default=None, description="alpha of these layers; the arm's alpha / rank is kept when absent")
+    lr: PositiveReal | None = Field(default=None, description="learning rate of these layers; the arm's when absent")
+
+
 class AdapterSection(Section):
     """Which layers are adapted."""
 
-    targets: Annotated[tuple[Text, ...], AfterValidator(_without_repeats)] = Field(
-        default=REFERENCE_TARGETS, min_length=1, description="name endings of the U-Net's Linear layers to adapt"
+    targets: Targets = Field(
+        default=REFERENCE_TARGETS,
+        min_length=1,
+        description="layers of the U-Net to adapt, Linear or convolution: name endings, or patterns such as `mid_block.*.conv1`",
     )
+    groups: tuple[TargetGroup, ...] = Field(default=(), description="layers with a rank, alpha or learning rate of their own")
 
 
 class ArmGrid(Section):
@@ -142,10 +183,31 @@ class TrainSection(Section):
 
     epochs: Positive = Field(default=10, description="passes over the training pictures")
     batch_size: Positive = Field(default=4, description="pictures per step and arm")
+    accumulation_steps: Positive = Field(default=1, description="batches whose gradients are averaged for one step")
+    optimizer: Text = Field(
+        default="adamw", description="`adamw`, the name of a `torch.optim` class such as `SGD`, or `prodigy` (needs prodigyopt)"
+    )
+    optimizer_args: dict[str, Any] = Field(default={}, description="further arguments of an optimizer other than `adamw`")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
     eps: PositiveReal = Field(default=1e-8, description="AdamW's epsilon")
     weight_decay: Real = Field(default=0.01, ge=0, le=1, description="AdamW's decoupled weight decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="course of the learning rate after the warm-up: constant, or falling to 0 at the last step"
+    )
     warmup_steps: NonNegative = Field(default=0, description="steps over which the learning rate rises linearly from 0")
+    loss: Literal["mse", "huber"] = Field(
+        default="mse", description="distance of prediction and target; `huber` is linear beyond `huber_delta`"
+    )
+    huber_delta: PositiveReal = Field(default=0.1, description="distance at which the Huber loss turns from square to linear")
+    min_snr_gamma: PositiveReal | None = Field(
+        default=None, description="weight timesteps by min(SNR, gamma) / SNR; 5 is usual, off when absent"
+    )
+    noise_offset: Share = Field(
+        default=0.0, description="size of a constant added to each channel's noise, for darker and lighter pictures"
+    )
+    gradient_checkpointing: Flag = Field(
+        default=False, description="keep fewer activations and compute them again: less memory, a third more time"
+    )
     max_grad_norm: Real = Field(default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone")
     caption_dropout: Share = Field(default=0.0, description="share of training captions replaced by the empty one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -154,6 +216,7 @@ class TrainSection(Section):
     checkpoint_every_steps: Positive = Field(default=250, description="steps between checkpoints that an interrupted run goes on from")
     max_stacked_arms: Positive = Field(default=4, description="arms trained in one pass at most; more need more memory")
     num_probe: Positive = Field(default=32, description="pictures of each split on which the denoising loss is measured at fixed noise")
+    keep_best: Flag = Field(default=True, description="keep the adapter of the epoch with the lowest held-out loss beside the last")
 
 
 class SampleSection(Section):
@@ -168,6 +231,10 @@ class SampleSection(Section):
     scheduler: Literal["ddim", "euler", "dpmsolver++"] = Field(default="ddim", description="sampler")
     seeds: Seeds = Field(default=(0,), description="seeds of the initial noise, shared by the base and every arm")
     batch_size: Positive = Field(default=36, description="pictures denoised at once, over all arms")
+    preview_every_epochs: Positive | None = Field(
+        default=None, description="draw previews during training, every so many epochs; none when absent"
+    )
+    num_previews: Positive = Field(default=4, description="prompts of each preview, taken from all categories in turn, seed 0")
 
 
 class ScoreSection(Section):
@@ -177,6 +244,15 @@ class ScoreSection(Section):
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
     batch_size: Positive = Field(default=64, description="pictures scored at once")
     resamples: Whole = Field(default=10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts")
+
+
+class ExportSection(Section):
+    """Adapter files for other programs."""
+
+    formats: tuple[Literal["kohya", "diffusers"], ...] = Field(
+        default=("kohya",), description="files left beside each adapter: `kohya` for WebUI, Forge and ComfyUI, `diffusers`"
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = Field(default="fp16", description="dtype of those files")
 
 
 class Arm(Section):
@@ -199,6 +275,9 @@ class StudyConfig(Section):
 
     name: Name = Field(default="study", description="name of the study; the run folder is `runs/<name>`")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes the GPU if there is one")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=(), description="send losses, learning rates and previews to these too; each needs its package"
+    )
     base: BaseSection = BaseSection()
     data: DataSection = DataSection()
     adapter: AdapterSection = AdapterSection()
@@ -208,6 +287,7 @@ class StudyConfig(Section):
     train: TrainSection = TrainSection()
     sample: SampleSection = SampleSection()
     score: ScoreSection = ScoreSection()
+    export: ExportSection = ExportSection()
 
     @model_validator(mode="after")
     def _distinct_arms(self) -> Self:
@@ -486,15 +566,19 @@ def reference_table() -> str:
     """The table of all keys for the docs, in Markdown, made from the schema."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for section, field in StudyConfig.model_fields.items():
-        kind: Any = ArmGrid if section == "arms" else field.annotation
-        fields = {f"{section}.{key}": item for key, item in kind.model_fields.items()} if _is_section(kind) else {section: field}
-        lines.extend(_reference_row(key, item) for key, item in fields.items())
+        lines.extend(_reference_rows(section, field))
     return "\n".join(lines) + "\n"
 
 
-def _reference_row(key: str, field: FieldInfo) -> str:
-    default = "" if field.default is None else f"`{json.dumps(field.default)}`"
-    return f"| `{key}` | {_type_name(field.annotation)} | {default} | {field.description} |"
+def _reference_rows(key: str, field: FieldInfo) -> Iterator[str]:
+    """A row for a key, or for every key of a table or of a list of tables."""
+    kind: Any = _schema([*key.split("."), "0"]) or field.annotation
+    if not _is_section(kind):
+        default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+        yield f"| `{key}` | {_type_name(field.annotation)} | {default} | {field.description} |"
+        return
+    for name, item in kind.model_fields.items():
+        yield from _reference_rows(f"{key}.{name}", item)
 
 
 def _schema(keys: Sequence[str]) -> Any:
@@ -532,5 +616,7 @@ def _plain_name(kind: Any) -> str:
         item, *others = get_args(kind)
         count = "" if Ellipsis in others else f"{1 + len(others)} "
         plural = _type_name(item)
-        return f"list of {count}{plural if plural == 'text' else f'{plural}s'}"
-    return "table" if _is_section(kind) else {str: "text", int: "whole number", float: "number"}[kind]
+        return f"list of {count}{f'{plural}s' if plural.endswith('number') else plural}"
+    if _is_section(kind) or get_origin(kind) is dict:
+        return "table"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
