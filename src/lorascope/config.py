@@ -616,7 +616,7 @@ def _plain_name(kind: Any) -> str:
         item, *others = get_args(kind)
         count = "" if Ellipsis in others else f"{1 + len(others)} "
         plural = _type_name(item)
-        return f"list of {count}{f'{plural}s' if plural.endswith('number') else plural}"
+        return f"list of {count}{f'{plural}s' if plural.endswith(('number', 'table')) else plural}"
     if _is_section(kind) or get_origin(kind) is dict:
         return "table"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
