@@ -26,6 +26,7 @@ from lorascope.store import write_json
 from lorascope.weights import load_tensors, read_header, require_finite, save_tensors
 
 Layout = Literal["kohya", "peft", "diffusers"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -461,7 +462,7 @@ class Written:
 
 
 def save_adapter(
-    adapter: Adapter, path: Path, layout: Layout, dtype: torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None
+    adapter: Adapter, path: Path, layout: Layout, dtype: Literal["fp32", "fp16", "bf16"] = "fp16", metadata: Mapping[str, str] | None = None
 ) -> Written:
     """Write an adapter atomically: `kohya` and `diffusers` as one file, `peft` as a folder.
 
@@ -477,7 +478,7 @@ def save_adapter(
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
     modules, rounding = _rounded(adapter.modules, dtype)
     if small := rounding.num_lost:
-        notes.append(f"{small:,} of {rounding.num_values:,} weights are below the range of {_dtype_name(dtype)} and became 0")
+        notes.append(f"{small:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0")
     if layout != "kohya" and any(module.mid is not None for module in modules.values()):
         notes.append(f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same update in more bytes")
         modules = {name: replace(module, down=module.full_down().contiguous(), mid=None) for name, module in modules.items()}
@@ -501,19 +502,19 @@ class _Rounding:
     num_values: int
 
 
-def _rounded(modules: Mapping[str, LoraModule], dtype: torch.dtype) -> tuple[dict[str, LoraModule], _Rounding]:
+def _rounded(modules: Mapping[str, LoraModule], dtype: str) -> tuple[dict[str, LoraModule], _Rounding]:
     """The modules in `dtype`, and what that cost; raise `AdapterError` for weights that become infinite."""
-    result = {}
+    target, result = DTYPES[dtype], {}
     error = norm = 0.0
     lost = count = 0
     for path, module in modules.items():
-        tensors = {name: tensor.to(dtype) for name, tensor in module.tensors().items()}
+        tensors = {name: tensor.to(target) for name, tensor in module.tensors().items()}
         for name, tensor in module.tensors().items():
             exact, written = tensor.double(), tensors[name].double()
             if not written.isfinite().all():
                 raise AdapterError(
-                    f"{path}: {name} has values up to {float(exact.abs().max()):.3g}, beyond {_dtype_name(dtype)}'s "
-                    f"{torch.finfo(dtype).max:.6g}: write bfloat16 or float32"
+                    f"{path}: {name} has values up to {float(exact.abs().max()):.3g}, beyond {dtype}'s {torch.finfo(target).max:.6g}: "
+                    "write bf16 or fp32"
                 )
             error += float((written - exact).square().sum())
             norm += float(exact.square().sum())
@@ -521,10 +522,6 @@ def _rounded(modules: Mapping[str, LoraModule], dtype: torch.dtype) -> tuple[dic
             count += tensor.numel()
         result[path] = module.with_tensors(tensors)
     return result, _Rounding(math.sqrt(error / norm) if norm else 0.0, lost, count)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor]:

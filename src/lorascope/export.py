@@ -17,7 +17,18 @@ import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lorascope.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, Layout, LoraModule, Written, load_adapter, misfits, save_adapter
+from lorascope.adapter_files import (
+    DTYPES,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Adapter,
+    Layout,
+    LoraModule,
+    Written,
+    load_adapter,
+    misfits,
+    save_adapter,
+)
 from lorascope.base import Base, load_base
 from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import log
@@ -28,7 +39,6 @@ from lorascope.weights import read_header, save_tensors
 
 Format = Literal["kohya", "peft", "diffusers", "merged-diffusers", "merged-ldm"]
 Dtype = Literal["fp32", "fp16", "bf16"]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LAYOUTS: dict[str, Layout] = {layout: layout for layout in get_args(Layout)}  # the formats that are adapter files
 _MAX_TAGS = 1000  # the commonest ones: a caption that is a sentence is a tag of its own, and all of them would be megabytes
 _MERGED_JSON = "lorascope.json"  # in a merged pipeline folder: the digests of what was merged
@@ -204,7 +214,7 @@ def _write_layout(
         resolution_px=config.data.resolution_px,
         prediction_type=manifest.get("base", {}).get("prediction_type", "epsilon"),
     )
-    return _noted(save_adapter(adapter, out, layout, DTYPES[dtype], metadata), adapter)
+    return _noted(save_adapter(adapter, out, layout, dtype, metadata), adapter)
 
 
 def convert(
@@ -232,7 +242,7 @@ def convert(
         return write_merged(BaseSection(model=base), adapter, out, layout, dtype, name)
     described = {key: value for key, value in adapter.metadata.items() if key.startswith("modelspec.")}
     metadata = {**kohya_metadata(adapter, name, kept), **described, "ss_output_name": name, "modelspec.title": name}
-    return _noted(save_adapter(adapter, out, _LAYOUTS[layout], DTYPES[dtype], metadata), adapter)
+    return _noted(save_adapter(adapter, out, _LAYOUTS[layout], dtype, metadata), adapter)
 
 
 def _noted(written: Written, adapter: Adapter) -> Written:
@@ -324,7 +334,7 @@ def merged_base(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) 
     parts = {name: part for name, part in base.components.items() if name in adapter.components()}
     state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     merged, report = merge_weights(state, adapter, dtype=dtype)
-    copies = {}
+    copies: dict[str, Any] = {}
     for name, part in parts.items():
         copies[name] = copy.deepcopy(part).to(dtype)
         copies[name].load_state_dict({key: merged[f"{name}.{key}"] for key in part.state_dict()})
