@@ -125,7 +125,16 @@ _KOHYA_UNET = re.compile(
 )
 _KOHYA_TEXT = re.compile(r"text_model_encoder_layers_(?P<layer>\d+)_(?:self_attn_(?P<to>q|k|v|out)_proj|mlp_(?P<fc>fc[12]))")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_UNET_CHILDREN = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
+_UNET_CHILDREN = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in",
+    "conv_out",
+    "time_embedding.",
+    "class_embedding.",
+    "add_embedding.",
+)
 _TEXT_CHILDREN = ("text_model.", "encoder.layers.")
 _CONVOLUTIONS = ("proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
 
@@ -169,7 +178,7 @@ def kohya_name(path: str) -> str:
     known = _unet_path(flat) if component == "unet" else _text_path(flat)
     if known != rest:
         raise AdapterError(
-            f"{path!r}: no layer of a Stable Diffusion v1 model, so kohya files have no name for it: write `peft` or `diffusers`"
+            f"{path!r}: no layer of a Stable Diffusion v1 model, so kohya files have no name for it: write peft or diffusers"
         )
     return f"lora_{'unet' if component == 'unet' else 'te'}_{flat}"
 
@@ -537,6 +546,9 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
         notes.append("diffusers refuses files with a Tucker core (lora_mid); WebUI, Forge and ComfyUI read it")
     if any(module.dora_scale is not None for module in adapter.modules.values()):
         notes.append("DoRA: diffusers drops dora_scale and so draws something else; WebUI, Forge and ComfyUI read it")
+    if len({module.effective_alpha for module in adapter.modules.values()}) > 1:
+        # Its converter names the exceptions by the old attention processors, which match no module (0.42).
+        notes.append("alpha differs between modules, which diffusers misreads in kohya files: give it the diffusers file")
     return tensors
 
 
@@ -615,9 +627,7 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
         target = folder if set(components) == {"unet"} else folder / component
         with_dora = [module.dora_scale is not None for module in modules.values()]
         if any(with_dora) and not all(with_dora):
-            raise AdapterError(
-                f"{component}: {sum(with_dora)} of {len(with_dora)} modules have dora_scale, PEFT needs all or none: write kohya"
-            )
+            raise AdapterError(f"{component}: {sum(with_dora)} of {len(with_dora)} modules are DoRA, PEFT needs all or none: write kohya")
         tensors = {}
         for name, module in modules.items():
             key = f"base_model.model.{name.removeprefix('text_model.')}"  # PEFT goes by the live names of transformers 5

@@ -189,7 +189,7 @@ def export_arm(
     if arm_name not in arms:
         raise ConfigError(f"--arm {arm_name!r}: not an arm of this run: choose one of {', '.join(arms)}")
     folder = run_dir.adapters_dir / arm_name / ("best" if checkpoint == "best" else "")
-    if not (folder / PEFT_WEIGHTS).is_file():
+    if not any((folder / part / PEFT_WEIGHTS).is_file() for part in ("", "unet", "text_encoder")):
         kept = " (train.keep_best keeps it)" if checkpoint == "best" else ": train it, or choose one that did not fail"
         raise ConfigError(f"{folder}: no {checkpoint} adapter of arm {arm_name!r} here{kept}")
     name = plain_name(name or f"{config.name}-{arm_name}" + ("-best" if checkpoint == "best" else ""))
