@@ -336,7 +336,7 @@ class Study:
         adapted = {target.component for target in bank.targets}
         copies = {name: copy.deepcopy(part) if name in adapted else part for name, part in self.base.components.items()}
         merge(copies, bank, index)
-        return dataclasses.replace(self.base, **copies)
+        return dataclasses.replace(self.base, unet=copies["unet"], text_encoder=copies["text_encoder"])
 
     def save_merged(self, arm_name: str, folder: Path) -> None:
         """Write a complete diffusers pipeline folder with one arm merged in, in float32.
