@@ -1,6 +1,7 @@
 """Captions for a folder: what is kept, what is written, what is skipped, and that an interruption costs nothing."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,17 +184,36 @@ def test_pictures_without_a_caption_are_named(pictures: Path) -> None:
     (pictures / "3.png").write_bytes(b"")
     (pictures / "4.jpg").write_bytes((pictures / "4.png").read_bytes())
     (pictures / ".hidden.png").write_bytes(b"")
+    (pictures / "5.png").mkdir()
+    (pictures / os.fsdecode(b"6\xff.png")).write_bytes(b"")
+    (pictures / "7.png").symlink_to(pictures / "7.png")
     result = caption_folder(pictures, stub(["", "words"]), batch_size=2)
     assert not result.is_complete
     assert result.empty == ["1.png"] and not (pictures / "1.txt").exists()
-    assert [entry["picture"] for entry in result.skipped] == ["0.png", "3.png", "4.png"]
+    assert [entry["picture"] for entry in result.skipped] == ["0.png", "3.png", "4.png", "6\\xff.png"]
     text = result.as_text()
-    assert text.startswith(f"{pictures}: 8 pictures: 4 captioned, 0 kept their captions, 4 have none\n")
+    assert text.startswith(f"{pictures}: 9 pictures: 4 captioned, 0 kept their captions, 5 have none\n")
     assert "  0.png: not an image in a known format" in text
     assert "  3.png: the image file is empty" in text
     assert "  4.png: would share 4.txt with 4.jpg: rename one of them" in text
     assert "  1.png: the model gave no words: caption it by hand, or with another --prompt" in text
+    assert "  6\\xff.png: the file name is not UTF-8: rename the file" in text
     assert result.as_dict()["num_written"] == 4
+
+
+def test_a_picture_file_that_is_too_large_or_closed_is_skipped(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pictures / "0.png").write_bytes(b"\0" * 5000)
+    monkeypatch.setattr(lorascope.captioning, "MAX_FILE_BYTES", 4000)
+
+    def caption(batch: Sequence[Image.Image]) -> list[str]:
+        (pictures / "4.png").unlink(missing_ok=True)
+        return ["words"] * len(batch)
+
+    result = caption_folder(pictures, caption, batch_size=2)
+    assert [entry["reason"] for entry in result.skipped] == [
+        "the image file has more bytes than the limit of 4000",
+        "the image file cannot be read (No such file or directory)",
+    ]
 
 
 def test_pictures_are_treated_as_for_training(tmp_path: Path) -> None:

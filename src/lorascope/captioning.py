@@ -4,6 +4,7 @@ What is there is kept and what is written is whole, so the same command again go
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from lorascope.data import _SUFFIXES, _decode, _RefusedError
 from lorascope.errors import BaseModelError, DataError, first_line
 from lorascope.hub import fetch_snapshot
+from lorascope.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError, open_picture
 from lorascope.store import write_text
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
@@ -154,13 +155,17 @@ def caption_folder(
     store = _Metadata(folder) if out == "jsonl" else _Sidecars(folder)
     todo = []
     for name in pictures:
+        if not _is_unicode(name):
+            shown = os.fsencode(name).decode(errors="backslashreplace")
+            result.skipped.append({"picture": shown, "reason": "the file name is not UTF-8: rename the file"})
+            continue
         try:
             store.claim(name)
             if not overwrite and store.has(name):
                 result.num_kept += 1
             else:
                 todo.append(name)
-        except _RefusedError as error:
+        except RefusedError as error:
             result.skipped.append({"picture": name, "reason": str(error)})
     done = 0
     try:
@@ -189,10 +194,10 @@ def _pictures(folder: Path) -> list[str]:
     """Names of the pictures, relative to the folder, sorted; none that is hidden."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: give a folder with pictures")
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
     names = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
     if not names:
-        raise DataError(f"{folder}: no pictures ({', '.join(sorted(_SUFFIXES))}): give a folder with pictures")
+        raise DataError(f"{folder}: no pictures ({', '.join(sorted(SUFFIXES))}): give a folder with pictures")
     return names
 
 
@@ -212,11 +217,15 @@ def _check_metadata(folder: Path, out: str) -> None:
 def _open(folder: Path, name: str) -> Image.Image | str:
     """The picture as RGB on white, upright, or the reason why it cannot be used."""
     try:
-        return _decode((folder / name).read_bytes())[0]
-    except _RefusedError as error:
+        with (folder / name).open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            return f"the image file has more bytes than the limit of {MAX_FILE_BYTES}"
+        return open_picture(content)
+    except RefusedError as error:
         return str(error)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"the image file cannot be read ({error.strerror})"
 
 
 class _Sidecars:
@@ -229,7 +238,7 @@ class _Sidecars:
     def claim(self, name: str) -> None:
         path = (self._folder / name).with_suffix(".txt")
         if (owner := self._owners.setdefault(path, name)) != name:
-            raise _RefusedError(f"would share {path.name} with {owner}: rename one of them")
+            raise RefusedError(f"would share {path.name} with {owner}: rename one of them")
 
     def has(self, name: str) -> bool:
         return bool(_beside(self._folder / name))
@@ -309,7 +318,7 @@ def _beside(picture: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip() if path else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise _RefusedError(
+        raise RefusedError(
             f"{picture.with_suffix('.txt').name} cannot be read as UTF-8 ({first_line(error)}): correct or delete it"
         ) from error
 

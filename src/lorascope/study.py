@@ -29,9 +29,10 @@ from lorascope.base import Base, choose_device, load_base, load_tokenizer
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, size, track
-from lorascope.data import Dataset, Prompt, load_dataset, load_prompts, prepare_data
+from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.features import check_encoder, load_encoder
+from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.score import Generated, score_run
