@@ -18,7 +18,7 @@ from typing import IO, Any
 from lorascope.errors import StorageError
 
 _PARTIAL = ".partial"
-_OTHER_FOLDER = "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache)"
+_OTHER_FOLDER = "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache, HF_HOME for downloads)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
