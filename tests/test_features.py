@@ -13,9 +13,9 @@ from torchmetrics.functional.multimodal import clip_score as reference_clip_scor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lorascope.config import ScoreSection, StudyConfig
-from lorascope.data import Prompt
 from lorascope.errors import BaseModelError, RunError
 from lorascope.features import CachedEncoder, ClipEncoder, load_encoder
+from lorascope.prompts import Prompt
 from lorascope.score import BASE, NOISE, REAL, SHUFFLED, Generated, clip_score, read_scores, score_run
 from lorascope.store import RunDir
 

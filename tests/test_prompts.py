@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.data import Prompt, load_prompts
 from lorascope.errors import DataError
+from lorascope.prompts import Prompt, load_prompts
 
 
 def write(tmp_path: Path, text: str) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from conftest import make_vae
 from lorascope.config import DataSection
-from lorascope.data import load_prompts, prepare_data
+from lorascope.data import prepare_data
+from lorascope.prompts import load_prompts
 
 pytest.importorskip("resvg_py", reason="the recipe's drawing library is an extra: pip install 'lorascope[pocket]'")
 

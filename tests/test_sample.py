@@ -11,8 +11,8 @@ from PIL import Image
 from lorascope.adapter import AdapterBank, Slice, resolve_targets
 from lorascope.base import Base
 from lorascope.config import REFERENCE_TARGETS, Arm, SampleSection
-from lorascope.data import Prompt
 from lorascope.errors import RunError
+from lorascope.prompts import Prompt
 from lorascope.sample import Job, batches_of, denoise, draw_pictures, initial_noise, latent_shape_of, plan_jobs, save_picture
 
 PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]

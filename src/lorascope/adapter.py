@@ -156,9 +156,8 @@ class AdapterBank:
             down = self._leaf(slice(start, middle), (rank, *target.down_shape))
             up = self._leaf(slice(middle, end), (target.out_features, rank))
             scales = torch.tensor([target.alpha(arm) / target.rank(arm) for arm in arms], device=device)
-            layer = components[target.component].get_submodule(target.path)
-            stacked = StackedLinear if isinstance(layer, nn.Linear) else StackedConv
-            self.layers[target.name] = stacked(layer, down, up, scales)
+            layer: Any = components[target.component].get_submodule(target.path)
+            self.layers[target.name] = (StackedLinear if isinstance(layer, nn.Linear) else StackedConv)(layer, down, up, scales)
             self.spans[target.name] = slice(start, end)
             start = end
         self.initialize()

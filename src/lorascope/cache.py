@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from lorascope.base import Base
 from lorascope.data import Dataset, Example
 from lorascope.errors import CacheError
-from lorascope.store import atomic_path, digest_json
+from lorascope.store import digest_json
+from lorascope.weights import save_tensors
 
 MAX_RESIDENT_BYTES = 2 * 2**30
 """Latents up to this size are moved to the device, larger ones stay mapped files; text states beyond it are not kept at
@@ -208,8 +209,7 @@ class _Store:
     def add(self, keys: Sequence[str], rows: torch.Tensor) -> None:
         """Write a shard of rows [len(keys), ...]."""
         path = self._folder / f"{digest_json(list(keys))[:32]}.safetensors"
-        with atomic_path(path) as partial:
-            safetensors.torch.save_file({"rows": rows}, partial, metadata={"identity": self._identity, "keys": json.dumps(list(keys))})
+        save_tensors(path, {"rows": rows}, {"identity": self._identity, "keys": json.dumps(list(keys))})
         self._index(path)
 
     def _index(self, path: Path) -> None:

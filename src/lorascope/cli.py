@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.validators import Number
 
 from lorascope import __version__
 from lorascope.config import StudyConfig, load_study, preset_names, preset_text, reference_table
 from lorascope.console import configure_logging, log, size
-from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, ConfigError, LorascopeError
+from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, ConfigError, LorascopeError
 
 if TYPE_CHECKING:
     from lorascope.adapter_files import Written
@@ -29,8 +30,8 @@ app = App(
     version=__version__,
     suppress_keyboard_interrupt=False,
     help="Train Stable Diffusion LoRA candidates under equal conditions and see with evidence which one to keep.",
-    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run or an arm failed (state kept), "
-    "130 interrupted (the same command goes on).",
+    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run, an arm or "
+    "a picture failed (state kept), 130 interrupted (the same command goes on).",
 )
 
 StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
@@ -199,6 +200,44 @@ def convert(
 
     _print_written(convert_adapter(source, out, layout, dtype, name, base, force))
     return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def caption(
+    folder: Annotated[Path, Parameter(help="folder with pictures, at any depth")],
+    *,
+    model: Annotated[str, Parameter(help="BLIP captioner: a hub id or a folder")] = "Salesforce/blip-image-captioning-base",
+    revision: Annotated[str | None, Parameter(help="branch, tag or commit of a hub id")] = None,
+    out: Annotated[Literal["sidecar", "jsonl"], Parameter(help="1.txt beside 1.png, or metadata.jsonl")] = "sidecar",
+    prompt: Annotated[str, Parameter(help='what every caption begins with, such as "a cartoon of"')] = "",
+    batch_size: Annotated[int, Parameter(help="pictures at once", validator=Number(gte=1))] = 8,
+    max_tokens: Annotated[int, Parameter(help="length of a caption after the prompt, at most")] = 40,
+    overwrite: Annotated[bool, Parameter(help="caption pictures that have a caption too", negative="")] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="where the model runs")] = "auto",
+    as_json: AsJson = False,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="no progress", negative="")] = False,
+) -> int:
+    """Caption pictures with BLIP. Captions that are there are kept; the same command again goes on where it stopped.
+
+    Exit code 3 says that some pictures were left without a caption; the result names them.
+
+    Example: lorascope caption my-pictures --prompt "a cartoon of"
+    """
+    _set_level(quiet, False)
+    from lorascope.base import choose_device
+    from lorascope.captioning import caption_folder, load_captioner
+    from lorascope.console import track
+
+    captioner = load_captioner(model, revision, prompt, max_tokens, choose_device(device))
+    with track("caption", 0, "pictures") as task:
+
+        def show(done: int, total: int, caption: str) -> None:
+            task.set_total(total)
+            task.advance(done - task.completed, caption)
+
+        result = caption_folder(folder, captioner.caption, out=out, batch_size=batch_size, overwrite=overwrite, progress=show)
+    print(json.dumps(result.as_dict(), indent=2) if as_json else result.as_text())
+    return EXIT_DONE if result.is_complete else EXIT_RUN_FAILED
 
 
 @app.command(group=_MORE)

@@ -15,8 +15,8 @@ from lorascope.base import Base
 from lorascope.cache import Encoded
 from lorascope.config import Arm, StudyConfig
 from lorascope.console import duration, log, size, track
-from lorascope.data import Prompt
 from lorascope.export import write_study_files
+from lorascope.prompts import Prompt
 from lorascope.sample import Job, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.trackers import Trackers

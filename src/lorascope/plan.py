@@ -15,7 +15,7 @@ from lorascope.adapter import Target, count_parameters, resolve_section
 from lorascope.base import choose_device, resolve_model
 from lorascope.config import StudyConfig
 from lorascope.console import duration, size
-from lorascope.data import load_prompts
+from lorascope.prompts import load_prompts
 from lorascope.train import count_steps
 
 _TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16

@@ -15,9 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from lorascope.adapter import AdapterBank, Slice
 from lorascope.base import Base
 from lorascope.config import SampleSection
-from lorascope.data import Prompt
 from lorascope.errors import RunError
 from lorascope.objective import seeded
+from lorascope.prompts import Prompt
 from lorascope.store import atomic_path
 
 _SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}

@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from lorascope.config import StudyConfig
-from lorascope.data import Prompt
 from lorascope.errors import RunError, StorageError
+from lorascope.prompts import Prompt
 from lorascope.store import RunDir, atomic_path
 
 BASE = "base"

@@ -24,17 +24,18 @@ from lorascope.base import Base, choose_device, load_base, load_tokenizer
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
-from lorascope.data import Dataset, Prompt, load_dataset, load_prompts, prepare_data
+from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.export import merged_base
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group
 from lorascope.optimizers import check_optimizer
+from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
-from lorascope.trackers import open_trackers
+from lorascope.trackers import open_trackers, require_trackers
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
@@ -82,6 +83,7 @@ class Study:
         """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
         log.debug("prompts  %d", len(self.prompts))
         check_optimizer(self.config.train)
+        require_trackers(self.config.trackers)
         check_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
 
