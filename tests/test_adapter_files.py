@@ -244,10 +244,6 @@ def test_half_precision_tells_its_rounding_and_refuses_what_it_cannot_hold(tmp_p
     large = Adapter({path: LoraModule(module.down * 1e6, module.up, 2.0)}, "kohya", {})
     with pytest.raises(AdapterError, match=r"down has values up to .*e\+05, beyond fp16's 65504: write bf16 or fp32"):
         save_adapter(large, tmp_path / "large.safetensors", "kohya", "fp16")
-    small = Adapter({path: LoraModule(module.down * 1e-9, module.up, 2.0)}, "kohya", {})
-    assert (
-        "256 of 512 weights are below the range of fp16 and became 0" in save_adapter(small, tmp_path / "small.safetensors", "kohya").notes
-    )
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------
@@ -583,3 +579,88 @@ def test_dora_that_peft_has_not_is_refused(tmp_path: Path) -> None:
     over_outputs = LoraModule(plain.down, plain.up, 1.0, dora_scale=torch.ones(6, 1))
     with pytest.raises(AdapterError, match="1 of 2 modules are DoRA, PEFT needs all or none"):
         save_adapter(Adapter({first: over_outputs, second: plain}, "kohya", {}), tmp_path / "a", "peft")
+
+
+# -- files that load and do nothing -----------------------------------------------------------------------------------
+
+
+def trained_by_diffusers(pipeline: StableDiffusionPipeline, folder: Path, alpha: int, **metadata: Any) -> torch.Tensor:
+    """A file of diffusers' own `save_lora_weights`, as its training scripts leave it, and the latents its training had."""
+    trained = copy.deepcopy(pipeline)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=alpha, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]
+    )
+    trained.unet.add_adapter(config)
+    layers = peft.utils.get_peft_model_state_dict(trained.unet)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, **metadata)
+    return draw(trained)
+
+
+def test_a_file_of_diffusers_scripts_becomes_one_that_webui_matches_whole(
+    pipeline: StableDiffusionPipeline, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """AUTOMATIC1111/stable-diffusion-webui #14866 and huggingface/diffusers #6894, of one user: a LoRA of diffusers' scripts,
+    converted by diffusers' own script, loads in WebUI and changes nothing, since no key is one that WebUI knows.
+
+    Converted here, every module has the name that WebUI makes of it, and the picture is that of the training.
+    """
+    expected = trained_by_diffusers(pipeline, tmp_path / "theirs", alpha=4)
+    source = load_adapter(tmp_path / "theirs" / "pytorch_lora_weights.safetensors")
+    save_adapter(source, tmp_path / "ours.safetensors", "kohya", "fp32")
+    keys = set(safetensors.torch.load_file(tmp_path / "ours.safetensors"))
+    paths = [path for path, module in layers_of(pipeline).items() if path.endswith(("to_q", "to_k", "to_v", "to_out.0", "ff.net.2"))]
+    names = {"lora_unet_" + path.removeprefix("unet.").replace(".", "_") for path in paths}
+    assert keys == {f"{name}.{ending}" for name in names for ending in ("lora_down.weight", "lora_up.weight", "alpha")}
+    torch.testing.assert_close(drawn_by_diffusers(pipeline_folder, tmp_path / "ours.safetensors"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_alpha_survives_where_it_is_known_and_is_one_times_where_it_is_not(
+    pipeline: StableDiffusionPipeline, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """huggingface/diffusers #6087: saved without its configuration, an adapter loads at another strength than it was trained at."""
+    config = {"r": 4, "lora_alpha": 16, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]}
+    expected = trained_by_diffusers(pipeline, tmp_path / "whole", 16, unet_lora_adapter_metadata=config)
+    whole = load_adapter(tmp_path / "whole" / "pytorch_lora_weights.safetensors")
+    assert {module.scale for module in whole.modules.values()} == {4.0}
+    save_adapter(whole, tmp_path / "ours.safetensors", "kohya", "fp32")
+    torch.testing.assert_close(drawn_by_diffusers(pipeline_folder, tmp_path / "ours.safetensors"), expected, rtol=1e-3, atol=1e-3)
+    trained_by_diffusers(pipeline, tmp_path / "lost", 16)
+    lost = load_adapter(tmp_path / "lost" / "pytorch_lora_weights.safetensors")
+    assert {(module.alpha, module.scale) for module in lost.modules.values()} == {(None, 1.0)}  # as every reader takes it
+
+
+def test_ranks_of_their_own_without_alpha_are_written_with_one(
+    pipeline: StableDiffusionPipeline, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """huggingface/diffusers #14409: mixed ranks without alpha keys got the alpha of whichever module came first."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {path: shape for path, shape in shapes_of(pipeline).items() if path.startswith("unet.")}
+    modules = {path: random_module(shape, 1 + index % 3, None, generator) for index, (path, shape) in enumerate(shapes.items())}
+    reference = copy.deepcopy(pipeline)
+    for path, module in modules.items():
+        layers_of(reference)[path].weight.data += torch.tensordot(module.up.flatten(1), module.down, dims=1)
+    save_adapter(Adapter(modules, "kohya", {}), tmp_path / "a.safetensors", "diffusers", "fp32")
+    torch.testing.assert_close(drawn_by_diffusers(pipeline_folder, tmp_path / "a.safetensors"), draw(reference), rtol=1e-3, atol=1e-3)
+    save_adapter(Adapter(modules, "kohya", {}), tmp_path / "k.safetensors", "kohya", "fp32")
+    tensors = safetensors.torch.load_file(tmp_path / "k.safetensors")
+    assert all(tensors[f"{kohya_name(path)}.alpha"] == module.rank for path, module in modules.items())
+
+
+def test_text_encoder_names_of_transformers_5_get_the_names_that_files_have(tmp_path: Path) -> None:
+    """huggingface/diffusers #13984: transformers 5 dropped `text_model` from module names, and keys made from them match nothing."""
+    name = "text_encoder.encoder.layers.0.self_attn.q_proj"
+    adapter = load_adapter(write(tmp_path / "a.safetensors", pair(f"{name}.lora_A.weight", f"{name}.lora_B.weight")))
+    save_adapter(adapter, tmp_path / "k.safetensors", "kohya", "fp32")
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in safetensors.torch.load_file(
+        tmp_path / "k.safetensors"
+    )
+
+
+def test_weights_that_half_precision_makes_nothing_of_are_told(tmp_path: Path) -> None:
+    """kohya-ss/sd-webui-additional-networks #49: unscaled weights of a small alpha underflow in fp16, and the file does nothing."""
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    module = random_module((64, 64), 4, 2.0, torch.Generator().manual_seed(0))
+    small = Adapter({path: LoraModule(module.down * 1e-9, module.up, 2.0)}, "kohya", {})
+    assert (
+        "256 of 512 weights are below the range of fp16 and became 0" in save_adapter(small, tmp_path / "small.safetensors", "kohya").notes
+    )

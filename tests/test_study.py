@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
