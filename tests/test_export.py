@@ -194,6 +194,9 @@ def test_conversion_keeps_training_metadata_and_takes_a_new_name(tmp_path: Path)
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora" and not written.notes
     convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "kohya")
     assert header_of(tmp_path / "c.safetensors")["ss_output_name"] == "theirs"
+    save_adapter(sd15_adapter(), tmp_path / "odd.safetensors", "kohya", "fp32", {"ss_output_name": "../a<b>\x1b[31m."})
+    convert(tmp_path / "odd.safetensors", tmp_path / "e.safetensors", "kohya")
+    assert plain_name(header_of(tmp_path / "e.safetensors")["ss_output_name"]) == "_a_b_31m_"
     with pytest.raises(ConfigError, match="--format merged-ldm: needs the model to merge into: give --base"):
         convert(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "merged-ldm")
 

@@ -486,8 +486,8 @@ def save_adapter(
     if adapter.leftover:
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
     modules, rounding = _rounded(adapter.modules, dtype)
-    if small := rounding.num_lost:
-        notes.append(f"{small:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0")
+    if rounding.num_lost > rounding.num_values / 1000:
+        notes.append(f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0")
     if layout != "kohya" and any(module.mid is not None for module in modules.values()):
         notes.append(f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same update in more bytes")
         modules = {name: replace(module, down=module.full_down().contiguous(), mid=None) for name, module in modules.items()}

@@ -235,7 +235,7 @@ def convert(
     dtype = dtype or default_dtype(layout)
     adapter = load_adapter(source)
     kept = {key: value for key, value in adapter.metadata.items() if key.startswith("ss_")}
-    name = plain_name(name or kept.get("ss_output_name") or out.stem)
+    name = plain_name(name) if name else re.sub(r"[^\w.+-]+|^[^\w]+|\.+$", "_", kept.get("ss_output_name") or out.stem)[:100]
     if layout not in _LAYOUTS:
         if base is None:
             raise ConfigError(f"--format {layout}: needs the model to merge into: give --base")
