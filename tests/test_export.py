@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 
-from lorascope.adapter import AdapterBank, resolve_section
-from lorascope.adapter_files import Adapter, LoraModule, load_adapter, save_adapter
+from lorascope.adapter import AdapterBank, Slice, resolve_section
+from lorascope.adapter_files import Adapter, Layout, LoraModule, load_adapter, save_adapter
 from lorascope.base import Base
-from lorascope.config import AdapterSection, Arm, StudyConfig, TargetGroup, load_study
+from lorascope.config import AdapterSection, Arm, SampleSection, StudyConfig, TargetGroup, load_study
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.export import (
     convert,
@@ -27,6 +27,8 @@ from lorascope.export import (
     tag_frequency,
     write_study_files,
 )
+from lorascope.prompts import Prompt
+from lorascope.sample import Job, draw_pictures, initial_noise
 from lorascope.store import RunDir, write_json
 from lorascope.weights import read_header
 from random_adapters import ATTENTION, layers_of, load_pipeline, plain_lora_modules, random_adapter, random_module
@@ -181,6 +183,34 @@ def test_nothing_is_overwritten_unasked(run: tuple[RunDir, StudyConfig], tmp_pat
     require_free(run_dir.adapters_dir / "r4", force=True)
 
 
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("alpha", [2.0, 4.0, 8.0], ids=["below", "equal", "above"])
+def test_diffusers_draws_from_our_file_what_we_draw_from_the_bank(base: Base, tmp_path: Path, layout: Layout, alpha: float) -> None:
+    """The bank's own picture, guidance and scheduler included, for alpha below, at and above the rank."""
+    arm = Arm(name="r4", rank=4, alpha=alpha, lr=1e-3, seed=0)
+    bank = AdapterBank(base.components, resolve_section(base.components, AdapterSection()), [arm])
+    bank.parameters.normal_(generator=torch.Generator().manual_seed(3)).mul_(0.1)
+    save_adapter(bank.adapter(0), tmp_path / "a.safetensors", layout, "fp32")
+    job, section, shape = Job(Prompt("normal", 0, "a red house"), 5), SampleSection(steps=3, guidance=5.0), (4, 8, 8)
+    bank.attach()
+    try:
+        _, ours = draw_pictures(base, bank, [Slice(0)], [job], shape, section)
+    finally:
+        bank.detach()
+    pipeline = load_pipeline(base.folder)
+    pipeline.load_lora_weights(str(tmp_path / "a.safetensors"))
+    theirs = pipeline(
+        "a red house",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        latents=initial_noise(job, shape)[None],
+        output_type="latent",
+        height=32,
+        width=32,
+    ).images
+    torch.testing.assert_close(ours.flatten(0, -4), theirs, rtol=1e-3, atol=1e-3)
+
+
 # -- conversion -------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +222,7 @@ def test_conversion_keeps_training_metadata_and_takes_a_new_name(tmp_path: Path)
     assert found["ss_output_name"] == found["modelspec.title"] == "mine"
     assert found["ss_tag_frequency"] == "{}" and found["modelspec.author"] == "someone" and found["sshs_model_hash"] != "stale"
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora" and not written.notes
+    assert "lora_adapter_metadata" not in found  # beside alpha tensors it makes diffusers raise
     convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "kohya")
     assert header_of(tmp_path / "c.safetensors")["ss_output_name"] == "theirs"
     save_adapter(sd15_adapter(), tmp_path / "odd.safetensors", "kohya", "fp32", {"ss_output_name": "../a<b>\x1b[31m."})
