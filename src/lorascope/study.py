@@ -131,11 +131,13 @@ class Study:
         base = load_base(self.config.base, self.device, self.config.train.precision)
         shown = base.describe()
         log.info(
-            "base     %s: U-Net %.1f M parameters, %s, %s",
+            "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts %s; digest %s",
             self.config.base.model,
-            shown["parameters"]["unet"] / 1e6,
+            base.source,
+            *(shown["parameters"][part] / 1e6 for part in ("unet", "vae", "text_encoder")),
             shown["dtype"],
-            shown["prediction_type"],
+            base.prediction_type,
+            base.digest[:12],
         )
         self.run_dir.describe(base={**shown, "model": self.config.base.model})
         return base
@@ -345,8 +347,6 @@ class Study:
 
         Raises `ConfigError` for an arm that is not there or failed, or a folder that exists and is not empty.
         """
-        from diffusers import StableDiffusionPipeline
-
         arms = {arm.name: arm for arm in self.trained_arms()}
         if arm_name not in arms:
             raise ConfigError(f"--arm {arm_name!r}: not a trained arm of this run: choose one of {', '.join(arms)}")
@@ -354,13 +354,7 @@ class Study:
             raise ConfigError(f"{folder}: exists and is not empty: name a new folder")
         merged = self.merged_base(self.load_bank([arms[arm_name]]), 0)
         with storage_errors(folder):
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                self.base.folder,
-                unet=merged.unet.float(),
-                text_encoder=merged.text_encoder,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
+            pipeline = merged.build_pipeline()
             partial = folder.with_name(folder.name + ".partial")
             pipeline.save_pretrained(partial, safe_serialization=True)
             partial.replace(folder)
