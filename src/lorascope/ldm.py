@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.errors import BaseModelError
 
+# Where the components stand in a checkpoint.
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer.text_model."}
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -61,15 +62,16 @@ def list_pairs(configs: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
 
     Raises `BaseModelError` for a component with a module that the layout has no name for.
     """
-    modules = {"unet": _unet_modules(configs["unet"]), "vae": _vae_modules(configs["vae"]), "text_encoder": ()}
     pairs = []
     for component, prefix in PREFIXES.items():
         with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in build_component(component, configs[component]).state_dict().items()}
-        table = dict(modules[component])
-        for name, shape in shapes.items():
-            ldm = name if component == "text_encoder" else _renamed(name, table)
+            model: Any = build_component(component, configs[component])
+        modules = {"unet": _unet_modules, "vae": _vae_modules}.get(component)  # the text encoder's names are the same in both
+        table = dict(modules(model.config)) if modules else None
+        for name, tensor in model.state_dict().items():
+            shape = tuple(tensor.shape)
             is_conv = component == "vae" and ".attentions." in name and len(shape) == 2
+            ldm = name if table is None else _renamed(name, table)
             pairs.append(Pair(component, name, prefix + ldm, shape, (*shape, 1, 1) if is_conv else shape))
     return pairs
 

@@ -130,11 +130,13 @@ class Study:
         base = load_base(self.config.base, self.device, self.config.train.precision)
         shown = base.describe()
         log.info(
-            "base     %s: U-Net %.1f M parameters, %s, %s",
+            "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts %s; digest %s",
             self.config.base.model,
-            shown["parameters"]["unet"] / 1e6,
+            base.source,
+            *(shown["parameters"][part] / 1e6 for part in ("unet", "vae", "text_encoder")),
             shown["dtype"],
-            shown["prediction_type"],
+            base.prediction_type,
+            base.digest[:12],
         )
         self.run_dir.describe(base={**shown, "model": self.config.base.model})
         return base
