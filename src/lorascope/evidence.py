@@ -164,6 +164,20 @@ class Facts:
         setting = self.settings[arm]
         return setting.lr * setting.scale * math.sqrt(setting.rank)
 
+    @functools.cached_property
+    def previews(self) -> list[tuple[int, Picture]]:
+        """Pictures drawn during training, each with the epochs done; the base's are of epoch 0."""
+        found = []
+        for arm in (BASE, *self.arms):
+            for path in sorted((self.run.previews_dir / arm).glob("epoch-*/*.png")):
+                category, index, seed = [*path.stem.split("-"), "", ""][:3]
+                epoch = path.parent.name.removeprefix("epoch-")
+                if epoch.isdigit() and index.isdigit() and seed.isdigit():
+                    prompt = str(open_picture(path).info.get("prompt", path.stem))
+                    relative = path.relative_to(self.run.path).as_posix()
+                    found.append((int(epoch), Picture(arm, category, int(index), prompt, int(seed), relative, None)))
+        return found
+
     def _pictures(self) -> list[Picture]:
         if self.scores is not None:
             rows = [row for row in self.scores.rows if row.kind == "arm"]

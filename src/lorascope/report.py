@@ -10,7 +10,7 @@ import hashlib
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from lorascope.store import RunDir, write_bytes, write_text
 from lorascope.tables import Table, build_arms_table, build_contrast_table, build_fact_tables, build_reference_table, cell
 
 MAX_HTML_BYTES = 5_000_000
+MAX_PREVIEWS = 6  # in a row
 EMBED_SIDE_PX = 256
 LOSSLESS_SIDE_PX = 96  # pictures up to this side are embedded as they are
 
@@ -125,7 +126,7 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
     verb, _, rest = answer.headline.partition(" ")
     items: list[tuple[str, str, str]] = []
     if keep is not None:
-        items.append(("The file", f"adapters/{keep}/adapter_model.safetensors", f"adapters/{keep}/adapter_model.safetensors"))
+        items += _files_of(facts, keep)
         style = next((reason for reason in verdict.reasons if reason.startswith(f"{keep} learned the style")), None) if verdict else None
         items.append(("Style", style or "Whether it learned the style was not measured: no held-out loss.", ""))
     if verdict is not None:
@@ -149,6 +150,20 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
         "hero": hero,
         "picture_note": _picture_note(hero[0]) if hero else "",
     }
+
+
+def _files_of(facts: Facts, arm: str) -> list[tuple[str, str, str]]:
+    """The arm's adapter files, each as label, text and path in the run folder."""
+    folder = facts.run.adapters_dir / arm
+    name = f"{facts.config.name}-{arm}"
+    labels = {
+        f"{name}.safetensors": "For WebUI, Forge, ComfyUI",
+        f"{name}-diffusers.safetensors": "For diffusers",
+        "adapter_model.safetensors": "For PEFT",
+        "unet/adapter_model.safetensors": "For PEFT",
+    }
+    paths = {file: f"adapters/{arm}/{file}" for file in labels if (folder / file).is_file()}
+    return [(labels[file], path, path) for file, path in paths.items()]
 
 
 def _picture_note(picture: Picture) -> str:
@@ -234,6 +249,7 @@ class Album:
         """Pictures in the order in which they are worth embedding; a block is embedded whole or not at all."""
         rest = [place for place in self.prompts if place not in self.chosen]
         blocks = [self._take(self.first, list(self.chosen), self.seeds[:1])]
+        blocks += [[picture for _, row in self._preview_rows() for _, picture in row]]
         blocks += [self._take([arm], rest, self.seeds[:1]) for arm in self.first]
         blocks += [self._take([arm], self.prompts, self.seeds[:1]) for arm in self.others]
         blocks += [self._take([arm], self.prompts, [seed]) for seed in self.seeds[1:] for arm in (*self.first, *self.others)]
@@ -302,10 +318,37 @@ class Album:
         return {
             "rule": self.rule,
             "chosen": chosen,
+            "previews": self.previews(taken),
             "sheet": sheet,
             "sheet_title": f"Contact sheet: {count(len(sheet), 'further row')} of pictures",
             "sheet_note": note + (" The contact sheet does not repeat the prompts above for the arms shown there." if sheet else ""),
         }
+
+    def _preview_rows(self) -> list[tuple[str, list[tuple[int, Picture]]]]:
+        """For each arm in detail and each preview prompt the pictures by epoch, the base first, at most `MAX_PREVIEWS`."""
+        rows = []
+        for arm in (arm for arm in self.facts.detailed if arm != BASE):
+            by_prompt: dict[tuple[str, int], list[tuple[int, Picture]]] = {}
+            for epoch, picture in self.facts.previews:
+                if picture.arm in (BASE, arm):
+                    by_prompt.setdefault((picture.category, picture.index), []).append((epoch, picture))
+            for row in by_prompt.values():
+                places = {round(place * (len(row) - 1) / (MAX_PREVIEWS - 1)) for place in range(MAX_PREVIEWS)}
+                rows.append((arm, [row[place] for place in sorted(places)]))
+        return rows
+
+    def previews(self, taken: set[str]) -> list[PromptRow]:
+        """How the fixed prompts looked as each arm was trained."""
+        rows = []
+        for arm, row in self._preview_rows():
+            first = row[0][1]
+            shown = [
+                replace(self.show(picture, taken), arm=f"epoch {epoch}" if epoch else BASE, alt=f"{arm}, epoch {epoch}: {picture.prompt}")
+                for epoch, picture in row
+            ]
+            key = f"{arm}-{first.category}-{first.index:03d}"
+            rows.append(PromptRow(key, first.category, first.prompt, first.seed, f"{arm} during training", tuple(shown)))
+        return rows
 
     def _prompt_row(self, place: tuple[str, int], seed: int, arms: Iterable[str], note: str, taken: set[str]) -> PromptRow:
         pictures = [self.by_place[arm, *place, seed] for arm in arms if (arm, *place, seed) in self.by_place]

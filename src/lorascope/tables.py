@@ -90,6 +90,8 @@ def build_arms_table(facts: Facts) -> Table:
         Column("95 % interval"),
         Column("held-out loss"),
     ]
+    best = {arm: (training.get("best") or {}).get("epoch") for arm, training in facts.training.items()}
+    columns += [Column("best epoch")] if any(best.values()) else []
     rows = []
     for arm in (BASE, *facts.settings):
         setting = facts.settings.get(arm)
@@ -109,11 +111,14 @@ def build_arms_table(facts: Facts) -> Table:
                 interval(effect.low if effect else None, effect.high if effect else None),
             ]
             cells.append(cell(style.difference if style else None, "+.4f"))
+        if any(best.values()):
+            cells.append(blank if arm == BASE else cell(best.get(arm), "d"))
         rows.append(TableRow(tuple(cells), marked=role == "kept"))
     caption = (
         f"CLIP score of the base and {count(len(facts.settings), 'arm')}: mean and standard deviation over pictures, as in the "
         "reference study's Table 1; "
-        "the difference from the base over all prompts; and held-out loss minus the base's"
+        "the difference from the base over all prompts; held-out loss minus the base's"
+        + ("; and the epoch at which it was lowest" if any(best.values()) else "")
     ) + "".join(f"; {key} {format(getattr(facts.settings[arm], key), form)} throughout" for key, form in fixed.items())
     return Table(caption, tuple(columns), tuple(rows), sortable=True)
 
