@@ -99,8 +99,8 @@ def test_export_writes_into_the_current_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(finished), "--arm", "r2", "--checkpoint", "best"]) == EXIT_DONE
-    assert capsys.readouterr().out == "study-r2-best.safetensors\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["study-r2-best.safetensors"]
+    assert capsys.readouterr().out == "tiny-r2-best.safetensors\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-r2-best.safetensors"]
 
 
 def test_presets_can_be_listed_and_copied(capsys: pytest.CaptureFixture[str]) -> None:
