@@ -94,13 +94,26 @@ def test_export_and_convert_write_files(finished: Path, tmp_path: Path, capsys: 
     assert code == EXIT_INPUT and "exists: name another path, or replace it with --force" in line
 
 
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("study", "lorascope study --preset smoke"),
+        ("export", "lorascope export runs/paper --arm r16"),
+        ("convert", "lorascope convert style.safetensors style-peft --format peft"),
+    ],
+)
+def test_help_shows_examples(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == EXIT_DONE
+    assert example in capsys.readouterr().out
+
+
 def test_export_writes_into_the_current_folder(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(finished), "--arm", "r2", "--checkpoint", "best"]) == EXIT_DONE
-    assert capsys.readouterr().out == "study-r2-best.safetensors\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["study-r2-best.safetensors"]
+    assert capsys.readouterr().out == "tiny-r2-best.safetensors\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-r2-best.safetensors"]
 
 
 def test_presets_can_be_listed_and_copied(capsys: pytest.CaptureFixture[str]) -> None:

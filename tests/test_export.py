@@ -13,8 +13,8 @@ from diffusers import UNet2DConditionModel
 
 from lorascope.adapter import AdapterBank, Slice, resolve_section
 from lorascope.adapter_files import Adapter, Layout, LoraModule, load_adapter, save_adapter
-from lorascope.base import Base
-from lorascope.config import AdapterSection, Arm, SampleSection, StudyConfig, TargetGroup, load_study
+from lorascope.base import Base, load_base
+from lorascope.config import AdapterSection, Arm, BaseSection, SampleSection, StudyConfig, TargetGroup, load_study
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.export import (
     convert,
@@ -342,3 +342,8 @@ def test_one_checkpoint_file_holds_the_merged_model(run: tuple[RunDir, StudyConf
     layer = pipeline.unet.get_submodule(f"{ATTENTION}.to_q")
     torch.testing.assert_close(tensors[name], layer.weight + module.update(), rtol=1e-5, atol=1e-5)
     assert {key.split(".")[0] for key in tensors} == {"model", "first_stage_model", "cond_stage_model"}
+    base = load_base(BaseSection(model=str(written.path)), torch.device("cpu"))
+    torch.testing.assert_close(base.unet.get_submodule(f"{ATTENTION}.to_q").weight, tensors[name], rtol=0, atol=0)
+    save_adapter(load_adapter(run_dir.adapters_dir / "r4"), tmp_path / "a.safetensors", "kohya", "fp32")
+    with pytest.raises(AdapterError, match="has this adapter merged in already"):
+        convert(tmp_path / "a.safetensors", tmp_path / "twice.safetensors", "merged-ldm", base=str(written.path))

@@ -69,7 +69,7 @@ def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
     for name in ("study.toml", "manifest.json", "data.json", "metrics.jsonl", "merge_check.json", "features.safetensors", "scores.parquet"):
         assert (finished / name).is_file(), name
-    adapters = ("adapters/r4/adapter_model.safetensors", "adapters/r4/study-r4.safetensors")
+    adapters = ("adapters/r4/adapter_model.safetensors", "adapters/r4/tiny-r4.safetensors")
     for name in ("report.html", "report.md", "lorascope.log", *adapters, "images/base/normal-000-0.png"):
         assert (finished / name).is_file(), name
     manifest = read_json(finished / "manifest.json")

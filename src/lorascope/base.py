@@ -233,8 +233,8 @@ def build_random_base(name: str, device: torch.device, precision: str = "fp32", 
     return _freeze(_build_models(configs, states), tokenizer, configs, scheduler_config, device, **facts)
 
 
-def save_ldm(base: Base, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a base as one safetensors checkpoint in the original layout, all weights in `dtype`.
+def save_ldm(base: Base, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a base as one safetensors checkpoint in the original layout, all weights in `dtype`, with further `metadata`.
 
     What of its configuration is not SD v1.5's travels in the file's metadata, and `load_base` reads it back. Raises
     `StorageError`.
@@ -242,8 +242,8 @@ def save_ldm(base: Base, path: Path, dtype: torch.dtype = torch.float16) -> None
     states = {component: getattr(base, component).state_dict() for component in _MODELS}
     state = from_diffusers(states, list_pairs(base.configs))
     own = _own_configs(base)
-    metadata = {"format": "pt", **({_CONFIGS_KEY: json.dumps(own, sort_keys=True, ensure_ascii=False)} if own else {})}
-    save_tensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, metadata)
+    configs = {_CONFIGS_KEY: json.dumps(own, sort_keys=True, ensure_ascii=False)} if own else {}
+    save_tensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, {"format": "pt", **(metadata or {}), **configs})
 
 
 def _unet_dtype(device: torch.device, precision: str) -> torch.dtype:

@@ -36,7 +36,7 @@ app = App(
 
 StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
 Preset = Annotated[str | None, Parameter(help=f"preset to start from: {', '.join(preset_names())}")]
-RunDirOption = Annotated[Path | None, Parameter(help="run folder; runs/<name> when absent")]
+RunDirOption = Annotated[Path | None, Parameter(help="run folder; runs/NAME when absent")]
 Overrides = Annotated[
     list[str] | None, Parameter(name=["--set", "-s"], help="key=value, for example --set train.epochs=2; may be repeated", negative="")
 ]
@@ -69,7 +69,7 @@ def study(
 ) -> int:
     """Run a whole study: data, encode, train, sample, score, report. The same command again goes on where it stopped.
 
-    Examples:
+    For example:
 
     lorascope study                          the pocket study
 
@@ -147,7 +147,7 @@ def export(
     *,
     arm: Annotated[str, Parameter(help="arm to export, such as r16")],
     layout: FormatOption = "kohya",
-    out: Annotated[Path | None, Parameter(help="file or folder to write; <study>-<arm> in the current folder when absent")] = None,
+    out: Annotated[Path | None, Parameter(help="file or folder to write; study and arm, in the current folder, when absent")] = None,
     dtype: DtypeOption = None,
     name: AdapterName = None,
     checkpoint: Annotated[Literal["best", "last"], Parameter(help="adapter of the lowest held-out loss, or of the last step")] = "last",
@@ -155,7 +155,7 @@ def export(
 ) -> int:
     """Write a trained arm as a file for other programs, or the base with the arm merged in.
 
-    Examples:
+    For example:
 
     lorascope export runs/paper --arm r16                              for WebUI, Forge and ComfyUI
 
@@ -187,7 +187,7 @@ def convert(
 ) -> int:
     """Write an adapter of another program in another format.
 
-    Examples:
+    For example:
 
     lorascope convert pytorch_lora_weights.safetensors style.safetensors          diffusers' file for WebUI
 

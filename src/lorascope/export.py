@@ -29,13 +29,12 @@ from lorascope.adapter_files import (
     misfits,
     save_adapter,
 )
-from lorascope.base import Base, load_base
+from lorascope.base import Base, load_base, save_ldm
 from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError
-from lorascope.ldm import from_diffusers, list_pairs
 from lorascope.store import RunDir, digest_bytes, read_json, storage_errors, write_json
-from lorascope.weights import read_header, save_tensors
+from lorascope.weights import read_header
 
 Format = Literal["kohya", "peft", "diffusers", "merged-diffusers", "merged-ldm"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -348,7 +347,7 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
     """
     base = load_base(section, torch.device("cpu"), "fp32")
     digest = adapter_digest(adapter)
-    before = _merged_before(base)
+    before = _merged_before(section, base)
     if digest in before:
         raise AdapterError(f"{section.model}: has this adapter merged in already: merge into the model it was trained on")
     merged, report = merged_base(base, adapter, DTYPES[dtype])
@@ -357,7 +356,7 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
     notes = [f"{report.num_modules} modules merged in float32; {dtype} then cost {report.rounding:.2g} of the update"]
     if adapter.leftover:
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
-    save = _save_pipeline if layout == "merged-diffusers" else _save_ldm
+    save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
     return Written(out, save(merged, out, name, [*before, digest]), report.rounding, tuple(notes))
 
 
@@ -370,13 +369,17 @@ def adapter_digest(adapter: Adapter) -> str:
     return digest_bytes(*parts)
 
 
-def _merged_before(base: Base) -> list[str]:
-    """The digests of the adapters that a base written by us has merged in."""
-    if base.folder.is_file():
-        text = read_header(base.folder).metadata.get("lorascope_merged") if base.folder.suffix == ".safetensors" else None
-        return [str(item) for item in json.loads(text)] if text else []
-    path = base.folder / _MERGED_JSON
-    return [str(item) for item in read_json(path)["merged"]] if path.is_file() else []
+def _merged_before(section: BaseSection, base: Base) -> list[str]:
+    """The digests of the adapters that a base written by us has merged in; none where it does not say so legibly."""
+    file = Path(section.model).expanduser()
+    try:
+        if base.folder is None:
+            merged = json.loads(read_header(file).metadata.get("lorascope_merged", "[]")) if file.suffix == ".safetensors" else []
+        else:
+            merged = json.loads((base.folder / _MERGED_JSON).read_text(encoding="utf-8"))["merged"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return [str(digest) for digest in merged] if isinstance(merged, list) else []
 
 
 def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str]) -> int:
@@ -403,12 +406,9 @@ def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str]) -> in
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _save_ldm(base: Base, path: Path, name: str, merged: list[str]) -> int:
+def _save_checkpoint(base: Base, path: Path, name: str, merged: list[str]) -> int:
     """Write one checkpoint file in the original layout; returns its size in bytes."""
-    parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
-    pairs = list_pairs({part: module.config if part != "text_encoder" else module.config.to_dict() for part, module in parts.items()})
     metadata = {
-        "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -416,5 +416,5 @@ def _save_ldm(base: Base, path: Path, name: str, merged: list[str]) -> int:
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
         "lorascope_merged": json.dumps(merged),
     }
-    save_tensors(path, from_diffusers({part: module.state_dict() for part, module in parts.items()}, pairs), metadata)
+    save_ldm(base, path, base.unet.dtype, metadata)
     return path.stat().st_size
