@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from lorascope.config import Arm
-from lorascope.errors import AdapterError
+from lorascope.errors import AdapterError, WeightsError
 from lorascope.objective import seeded
-from lorascope.store import atomic_path, write_json
+from lorascope.store import write_json
+from lorascope.weights import load_tensors, save_tensors
 
 PEFT_PREFIX = "base_model.model."
 
@@ -236,33 +236,19 @@ def save_peft(bank: AdapterBank, index: int, folder: Path, targets: Sequence[str
         "lora_adapter_metadata": json.dumps({PEFT_PREFIX + key: value for key, value in lora.items()}, sort_keys=True),
     }
     weights = folder / "adapter_model.safetensors"
-    with atomic_path(weights) as partial:
-        safetensors.torch.save_file(bank.state_dict(index), partial, metadata=metadata)
-        _sort_header(partial)
+    save_tensors(weights, bank.state_dict(index), metadata)
     kind = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True, "fan_in_fan_out": False}
     write_json(folder / "adapter_config.json", {**kind, **lora, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None})
     return weights.stat().st_size
-
-
-def _sort_header(path: Path) -> None:
-    """Write the metadata of a safetensors file in sorted order: the library's own order changes from call to call."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same content in another order, then padding
-        file.seek(8)
-        file.write(text.ljust(length))
 
 
 def load_peft(folder: Path) -> tuple[dict[str, torch.Tensor], int, float]:
     """Tensors, rank and alpha of a PEFT folder; raise `AdapterError` if it is missing or damaged."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        state = load_tensors(folder / "adapter_model.safetensors")
         return state, int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, WeightsError) as error:
         raise AdapterError(f"{folder}: not a readable PEFT adapter ({error}): train the arm again") from error
 
 
