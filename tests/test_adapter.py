@@ -37,7 +37,7 @@ def randomize(bank: AdapterBank) -> None:
 
 @pytest.fixture
 def bank(base: Base) -> AdapterBank:
-    return AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), [R4, R8])
+    return AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [R4, R8])
 
 
 def test_targets_are_the_linears_with_these_endings_in_the_unets_order(base: Base) -> None:
@@ -147,7 +147,7 @@ def test_a_peft_folder_round_trips_exactly_and_peft_and_diffusers_load_it(base: 
     assert size == (tmp_path / "r8" / "adapter_model.safetensors").stat().st_size > 4 * count_parameters(bank.targets, 8)
     state, rank, alpha = load_peft(tmp_path / "r8")
     assert (rank, alpha) == (8, 4.0)
-    other = AdapterBank(base.unet, bank.targets, [R8])
+    other = AdapterBank(base.components, bank.targets, [R8])
     other.load_state_dict(0, state)
     assert all(torch.equal(tensor, other.state_dict(0)[name]) for name, tensor in bank.state_dict(1).items())
 

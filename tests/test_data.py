@@ -701,7 +701,7 @@ def test_different_small_drawings_on_white_are_not_near(tmp_path: Path) -> None:
         ImageDraw.Draw(image).ellipse((40, 40, 88, 88), colour)
         return encode(image)
 
-    red, blue = (data._check_row(data._Row(name, "train", dot(name), name), SIDE)[0] for name in ("red", "blue"))
+    red, blue = (data._check_row(data._Row(name, "train", dot(name), name), section("any"))[0] for name in ("red", "blue"))
     assert (red.hash ^ blue.hash).bit_count() <= 3
     dataset = prepare(write(tmp_path / "a.parquet", [(dot("red"), "red"), (dot("blue"), "blue"), *plain(4)]))
     assert dataset.summary["duplicates"] == []
@@ -711,7 +711,7 @@ def test_near_duplicate_bits(tmp_path: Path) -> None:
     image = drawing(5)
     other = image.copy()
     ImageDraw.Draw(other).line((20, 20, 20, 70), "black", 3)
-    first, second = (data._check_row(data._Row("a", "train", encode(i), "a"), SIDE)[0] for i in (image, other))
+    first, second = (data._check_row(data._Row("a", "train", encode(i), "a"), section("any"))[0] for i in (image, other))
     bits = (first.hash ^ second.hash).bit_count()
     assert bits > 0
     path = write(tmp_path / "a.parquet", [(encode(image), "a"), (encode(other), "b"), *plain(4)])
@@ -860,14 +860,15 @@ def test_summary(tmp_path: Path) -> None:
     assert json.loads(json.dumps(summary)) == summary
     assert set(summary) == {
         *("source", "resolution_px", "num_rows", "num_train", "num_heldout", "split", "refused", "treated", "duplicates", "train"),
-        *("heldout", "caption_tokens", "fingerprint"),
+        *("heldout", "caption_tokens", "fingerprint", "buckets", "caption_prefix", "trigger_word"),
     }
     assert summary["source"] == str(path)
     assert (summary["resolution_px"], summary["num_rows"], summary["num_train"], summary["num_heldout"]) == (SIDE, 7, 5, 1)
     assert summary["refused"] == [{"id": "a.parquet#5", "reason": "the image file is empty"}]
     assert summary["treated"] == [{"id": "a.parquet#6", "treatment": "grayscale converted to RGB"}]
     assert summary["caption_tokens"] == {"min": 4, "median": 4.0, "max": 6}
-    assert summary["train"][0] == {"id": dataset.train[0].id, "caption": dataset.train[0].caption, "digest": dataset.train[0].digest}
+    assert summary["train"][0] == vars(dataset.train[0])
+    assert summary["buckets"] == [{"width_px": SIDE, "height_px": SIDE, "num_train": 5, "num_heldout": 1}]
     assert done == [(count, 7) for count in range(1, 8)]
 
 

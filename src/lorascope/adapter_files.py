@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,12 @@ class LoraModule:
         """What is added to the layer's weight: float32 [out, in] or [out, in, kh, kw]. DoRA's normalisation is left out."""
         down = replace(self, down=self.down.float()).full_down()
         return (self.up.float().flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:]) * self.scale
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight it adapts: (out, in) or (out, in, kh, kw)."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by field name."""
@@ -216,6 +222,12 @@ def sd15_modules() -> dict[str, tuple[int, ...]]:
             shape = {"mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}.get(name, (768, 768))
             shapes[f"text_encoder.text_model.encoder.layers.{layer}.{name}"] = shape
     return shapes
+
+
+def misfits(adapter: Adapter) -> list[str]:
+    """The paths of modules that Stable Diffusion v1.5 does not have, or has in another shape."""
+    shapes = sd15_modules()
+    return [path for path, module in adapter.modules.items() if shapes.get(path) != module.weight_shape]
 
 
 # -- what else a file may be -------------------------------------------------------------------------------------------
@@ -594,7 +606,10 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
     """A PEFT folder of the U-Net's adapter, or one a component."""
     components = adapter.components()
     if set(components) != {"unet"}:
-        notes.append("PEFT adapts one model a folder: the components are in folders of their own, unet/ and text_encoder/")
+        notes.append(
+            "PEFT adapts one model a folder: the components are in folders of their own, unet/ and text_encoder/, "
+            "the latter under the names of transformers 5"
+        )
     total = 0
     for component, modules in components.items():
         target = folder if set(components) == {"unet"} else folder / component
@@ -605,7 +620,7 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
             )
         tensors = {}
         for name, module in modules.items():
-            key = f"base_model.model.{name}"
+            key = f"base_model.model.{name.removeprefix('text_model.')}"  # PEFT goes by the live names of transformers 5
             tensors[f"{key}.lora_A.weight"] = module.down.contiguous()
             tensors[f"{key}.lora_B.weight"] = module.up.contiguous()
             if module.dora_scale is not None:

@@ -12,12 +12,13 @@ import itertools
 import json
 import os
 import posixpath
+import random
 import re
 import statistics
 import threading
 import unicodedata
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -63,13 +64,18 @@ _TURNS = {
 class Example:
     """A picture that passed every check, with its caption.
 
-    `id` says where it stands: `train-00000-of-00001.parquet#12` (row 12, from 0) or `cats/1.png`. `caption` is NFC
-    normalised and stripped. `digest` is the SHA-256 of the image file's bytes, as 64 hex digits.
+    `id` says where it stands: `train-00000-of-00001.parquet#12` (row 12, from 0) or `cats/1.png`. `caption` is what is
+    trained on: NFC normalised and stripped, with `data.caption_prefix` and `data.trigger_word`. `digest` is the SHA-256
+    of the image file's bytes, as 64 hex digits. `repeats` is how often it is seen in an epoch, `width_px` and
+    `height_px` the size in which `Dataset.load_pixels` gives it.
     """
 
     id: str
     caption: str
     digest: str
+    repeats: int = 1
+    width_px: int = 0
+    height_px: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Dataset:
     _source: "_Source" = field(repr=False, compare=False)
 
     def load_pixels(self, example: Example) -> np.ndarray:
-        """The picture, centre-cropped to a square and resized: uint8 [resolution_px, resolution_px, 3], RGB, 0 to 255.
+        """The picture, centre-cropped to the example's shape and resized: uint8 [height_px, width_px, 3], RGB, 0 to 255.
 
         Reads the file or row group on demand and may be called from several threads. Raises `DataError` if the bytes
         are gone or no longer those the checks saw.
@@ -90,7 +96,7 @@ class Dataset:
         content = self._source.read(example.id)
         if hashlib.sha256(content).hexdigest() != example.digest:
             raise DataError(f"{example.id}: the picture changed after it was checked: run the data stage again")
-        return _fit(_decode(content)[0], self.summary["resolution_px"])
+        return _fit(_decode(content)[0], example.width_px, example.height_px)
 
     def in_storage_order(self, examples: Iterable[Example]) -> list[Example]:
         """The examples in the order in which they stand in the source: to load many, go through them in this order."""
@@ -139,6 +145,9 @@ def prepare_data(
     summary = {
         "source": source.name,
         "resolution_px": section.resolution_px,
+        "caption_prefix": section.caption_prefix,
+        "trigger_word": section.trigger_word,
+        "buckets": _count_buckets(train, heldout),
         "num_rows": source.num_rows,
         "num_train": len(train),
         "num_heldout": len(heldout),
@@ -173,8 +182,18 @@ def load_dataset(section: DataSection, summary: dict[str, Any]) -> Dataset:
 def _fingerprint(resolution_px: int, train: Iterable[Example], heldout: Iterable[Example]) -> str:
     """One digest for everything that training and evaluation see of the data."""
     splits = {"train": train, "heldout": heldout}
-    content = {name: [[example.digest, example.caption] for example in examples] for name, examples in splits.items()}
+    content = {
+        name: [[example.digest, example.caption, example.repeats, example.width_px, example.height_px] for example in examples]
+        for name, examples in splits.items()
+    }
     return digest_json({"resolution_px": resolution_px, **content})
+
+
+def _count_buckets(train: Sequence[Example], heldout: Sequence[Example]) -> list[dict[str, int]]:
+    """The sizes in which pictures are given, narrowest first, with the number of pictures of each."""
+    counts = [Counter((example.width_px, example.height_px) for example in examples) for examples in (train, heldout)]
+    sizes = sorted(counts[0].keys() | counts[1].keys(), key=lambda size: (size[0] / size[1], size))
+    return [{"width_px": size[0], "height_px": size[1], "num_train": counts[0][size], "num_heldout": counts[1][size]} for size in sizes]
 
 
 # Sources ---------------------------------------------------------------------------------------------------------------
@@ -542,17 +561,18 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB"), is_transparent
 
 
-def _crop_square(picture: Image.Image) -> Image.Image:
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+def _crop(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of the picture with the shape of `width` x `height`, to the nearest pixel."""
+    scale = max(width / picture.width, height / picture.height)
+    part_width, part_height = min(picture.width, round(width / scale)), min(picture.height, round(height / scale))
+    left, top = (picture.width - part_width) // 2, (picture.height - part_height) // 2
+    return picture.crop((left, top, left + part_width, top + part_height))
 
 
-def _fit(picture: Image.Image, resolution_px: int) -> np.ndarray:
-    """Centre-crop and resize: uint8 [resolution_px, resolution_px, 3]."""
-    size = (resolution_px, resolution_px)
+def _fit(picture: Image.Image, width: int, height: int) -> np.ndarray:
+    """Centre-crop and resize: uint8 [height, width, 3]."""
     # A reducing gap of 3 box-averages what is far larger first; the result is that of plain Lanczos to the eye.
-    return np.array(_crop_square(picture).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
+    return np.array(_crop(picture, width, height).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
 # Checks ----------------------------------------------------------------------------------------------------------------
@@ -590,7 +610,7 @@ def _check_rows(
 
     def check(row: _Row) -> tuple[_Picture, list[str]] | _RefusedError:
         try:
-            return _check_row(row, section.resolution_px)
+            return _check_row(row, section)
         except _RefusedError as error:
             return error
 
@@ -625,7 +645,7 @@ def _check_rows(
     return checked
 
 
-def _check_row(row: _Row, resolution_px: int) -> tuple[_Picture, list[str]]:
+def _check_row(row: _Row, section: DataSection) -> tuple[_Picture, list[str]]:
     """A row as a picture with its treatments; raise `_RefusedError` with the reason if it cannot be used."""
     if row.problem is not None:
         raise _RefusedError(row.problem)
@@ -645,13 +665,37 @@ def _check_row(row: _Row, resolution_px: int) -> tuple[_Picture, list[str]]:
     except OSError as error:
         raise _RefusedError(f"the image file cannot be read ({error.strerror})") from error
     image, treatments = _decode(content)
-    if (side := min(image.size)) < resolution_px:
-        treatments.append(f"enlarged from {side} to {resolution_px} px")
-    square = _crop_square(image)
+    if (side := min(image.size)) < section.resolution_px:
+        treatments.append(f"enlarged from {side} to {section.resolution_px} px")
+    square = _crop(image, 1, 1)
     pixels = hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes())
     thumbnail = square.resize((16, 16), Image.Resampling.BOX).tobytes()
-    example = Example(row.id, caption, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(content).hexdigest()
+    example = Example(row.id, _complete_caption(caption, section), digest, section.repeats, section.resolution_px, section.resolution_px)
     return _Picture(example, row.split, pixels.digest(), _difference_hash(square), thumbnail), treatments
+
+
+def _complete_caption(caption: str, section: DataSection) -> str:
+    """The caption with the prefix before it, and before both the trigger word where it is in neither."""
+    complete = unicodedata.normalize("NFC", (section.caption_prefix or "") + caption).strip()
+    word = unicodedata.normalize("NFC", section.trigger_word or "").strip()
+    return complete if not word or _holds_word(complete, word) else f"{word}, {complete}"
+
+
+def _holds_word(text: str, word: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def shuffled_caption(caption: str, keep_tags: int, generator: np.random.Generator | random.Random, trigger_word: str | None = None) -> str:
+    """The caption with its comma-separated tags in an order drawn from `generator`; the first `keep_tags` stay in place.
+
+    So does a first tag that holds `trigger_word`, which is not counted among them. Empty tags are left out.
+    """
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    num_kept = keep_tags + bool(trigger_word and tags and _holds_word(tags[0], trigger_word))
+    moved = tags[num_kept:]
+    generator.shuffle(moved)
+    return ", ".join((*tags[:num_kept], *moved))
 
 
 def _difference_hash(square: Image.Image) -> int:

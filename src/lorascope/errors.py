@@ -30,6 +30,10 @@ class BaseModelError(LorascopeError):
     """A base model or scorer that cannot be loaded."""
 
 
+class HubError(LorascopeError):
+    """A model or data set that the hub does not give, or that cannot be fetched from it."""
+
+
 class AdapterError(LorascopeError):
     """Adapter targets, files or merges that do not fit the base."""
 
