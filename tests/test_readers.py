@@ -41,7 +41,9 @@ def factors(shape: tuple[int, ...], rank: int = 2) -> tuple[torch.Tensor, torch.
     return torch.full((rank, *shape[1:]), 0.1), torch.full((shape[0], rank, *ones), 0.1)
 
 
-def adapter(paths: list[str], spelling: tuple[str, str], name: Callable[[str], str] = lambda path: path, alpha: float | None = None) -> State:
+def adapter(
+    paths: list[str], spelling: tuple[str, str], name: Callable[[str], str] = lambda path: path, alpha: float | None = None
+) -> State:
     """A state dict of modules at `paths` of the thin model, under the names that `name` makes of them."""
     state = {}
     for path in paths:
@@ -65,9 +67,7 @@ def kohya(paths: list[str], alpha: float | None = 1.0) -> State:
 
 def processors(paths: list[str]) -> State:
     """A file of diffusers' attention processors, of before version 0.25."""
-    return adapter(
-        paths, ("_lora.down.weight", "_lora.up.weight"), lambda path: path.replace(".to_", ".processor.to_").removesuffix(".0")
-    )
+    return adapter(paths, ("_lora.down.weight", "_lora.up.weight"), lambda path: path.replace(".to_", ".processor.to_").removesuffix(".0"))
 
 
 def renamed(state: State, old: str, new: str) -> State:
@@ -140,9 +140,9 @@ class Pipeline(StableDiffusionLoraLoaderMixin):
     """What the loader needs of a pipeline."""
 
     hf_device_map = None
-    components: dict[str, Any] = {}
 
     def __init__(self) -> None:
+        self.components: dict[str, Any] = {}
         torch.manual_seed(0)
         self.unet = UNet2DConditionModel(
             block_out_channels=(8, 8, 16, 16), cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4, sample_size=8
@@ -229,14 +229,22 @@ PEFT_STATE = VARIANTS["PEFT"][0]
 PEFT_VARIANTS: dict[str, tuple[State, dict[str, Any]]] = {
     "whole": (PEFT_STATE, {}),
     "fewer targets than tensors": (PEFT_STATE, {"target_modules": ["attn2.to_q"]}),
-    "targets by pattern": (PEFT_STATE, {"target_modules": r".*attn1\.to_(q|v)"}),
+    "targets by pattern": (PEFT_STATE, {"target_modules": r".*\.to_(q|k|v|out\.0)"}),
     "another rank": (PEFT_STATE, {"r": 3}),
     "a rank of its own": (
-        {**PEFT_STATE, **renamed(dict(zip([ATTENTION[0] + end for end in PEFT], factors(THIN[ATTENTION[0]], 3), strict=True)), "unet.", "base_model.model.")},
+        {
+            **PEFT_STATE,
+            **renamed(
+                dict(zip([ATTENTION[0] + end for end in PEFT], factors(THIN[ATTENTION[0]], 3), strict=True)), "unet.", "base_model.model."
+            ),
+        },
         {"rank_pattern": {ATTENTION[0].removeprefix("unet."): 3}},
     ),
     "without the prefix": (renamed(PEFT_STATE, "base_model.model.", ""), {}),
-    "projections as matrices": (as_2d(renamed(adapter(PROJECTION, PEFT), "unet.", "base_model.model.")), {"target_modules": ["proj_in", "proj_out"]}),
+    "projections as matrices": (
+        as_2d(renamed(adapter(PROJECTION, PEFT), "unet.", "base_model.model.")),
+        {"target_modules": ["proj_in", "proj_out"]},
+    ),
 }
 
 

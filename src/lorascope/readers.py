@@ -1,7 +1,7 @@
 """What the programs that read adapter files would do with one: each program's own rule, applied to Stable Diffusion v1.5.
 
 A program knows the model's layers by names of its own and looks for them among the keys of a file. What it does not find it
-passes over, mostly in silence: such a file loads and does nothing. A rule needs the keys, shapes and metadata of a file and
+passes over, at most with a line in a console: such a file loads and does nothing. A rule needs the keys, shapes and metadata of a file and
 no tensor. The rules were written from these sources; those of diffusers and PEFT are held by tests against the packages:
 
 - WebUI: AUTOMATIC1111/stable-diffusion-webui 1.10.1, extensions-builtin/Lora/networks.py, network.py and network_lora.py
@@ -24,6 +24,14 @@ Shape = tuple[int, ...]
 Layers = Mapping[str, Shape]  # weight shape by path: "unet.<diffusers path>" or "text_encoder.text_model.<path>"
 
 FORGE_LIMIT = 12  # keys without a match that Forge puts up with
+SAYS = {  # what a user sees of a module that is passed over
+    "WebUI": "without a word",
+    "ComfyUI": "with a line in its console",
+    "Forge": "with a line in its console",
+    "diffusers": "with a warning",
+    "PEFT": "without a word",
+    "sd-scripts": "with a line in its console",
+}
 
 
 @cache
@@ -88,7 +96,10 @@ def stable_diffusion_layers(channels: Shape = (320, 640, 1280, 1280), text_width
 
 
 def ldm_path(path: str) -> str:
-    """The original (LDM) name of a U-Net layer that diffusers calls `path`: `down_blocks.0.resnets.0.conv1` is `input_blocks.1.0.in_layers.2`."""
+    """The original (LDM) name of a U-Net layer that diffusers calls `path`.
+
+    `down_blocks.0.resnets.0.conv1` is `input_blocks.1.0.in_layers.2`.
+    """
     if path in _LDM_ALONE:
         return _LDM_ALONE[path]
     kind, *parts = path.split(".")
@@ -128,7 +139,7 @@ _TRANSFORMERS = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight
 _SPELLINGS = (_KOHYA, _PROCESSOR, _PEFT, _DIFFUSERS, _PEFT_BARE, _PEFT_DEFAULT, _TRANSFORMERS)
 _DORA = (".dora_scale", ".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 # Adapters other than LoRA: without one of these sets of keys there is none.
-_OTHER_KINDS = {
+_OTHER_KINDS: dict[str, list[tuple[str, ...]]] = {
     "LoHa": [(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")],
     "LoKr": [(first, second) for first in (".lokr_w1", ".lokr_w1_a") for second in (".lokr_w2", ".lokr_w2_a")],
     "OFT": [(".oft_blocks",), (".oft_diag",)],
@@ -337,7 +348,12 @@ def _comfyui_names(paths: tuple[str, ...], forge: bool) -> dict[str, str]:
             original = ldm_path(rest)
             old = rest.replace(".to_", ".processor.to_")
             old = old.removesuffix(".0") if old.endswith(".to_out.0") else old
-            spellings = [f"lora_unet_{_flat(original)}", f"diffusion_model.{original}", f"lora_unet_{_flat(rest)}", f"lycoris_{_flat(rest)}"]
+            spellings = [
+                f"lora_unet_{_flat(original)}",
+                f"diffusion_model.{original}",
+                f"lora_unet_{_flat(rest)}",
+                f"lycoris_{_flat(rest)}",
+            ]
             names.update(dict.fromkeys([*spellings, old, f"unet.{old}"], path))
         else:
             names.update(dict.fromkeys([f"lora_te_{_flat(rest)}", f"lora_te1_{_flat(rest)}", path], path))
@@ -548,14 +564,14 @@ def _peft(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
 
 
 def _is_target(path: str, config: Mapping[str, Any]) -> bool:
-    """PEFT's rule: a pattern must match the whole path, a list holds paths or their last parts."""
+    """PEFT's rule: a list holds paths or their last parts.
+
+    A string is a regular expression, which is not run on a stranger's word: taken to mean the modules that the file has.
+    """
     targets = config.get("target_modules")
-    if isinstance(targets, str):
-        try:
-            return targets == "all-linear" or re.fullmatch(targets, path) is not None
-        except re.error:
-            return False
-    return isinstance(targets, list) and any(path == target or path.endswith(f".{target}") for target in targets)
+    return isinstance(targets, str) or (
+        isinstance(targets, list) and any(path == target or path.endswith(f".{target}") for target in targets)
+    )
 
 
 def _peft_fits(module: FileModule, name: str, layer: Shape, config: Mapping[str, Any]) -> bool:
