@@ -1,5 +1,7 @@
 """What leaves a run: adapter files with the metadata that their readers show, and whole models with an adapter merged in."""
 
+import copy
+import dataclasses
 import datetime
 import json
 import math
@@ -15,15 +17,29 @@ import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lorascope.adapter_files import DTYPES, PEFT_WEIGHTS, Adapter, Layout, LoraModule, Written, load_adapter, misfits, save_adapter
+from lorascope.adapter_files import (
+    DTYPES,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Adapter,
+    Layout,
+    LoraModule,
+    Written,
+    load_adapter,
+    misfits,
+    save_adapter,
+)
 from lorascope.base import Base, load_base
 from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError
+from lorascope.ldm import from_diffusers, list_pairs
 from lorascope.store import RunDir, digest_bytes, read_json, storage_errors, write_json
+from lorascope.weights import read_header, save_tensors
 
 Format = Literal["kohya", "peft", "diffusers", "merged-diffusers", "merged-ldm"]
 Dtype = Literal["fp32", "fp16", "bf16"]
+_LAYOUTS: dict[str, Layout] = {layout: layout for layout in get_args(Layout)}  # the formats that are adapter files
 _MAX_TAGS = 1000  # the commonest ones: a caption that is a sentence is a tag of its own, and all of them would be megabytes
 _MERGED_JSON = "lorascope.json"  # in a merged pipeline folder: the digests of what was merged
 
@@ -179,12 +195,14 @@ def export_arm(
     name = plain_name(name or f"{config.name}-{arm_name}" + ("-best" if checkpoint == "best" else ""))
     out, dtype = out or Path(file_name(name, layout)), dtype or default_dtype(layout)
     require_free(out, force)
-    if layout not in get_args(Layout):
-        return write_merged(config.base, load_adapter(folder), out, layout, dtype, name)
-    return _write_layout(run_dir, config, arms[arm_name], folder, layout, out, dtype, name)
+    if layout in _LAYOUTS:
+        return _write_layout(run_dir, config, arms[arm_name], folder, _LAYOUTS[layout], out, dtype, name)
+    return write_merged(config.base, load_adapter(folder), out, layout, dtype, name)
 
 
-def _write_layout(run_dir: RunDir, config: StudyConfig, arm: Arm, folder: Path, layout: Any, out: Path, dtype: Dtype, name: str) -> Written:
+def _write_layout(
+    run_dir: RunDir, config: StudyConfig, arm: Arm, folder: Path, layout: Layout, out: Path, dtype: Dtype, name: str
+) -> Written:
     """One adapter file of a run, with the run's metadata."""
     adapter = load_adapter(folder)
     manifest = run_dir.manifest()
@@ -218,21 +236,20 @@ def convert(
     adapter = load_adapter(source)
     kept = {key: value for key, value in adapter.metadata.items() if key.startswith("ss_")}
     name = plain_name(name or kept.get("ss_output_name") or out.stem)
-    if layout not in get_args(Layout):
+    if layout not in _LAYOUTS:
         if base is None:
             raise ConfigError(f"--format {layout}: needs the model to merge into: give --base")
         return write_merged(BaseSection(model=base), adapter, out, layout, dtype, name)
-    fresh = kohya_metadata(adapter, name, kept)
     described = {key: value for key, value in adapter.metadata.items() if key.startswith("modelspec.")}
-    return _noted(
-        save_adapter(adapter, out, layout, dtype, {**fresh, **described, "ss_output_name": name, "modelspec.title": name}), adapter
-    )
+    metadata = {**kohya_metadata(adapter, name, kept), **described, "ss_output_name": name, "modelspec.title": name}
+    return _noted(save_adapter(adapter, out, _LAYOUTS[layout], dtype, metadata), adapter)
 
 
 def _noted(written: Written, adapter: Adapter) -> Written:
     if not (others := misfits(adapter)):
         return written
-    note = f"{len(others)} of {len(adapter.modules)} modules do not fit Stable Diffusion v1.5, the first is {others[0]}: only its own base can use it"
+    count = f"{len(others)} of {len(adapter.modules)}"
+    note = f"{count} modules do not fit Stable Diffusion v1.5, the first is {others[0]}: only the base it was trained on can use it"
     return Written(written.path, written.num_bytes, written.rounding, (*written.notes, note))
 
 
@@ -244,9 +261,14 @@ def plain_name(name: str) -> str:
 
 
 def require_free(path: Path, force: bool) -> None:
-    """Raise `ConfigError` where `path` exists, unless `force`."""
-    if path.exists() and not force:
-        raise ConfigError(f"{path}: exists: name another path with --out, or replace it with --force")
+    """Raise `ConfigError` where `path` exists, unless `force` and it is a file, a model folder or a PEFT folder."""
+    if not path.exists():
+        return
+    if not force:
+        raise ConfigError(f"{path}: exists: name another path, or replace it with --force")
+    marks = ("model_index.json", PEFT_CONFIG, f"unet/{PEFT_CONFIG}", f"text_encoder/{PEFT_CONFIG}")
+    if path.is_dir() and not any((path / mark).is_file() for mark in marks):
+        raise ConfigError(f"{path}: is a folder without a model or an adapter in it, which --force does not replace: name another path")
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
@@ -307,6 +329,18 @@ def _merged(weight: torch.Tensor, module: LoraModule, strength: float, path: str
     return weight + strength * update, strength * update
 
 
+def merged_base(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Base, MergeReport]:
+    """The base with an adapter merged into copies of the parts it adapts, as `merge_weights` does."""
+    parts = {name: part for name, part in base.components.items() if name in adapter.components()}
+    state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    merged, report = merge_weights(state, adapter, dtype=dtype)
+    copies: dict[str, Any] = {}
+    for name, part in parts.items():
+        copies[name] = copy.deepcopy(part).to(dtype)
+        copies[name].load_state_dict({key: merged[f"{name}.{key}"] for key in part.state_dict()})
+    return dataclasses.replace(base, **copies), report
+
+
 def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Format, dtype: Dtype, name: str) -> Written:
     """Write a whole model with an adapter merged in: a diffusers folder, or one file in the original LDM layout.
 
@@ -317,17 +351,14 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
     before = _merged_before(base)
     if digest in before:
         raise AdapterError(f"{section.model}: has this adapter merged in already: merge into the model it was trained on")
-    modules = {"unet": base.unet, "text_encoder": base.text_encoder}
-    state = {f"{part}.{key}": value for part, module in modules.items() for key, value in module.state_dict().items()}
-    merged, report = merge_weights(state, adapter, dtype=DTYPES[dtype])
-    for part, module in modules.items():
-        module.to(DTYPES[dtype]).load_state_dict({key: merged[f"{part}.{key}"] for key in module.state_dict()})
-    base.vae.to(DTYPES[dtype])
+    merged, report = merged_base(base, adapter, DTYPES[dtype])
+    for part in (*merged.components.values(), merged.vae):
+        part.to(DTYPES[dtype])
     notes = [f"{report.num_modules} modules merged in float32; {dtype} then cost {report.rounding:.2g} of the update"]
     if adapter.leftover:
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
-    num_bytes = _save_pipeline(base, out, [*before, digest])
-    return Written(out, num_bytes, report.rounding, tuple(notes))
+    save = _save_pipeline if layout == "merged-diffusers" else _save_ldm
+    return Written(out, save(merged, out, name, [*before, digest]), report.rounding, tuple(notes))
 
 
 def adapter_digest(adapter: Adapter) -> str:
@@ -340,11 +371,15 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def _merged_before(base: Base) -> list[str]:
+    """The digests of the adapters that a base written by us has merged in."""
+    if base.folder.is_file():
+        text = read_header(base.folder).metadata.get("lorascope_merged") if base.folder.suffix == ".safetensors" else None
+        return [str(item) for item in json.loads(text)] if text else []
     path = base.folder / _MERGED_JSON
     return [str(item) for item in read_json(path)["merged"]] if path.is_file() else []
 
 
-def _save_pipeline(base: Base, folder: Path, merged: list[str]) -> int:
+def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str]) -> int:
     """Write a complete diffusers pipeline folder; returns its size in bytes."""
     scheduler = getattr(diffusers, str(base.scheduler_config.get("_class_name")), diffusers.PNDMScheduler)
     pipeline = StableDiffusionPipeline(
@@ -361,8 +396,25 @@ def _save_pipeline(base: Base, folder: Path, merged: list[str]) -> int:
     with storage_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         pipeline.save_pretrained(partial, safe_serialization=True)
-        write_json(partial / _MERGED_JSON, {"merged": merged})
+        write_json(partial / _MERGED_JSON, {"name": name, "merged": merged})
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _save_ldm(base: Base, path: Path, name: str, merged: list[str]) -> int:
+    """Write one checkpoint file in the original layout; returns its size in bytes."""
+    parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
+    pairs = list_pairs({part: module.config if part != "text_encoder" else module.config.to_dict() for part, module in parts.items()})
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
+        "lorascope_merged": json.dumps(merged),
+    }
+    save_tensors(path, from_diffusers({part: module.state_dict() for part, module in parts.items()}, pairs), metadata)
+    return path.stat().st_size

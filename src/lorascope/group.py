@@ -16,6 +16,7 @@ from lorascope.cache import Encoded
 from lorascope.config import Arm, StudyConfig
 from lorascope.console import duration, log, size, track
 from lorascope.data import Prompt
+from lorascope.export import write_study_files
 from lorascope.sample import Job, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.trackers import Trackers
@@ -156,7 +157,7 @@ class Group:
             self.trackers.log(name, step, {"heldout_loss": heldout, "train_probe_loss": float(losses["train", True][row].double().mean())})
             if self.config.train.keep_best and heldout < self.best.get(name, {"heldout_loss": float("inf")})["heldout_loss"]:
                 self.best[name] = {"step": step, "epoch": epoch, "heldout_loss": heldout}
-                save_adapter(self.bank.adapter(item.adapter), self.run_dir.adapters_dir / name / "best", "peft", torch.float32, {})
+                save_adapter(self.bank.adapter(item.adapter), self.run_dir.adapters_dir / name / "best", "peft", "fp32")
         if self.previews and epoch % (self.config.sample.preview_every_epochs or 1) == 0:
             self._draw_previews(slices, step, epoch)
         self.bank.select_all()
@@ -203,9 +204,11 @@ class Group:
             "failed": failure,
         }
         if failure is None:
-            facts["file_bytes"] = save_adapter(self.bank.adapter(index), folder, "peft", torch.float32, {})
+            facts["file_bytes"] = save_adapter(self.bank.adapter(index), folder, "peft", "fp32").num_bytes
             facts["final_loss"] = float(np.mean(self.last_epoch[arm.name]))
         write_json(folder / "training.json", facts)
+        if failure is None:
+            write_study_files(self.run_dir, self.config, arm)
 
 
 def preview_jobs(prompts: Sequence[Prompt], count: int) -> list[Job]:
