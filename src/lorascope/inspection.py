@@ -3,26 +3,21 @@
 import hashlib
 import json
 import re
-import statistics
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorascope.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule, foreign_kind, parse_adapter
-from lorascope.console import size
 from lorascope.errors import WeightsError, first_line
 from lorascope.family import family_of_folder, family_of_tensors
 from lorascope.lowrank import effective_rank, singular_values
-from lorascope.readers import SAYS, FileModule, Reading, Shape, adapter_metadata, file_modules, read_by_all, stable_diffusion_layers
+from lorascope.readers import FileModule, Reading, Shape, file_modules, read_by_all, stable_diffusion_layers
 from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header
 
-WIDTH = 100  # columns of the text
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the base's weights
 # at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds such an update away.
 NEAR_ZERO_RMS = 1e-6
@@ -30,7 +25,6 @@ _MAX_TENSOR_BYTES = 2**30  # of one module: more is no adapter, and is not loade
 _HASHED_BYTES = 4 * 2**30  # larger files are not read through to check a hash
 _SD1_WIDTH = 768
 _FAMILY_BY_WIDTH = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "SDXL"}
-_BLOCKS = ("attention", "feed-forward", "projection", "convolution", "time embedding", "text encoder")
 _DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 _SPELLINGS = {  # the layout of a file by its modules' names and the ends of their keys
     ".lora_down.weight": "kohya",
@@ -40,40 +34,6 @@ _SPELLINGS = {  # the layout of a file by its modules' names and the ends of the
     ".lora_A.default.weight": "PEFT",
     ".lora.down.weight": "diffusers lora.down/up",
     ".lora_linear_layer.down.weight": "diffusers text encoder",
-}
-# Metadata that say how a file was trained: key, and what it is called here.
-_TRAINING = {
-    "ss_output_name": "name",
-    "modelspec.title": "title",
-    "modelspec.author": "author",
-    "modelspec.license": "licence",
-    "modelspec.trigger_phrase": "trigger phrase",
-    "modelspec.architecture": "architecture",
-    "ss_sd_model_name": "trained on",
-    "ss_base_model_version": "base version",
-    "ss_network_module": "network",
-    "ss_network_args": "network options",
-    "ss_learning_rate": "learning rate",
-    "ss_unet_lr": "learning rate, U-Net",
-    "ss_text_encoder_lr": "learning rate, text encoder",
-    "ss_optimizer": "optimizer",
-    "ss_lr_scheduler": "schedule",
-    "ss_num_train_images": "pictures",
-    "ss_num_epochs": "epochs",
-    "ss_epoch": "epoch saved",
-    "ss_steps": "steps",
-    "ss_max_train_steps": "steps planned",
-    "ss_total_batch_size": "batch size",
-    "ss_batch_size_per_device": "batch size",
-    "ss_resolution": "resolution",
-    "ss_clip_skip": "clip skip",
-    "ss_noise_offset": "noise offset",
-    "ss_min_snr_gamma": "min-SNR gamma",
-    "ss_v_parameterization": "v-prediction",
-    "ss_seed": "seed",
-    "ss_training_started_at": "training started",
-    "ss_training_comment": "comment",
-    "lora_adapter_metadata": "PEFT configuration",
 }
 
 
@@ -143,7 +103,7 @@ class Inspection:
         facts = {key: value for key, value in asdict(self).items() if key not in ("path", "readings")}
         answers = {
             reading.reader: {
-                "answer": _verdict(reading),
+                "answer": reading.verdict,
                 "taken": len(reading.taken),
                 "modules": len(self.modules),
                 "ignored": list(reading.ignored),
@@ -159,10 +119,6 @@ class Inspection:
             "readers": answers,
             **facts,
         }
-
-    def as_text(self, list_modules: bool = False) -> str:
-        """All of it in words, at most 100 columns wide; with `list_modules` a line a module."""
-        return "\n".join(_text(self, list_modules))
 
 
 # -- reading the file ---------------------------------------------------------------------------------------------------
@@ -208,7 +164,7 @@ def inspect_file(path: Path) -> Inspection:
 
 def _open(path: Path, config: dict[str, Any] | None = None) -> _Content:
     """A weight file's content; raises `WeightsError` for what is none."""
-    if path.suffix.lower() in PICKLE_SUFFIXES and path.open("rb").read(4) == b"PK\x03\x04":
+    if path.suffix.lower() in PICKLE_SUFFIXES and _is_zip(path):
         archive = load_tensors(path)
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in archive.values() if tensor.ndim)
         shapes = {name: tuple(tensor.shape) for name, tensor in archive.items()}
@@ -218,6 +174,11 @@ def _open(path: Path, config: dict[str, Any] | None = None) -> _Content:
     shapes = {name: info.shape for name, info in header.tensors.items()}
     parameters = sum(_product(shape) for shape in shapes.values())
     return _Content(path, shapes, dict(dtypes), parameters, header.metadata, header.header_bytes, config)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _product(shape: Shape) -> int:
@@ -242,7 +203,7 @@ def _inspect_folder(folder: Path) -> Inspection:
     if config_path.is_file():
         return _no_adapter(folder, f"a PEFT folder without {PEFT_WEIGHTS}", 0)
     found = sorted(item.name for item in folder.glob("*.safetensors"))
-    return _no_adapter(folder, f"a folder without {PEFT_WEIGHTS}" + (f": inspect {_clean(found[0])} in it" if found else ""), 0)
+    return _no_adapter(folder, f"a folder without {PEFT_WEIGHTS}" + (f": inspect {clean(found[0])} in it" if found else ""), 0)
 
 
 def _no_adapter(path: Path, what: str, num_bytes: int, content: _Content | None = None) -> Inspection:
@@ -329,7 +290,9 @@ def _description(found: Mapping[str, FileModule], modules: tuple[ModuleFacts, ..
     parts = " + ".join(part for part, count in (("U-Net", len(found) - text), ("text encoder", text)) if count)
     if content.config is not None:
         parts = "one model" if all(module.path is None for module in modules) else parts
-    made_for = f"for {family}" if family else "for a model that the file does not show"
+    fitting = all(module.path and found[module.name].fits(stable_diffusion_layers()[module.path], strict=False) for module in modules)
+    unknown = "Stable Diffusion v1 or v2, whose layers in it are alike" if fitting else "a model that the file does not show"
+    made_for = f"for {family or unknown}"
     return f"{' and '.join(kinds)} {made_for}: {parts}"
 
 
@@ -452,17 +415,17 @@ def _alpha_notes(reading: Reading, modules: tuple[ModuleFacts, ...], content: _C
     if not reading.taken or not stated or has_alpha_tensors or reading.reader in ("PEFT", "diffusers"):
         return []
     scales = {module.scale for module in modules if module.scale is not None} - {1.0}
-    return [f"reads no alpha in the configuration, so its strength is 1 instead of {_spread(scales)}"] if scales else []
+    return [f"reads no alpha in the configuration, so its strength is 1 instead of {spread(scales)}"] if scales else []
 
 
 def _remarks(modules: tuple[ModuleFacts, ...], incomplete: list[str], leftover: tuple[str, ...]) -> list[str]:
     remarks = []
     if incomplete:
-        remarks.append(f"{len(incomplete)} modules are incomplete, such as {_clean(incomplete[0])}")
+        remarks.append(f"{len(incomplete)} modules are incomplete, such as {clean(incomplete[0])}")
     if leftover:
-        remarks.append(f"{len(leftover)} keys belong to no module, such as {_clean(leftover[0])}")
+        remarks.append(f"{len(leftover)} keys belong to no module, such as {clean(leftover[0])}")
     if faulty := [module for module in modules if module.fault]:
-        remarks.append(f"{len(faulty)} modules could not be measured: {_clean(faulty[0].name)}: {_clean(str(faulty[0].fault))}")
+        remarks.append(f"{len(faulty)} modules could not be measured: {clean(faulty[0].name)}: {clean(str(faulty[0].fault))}")
     if any(module.kind == "LoRA" and module.alpha is None and not module.fault for module in modules):
         remarks.append("modules without alpha: every program takes the strength 1, whatever it was trained with")
     return remarks
@@ -511,228 +474,14 @@ def _header_length(content: _Content) -> int:
     return 8 + length + -length % 8
 
 
-# -- words --------------------------------------------------------------------------------------------------------------
-
-
-def _clean(text: str, limit: int = 200) -> str:
+def clean(text: str, limit: int = 200) -> str:
     """A stranger's text for a terminal: no control characters, on one line, not endless."""
     shown = "".join(character if character.isprintable() else " " for character in text[: limit * 4])
     shown = " ".join(shown.split())
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
-def _verdict(reading: Reading) -> str:
-    if reading.refusal:
-        return "refuses"
-    if not reading.taken:
-        return "nothing"
-    return "in part" if reading.ignored else "yes"
-
-
-def _spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float]) -> str:
     """One number where all are equal, else least to most."""
     found = sorted(values)
     return f"{found[0]:g}" if found[0] == found[-1] else f"{found[0]:.3g} to {found[-1]:.3g}"
-
-
-def _text(inspection: Inspection, list_modules: bool) -> list[str]:
-    lines = [_clean(str(inspection.path), 300), *_wrapped(_clean(inspection.what[:1].upper() + inspection.what[1:]), "")]
-    facts = [inspection.layout, ", ".join(inspection.dtypes), size(inspection.num_bytes), f"{inspection.num_parameters:,} parameters"]
-    if inspection.num_bytes:
-        lines += _wrapped(", ".join(fact for fact in facts if fact and not fact.startswith("0 ")), "")
-    lines += ["", "Would this do anything on Stable Diffusion v1.5?", *_answer(inspection)]
-    if inspection.modules:
-        lines += ["", *_figures(inspection)]
-    if list_modules and inspection.modules:
-        lines += ["", *_module_table(inspection.modules)]
-    if inspection.hashes:
-        lines += ["", *_row_lines("Hashes", "; ".join(f"{key} {value}" for key, value in inspection.hashes.items()))]
-    if training := _training(inspection.metadata):
-        lines += ["", "What its metadata say", *training]
-    elif inspection.modules:
-        lines += ["", *_row_lines("Metadata", "none that say how it was trained")]
-    return lines
-
-
-def _answer(inspection: Inspection) -> list[str]:
-    if inspection.dead_because:
-        reason = "it is " + inspection.what if not inspection.modules else inspection.dead_because
-        lines = _wrapped(f"No: {_clean(reason, 300)}.", "  ")
-        return (
-            lines if not inspection.readings else [*lines, "  What the programs would take up of it all the same:", *_readers(inspection)]
-        )
-    if not inspection.readings:
-        return _wrapped(f"No: it is made for {inspection.family}, and its layers are not Stable Diffusion v1.5's.", "  ")
-    return [*_wrapped(_summary(inspection.readings), "  "), *_readers(inspection)]
-
-
-def _summary(readings: Iterable[Reading]) -> str:
-    """The answer in a sentence: which programs take all, some or none of it."""
-    groups: dict[str, list[str]] = {}
-    for reading in readings:
-        groups.setdefault(_verdict(reading), []).append(reading.reader)
-    words = {"yes": "Yes, all of it in {}", "in part": "in part in {}", "nothing": "nothing in {}", "refuses": "refused by {}"}
-    said = [words[verdict].format(_listed(groups[verdict])) for verdict in words if verdict in groups]
-    text = "; ".join(said) + "."
-    return text if "yes" in groups else f"{'Only i' if 'in part' in groups else 'No: '}{text[1:] if 'in part' in groups else text}"
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _readers(inspection: Inspection) -> list[str]:
-    lines = []
-    total = len(inspection.modules)
-    for reading in inspection.readings:
-        match _verdict(reading):
-            case "refuses":
-                text = f"refuses: {_clean(str(reading.refusal))}"
-            case "nothing":
-                text = f"nothing: none of the {total} modules has a name it looks for; passed over {SAYS[reading.reader]}"
-            case "in part":
-                taken, lost = total - len(reading.ignored), _lost(reading, inspection.modules)
-                text = f"in part: {taken} of {total} modules; passed over {SAYS[reading.reader]}: {lost}"
-            case _:
-                text = f"yes, all {total} modules"
-        lines += _row_lines(reading.reader, "; ".join([text, *map(_clean, reading.notes)]), indent="  ")
-    return lines
-
-
-def _lost(reading: Reading, modules: tuple[ModuleFacts, ...]) -> str:
-    """Which kinds of layers are lost, with one name."""
-    ignored = set(reading.ignored)
-    blocks = Counter(module.block for module in modules if module.name in ignored)
-    counts = ", ".join(f"{count} {block}" for block, count in blocks.most_common())
-    return f"{counts} (such as {_clean(reading.ignored[0])})"
-
-
-def _row_lines(label: str, text: str, indent: str = "") -> list[str]:
-    start = f"{indent}{label:<12}"
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False) or [start]
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _figures(inspection: Inspection) -> list[str]:
-    modules = inspection.modules
-    blocks = Counter(module.block for module in modules)
-    lines = _row_lines(
-        "Modules", f"{len(modules)}: " + ", ".join(f"{blocks[block]} {block}" for block in (*_BLOCKS, "other") if blocks[block])
-    )
-    lines += _ranks([module for module in modules if module.scale is not None])
-    measured = [module for module in modules if module.norm is not None]
-    if measured:
-        norms = [float(module.norm or 0) for module in measured]
-        most = max(measured, key=lambda module: module.norm or 0)
-        figures = f"least {min(norms):.3g}, median {statistics.median(norms):.3g}, most {max(norms):.3g} in {_clean(most.name)}"
-        lines += _row_lines("Norms", f"Frobenius norm of scale * B A: {figures}")
-        used = [module.rank_used for module in measured if module.rank_used]
-        if used:
-            nominal = statistics.median(module.rank or 0 for module in measured)
-            text = (
-                f"95 % of the energy in {statistics.median(used):g} of {nominal:g} (median), in {min(used)} to {max(used)} over the modules"
-            )
-            lines += _row_lines("Rank used", text)
-    near, zero = sum(module.is_near_zero for module in modules), sum(module.is_zero for module in modules)
-    meaning = f"near zero is a root mean square of the update below {NEAR_ZERO_RMS:g}, which half precision rounds away"
-    lines += _row_lines(
-        "Near zero", f"{near} of {len(modules)} modules ({near / len(modules):.0%}), {zero} of them exactly zero; {meaning}"
-    )
-    bad = [module for module in modules if module.num_not_finite]
-    values = (
-        f"{sum(module.num_not_finite for module in bad):,} values in {len(bad)} modules, the first is {_clean(bad[0].name)}"
-        if bad
-        else "none"
-    )
-    lines += _row_lines("NaN or inf", values)
-    for remark in inspection.remarks:
-        lines += _row_lines("Note", remark)
-    return lines
-
-
-def _ranks(modules: list[ModuleFacts]) -> list[str]:
-    """Rank and alpha in one line where all are equal, else a table."""
-    groups = Counter((module.rank, module.alpha, module.scale) for module in modules)
-    if not groups:
-        return []
-    if len(groups) == 1:
-        ((rank, alpha, scale),) = groups
-        return _row_lines("Rank", f"{rank}, alpha {_number(alpha)}, so the scale alpha / rank is {scale:g}, in every module")
-    lines = [f"{'Rank':<12}{'rank':>6}{'alpha':>10}{'scale':>10}{'modules':>10}  which"]
-    for (rank, alpha, scale), count in groups.most_common(8):
-        blocks = Counter(module.block for module in modules if (module.rank, module.alpha, module.scale) == (rank, alpha, scale))
-        which = ", ".join(f"{number} {block}" for block, number in blocks.most_common())
-        lines += textwrap.wrap(
-            f"{'':<12}{rank:>6}{_number(alpha):>10}{scale:>10.4g}{count:>10}  {which}",
-            WIDTH,
-            subsequent_indent=" " * 50,
-            drop_whitespace=False,
-        )
-    if len(groups) > 8:
-        lines.append(f"{'':<12}and {len(groups) - 8} more pairs of rank and alpha: --modules lists them")
-    return lines
-
-
-def _number(alpha: float | None) -> str:
-    return "none" if alpha is None else f"{alpha:g}"
-
-
-def _module_table(modules: tuple[ModuleFacts, ...]) -> list[str]:
-    lines = [f"{'rank':>5}{'used':>5}{'alpha':>8}{'scale':>7}{'norm':>9}  module"]
-    for module in modules:
-        rank, used = ("-" if value is None else str(value) for value in (module.rank, module.rank_used))
-        scale = "-" if module.scale is None else f"{module.scale:.3g}"
-        norm = "NaN" if module.num_not_finite else "-" if module.norm is None else f"{module.norm:.3g}"
-        alpha = "none" if module.alpha is None else f"{module.alpha:.4g}"
-        start = f"{rank:>5}{used:>5}{alpha if module.kind == 'LoRA' else module.kind[:7]:>8}{scale:>7}{norm:>9}  "
-        name = (module.path or module.name).removeprefix("unet.")
-        lines += textwrap.wrap(_clean(name), WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
-    return lines
-
-
-def _training(metadata: Mapping[str, str]) -> list[str]:
-    """The metadata in plain words, a line each."""
-    lines: list[str] = []
-    seen = set()
-    for key, label in _TRAINING.items():
-        value = metadata.get(key, "").strip()
-        if not value or value in ("None", "{}", "False") or label in seen:
-            continue
-        seen.add(label)
-        shown = _date(value) if key == "ss_training_started_at" else _configuration(value) if key == "lora_adapter_metadata" else value
-        lines += textwrap.wrap(_clean(shown), WIDTH, initial_indent=f"  {label:<28}", subsequent_indent=" " * 30, break_on_hyphens=False)
-    if tags := _tags(metadata.get("ss_tag_frequency", "")):
-        lines += textwrap.wrap(tags, WIDTH, initial_indent=f"  {'commonest tags':<28}", subsequent_indent=" " * 30)
-    if hidden := len([key for key in metadata if key not in _TRAINING and key != "ss_tag_frequency"]):
-        lines.append(f"  and {hidden} more keys (--json prints all)")
-    return lines if seen or tags else []
-
-
-def _date(value: str) -> str:
-    try:
-        return datetime.fromtimestamp(float(value), UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (ValueError, OverflowError, OSError):
-        return value
-
-
-def _configuration(text: str) -> str:
-    """What matters of PEFT's configuration in diffusers' `lora_adapter_metadata`."""
-    content = adapter_metadata({"lora_adapter_metadata": text})
-    known = ("r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
-    found = [f"{key} = {json.dumps(value)}" for key, value in content.items() if key.rpartition(".")[2] in known and value is not False]
-    return ", ".join(found) or text
-
-
-def _tags(text: str) -> str:
-    """The ten commonest tags of `ss_tag_frequency`: a JSON object of folders with counts by tag."""
-    try:
-        folders = json.loads(text)
-        counts: Counter[str] = Counter()
-        for tags in folders.values():
-            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return ""
-    return ", ".join(f"{_clean(tag, 40)} ({count})" for tag, count in counts.most_common(10))

@@ -238,6 +238,15 @@ class Reading:
     refusal: str | None  # the error or refusal that ends the loading; then nothing is taken
     notes: tuple[str, ...] = ()  # what happens in silence to what is taken
 
+    @property
+    def verdict(self) -> str:
+        """`yes` for the whole file, `in part`, `nothing`, or `refuses`."""
+        if self.refusal:
+            return "refuses"
+        if not self.taken:
+            return "nothing"
+        return "in part" if self.ignored else "yes"
+
 
 @dataclass(frozen=True)
 class _File:
