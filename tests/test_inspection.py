@@ -348,6 +348,14 @@ def test_a_peft_folder_and_what_is_wrong_with_one(tmp_path: Path) -> None:
     assert "inspect other.safetensors in it" in inspect_file(folder).what
 
 
+def test_a_folder_of_two_peft_folders(tmp_path: Path) -> None:
+    paths = [*ATTENTION[:2], *TEXT[:2]]
+    save_adapter(Adapter({name: module(name) for name in paths}, "peft", {}), tmp_path, "peft", "fp32")
+    assert "inspect unet and text_encoder in it" in inspect_file(tmp_path).what
+    for part in ("unet", "text_encoder"):
+        assert answers(inspect_file(tmp_path / part))["PEFT"] == "yes"
+
+
 def test_a_pipeline_folder(pipeline_folder: Path) -> None:
     assert inspect_file(pipeline_folder).what.startswith("a pipeline folder")
 
@@ -455,6 +463,10 @@ def test_modules_that_make_no_sense_are_reported_one_by_one(tmp_path: Path) -> N
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no such file"):
         inspect_file(tmp_path / "nothing.safetensors")
+    for name in ("unreadable.safetensors", "unreadable.pt"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # it opens, and reading it fails
+        with pytest.raises(WeightsError, match="cannot be read"):
+            inspect_file(tmp_path / name)
 
 
 def test_exit_codes_of_inspect(own_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -304,6 +304,12 @@ def test_what_is_not_taken_is_named() -> None:
     assert found.refusal is None
 
 
+def test_oft_is_read_by_what_knows_it() -> None:
+    blocks, diagonal = {f"{FIRST}.oft_blocks": torch.ones(2, 4, 4)}, {f"{FIRST}.oft_diag": torch.ones(2, 4, 4)}
+    taken = [[len(reading(name, state).taken) for name in ("WebUI", "ComfyUI", "Forge")] for state in (blocks, diagonal)]
+    assert taken == [[1, 1, 0], [1, 0, 0]]
+
+
 def test_forge_puts_up_with_twelve_keys() -> None:
     stray = {f"stray.{index}": torch.ones(1) for index in range(13)}
     assert "13 keys" in (reading("Forge", {**kohya(CORE), **stray}).refusal or "")

@@ -153,8 +153,8 @@ def inspect_file(path: Path) -> Inspection:
         raise WeightsError(f"{path}: no such file or folder: name an adapter file or a PEFT folder")
     try:
         return _inspect_folder(path) if path.is_dir() else _inspect_content(_open(path), path)
-    except PermissionError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
     except WeightsError as error:
         if isinstance(error.__cause__, OSError):
             raise
@@ -202,8 +202,12 @@ def _inspect_folder(folder: Path) -> Inspection:
         return _no_adapter(folder, f"a pipeline folder: {family_of_folder(folder) or 'a base of Stable Diffusion v1'}, not an adapter", 0)
     if config_path.is_file():
         return _no_adapter(folder, f"a PEFT folder without {PEFT_WEIGHTS}", 0)
-    found = sorted(item.name for item in folder.glob("*.safetensors"))
-    return _no_adapter(folder, f"a folder without {PEFT_WEIGHTS}" + (f": inspect {clean(found[0])} in it" if found else ""), 0)
+    found = sorted(item.name for item in folder.glob("*.safetensors")) or [
+        part for part in ("unet", "text_encoder") if (folder / part / PEFT_WEIGHTS).is_file()
+    ]
+    return _no_adapter(
+        folder, f"a folder without {PEFT_WEIGHTS}" + (f": inspect {' and '.join(map(clean, found[:2]))} in it" if found else ""), 0
+    )
 
 
 def _no_adapter(path: Path, what: str, num_bytes: int, content: _Content | None = None) -> Inspection:

@@ -348,6 +348,9 @@ def _missing_index(name: str) -> str:
     return ": its name lacks the _0" if name.endswith("to_out") else ""
 
 
+_COMFYUI_KINDS = ("LoHa", "LoKr", "GLoRA", "full difference", "norm difference")
+
+
 @cache
 def _comfyui_names(paths: tuple[str, ...], forge: bool) -> dict[str, str]:
     names = {}
@@ -387,7 +390,7 @@ def _comfyui_lookup(file: _File, layers: Layers, *, forge: bool) -> tuple[dict[s
         for down, up in spellings:
             if up in module.parts and down not in module.parts:
                 raise _Refusal(f"KeyError: {module.name}{down}")
-        if module.spelling in spellings or (module.kind not in (None, "LoRA", "IA3") and not (forge and module.kind == "OFT")):
+        if module.spelling in spellings or module.kind in _COMFYUI_KINDS or (not forge and ".oft_blocks" in module.parts):
             taken[module.name] = names[module.name]
             used |= {module.name + ending for ending in module.parts}
         else:
