@@ -480,21 +480,3 @@ def test_exit_codes_of_inspect(own_file: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["inspect", str(tmp_path / "page.safetensors")]) == EXIT_GATE_REJECTED
     assert main(["inspect", str(tmp_path / "none.safetensors")]) == EXIT_INPUT
     assert "no such file" in capsys.readouterr().err
-
-
-def test_resize_and_extract_from_the_command_line(
-    own_file: Path, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "small.safetensors"
-    assert main(["resize", str(own_file), str(out), "--rank", "2"]) == EXIT_DONE
-    assert "energy kept: least" in capsys.readouterr().err
-    found = inspect_file(out)
-    assert {facts.rank for facts in found.modules} == {2}
-    assert {facts.scale for facts in found.modules} == {0.5, 1.0}
-    assert found.metadata["ss_network_dim"] == "2"
-    assert found.metadata["ss_learning_rate"] == "0.0001"
-    assert found.metadata["ss_output_name"] == "small"
-    assert main(["resize", str(own_file), str(out), "--rank", "2"]) == EXIT_INPUT
-    assert main(["resize", str(own_file), str(tmp_path / "x.safetensors")]) == EXIT_INPUT
-    assert main(["extract", str(pipeline_folder), str(pipeline_folder), str(tmp_path / "y.safetensors"), "--rank", "2"]) == EXIT_INPUT
-    assert "no layer differs" in capsys.readouterr().err

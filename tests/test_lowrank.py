@@ -9,8 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from conftest import make_pipeline_folder
-from lorascope.adapter_files import Adapter, LoraModule
-from lorascope.errors import AdapterError
+from lorascope.adapter_files import Adapter, LoraModule, load_adapter, save_adapter
+from lorascope.cli import main
+from lorascope.errors import EXIT_DONE, EXIT_INPUT, AdapterError
+from lorascope.export import kohya_metadata
 from lorascope.ldm import list_pairs
 from lorascope.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
 from lorascope.readers import ldm_path, stable_diffusion_layers
@@ -213,3 +215,37 @@ def test_the_original_names_are_those_of_the_layout() -> None:
         if path.startswith("unet."):
             name = path.removeprefix("unet.")
             assert table[f"{name}.weight"] == f"model.diffusion_model.{ldm_path(name)}.weight"
+
+
+def test_resize_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = stable_diffusion_layers()
+    modules = {path: linear(4, 2.0, size=layers[path]) for path in (Q, Q.replace("to_q", "to_k"))}  # type: ignore[arg-type]
+    adapter = Adapter(modules, "kohya", {})
+    source, out = tmp_path / "style.safetensors", tmp_path / "small.safetensors"
+    save_adapter(adapter, source, "kohya", "fp32", kohya_metadata(adapter, "style", {"ss_learning_rate": "0.0001"}))
+    assert main(["resize", str(source), str(out), "--rank", "2", "--dtype", "fp32"]) == EXIT_DONE
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(out)]
+    assert "2 modules, rank 2\nenergy kept: least" in printed.err
+    small = load_adapter(out)
+    assert {(module.rank, module.scale) for module in small.modules.values()} == {(2, 0.5)}
+    expected = {"ss_network_dim": "2", "ss_network_alpha": "1.0", "ss_learning_rate": "0.0001", "ss_output_name": "small"}
+    assert {key: small.metadata[key] for key in expected} == expected
+    assert main(["resize", str(source), str(out), "--rank", "2"]) == EXIT_INPUT  # it exists
+    assert main(["resize", str(source), str(out), "--rank", "1", "--force"]) == EXIT_DONE
+    assert main(["resize", str(source), str(tmp_path / "other.safetensors")]) == EXIT_INPUT
+    assert "--rank 16 or --energy 0.95" in capsys.readouterr().err
+
+
+def test_extract_from_the_command_line(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules = updates_for(pipeline_folder)
+    tuned = tuned_copy(pipeline_folder, tmp_path / "tuned", {path: module.update() for path, module in modules.items()})
+    out = tmp_path / "style.safetensors"
+    arguments = ["extract", str(pipeline_folder), str(tuned), str(out), "--energy", "0.999", "--dtype", "fp32"]
+    assert main(arguments) == EXIT_DONE
+    assert f"{len(modules)} modules, rank 3" in capsys.readouterr().err
+    for path, module in load_adapter(out).modules.items():
+        assert close(module.update(), modules[path].update(), 1e-5)
+    assert main(["extract", str(pipeline_folder), str(pipeline_folder), str(tmp_path / "none.safetensors"), "--rank", "2"]) == EXIT_INPUT
+    assert "no layer differs" in capsys.readouterr().err
+    assert not (tmp_path / "none.safetensors").exists()
