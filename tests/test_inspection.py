@@ -242,6 +242,19 @@ def test_an_adapter_that_was_never_trained(tmp_path: Path) -> None:
     assert "4 of 4 modules (100%), 4 of them exactly zero" in text
 
 
+def test_an_alpha_of_zero(tmp_path: Path) -> None:
+    tensors = {key: torch.tensor(0.0) if key.endswith("alpha") else value for key, value in kohya(ATTENTION[:2]).items()}
+    assert "alpha is zero in every module" in check_text(inspect_file(write(tmp_path, tensors)))
+
+
+def test_time_is_bounded_for_endless_lists_of_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.inspection._MAX_MODULES", 20)
+    tensors = {f"lora_unet_x{index}{ending}": torch.ones(1, 1) for index in range(30) for ending in KOHYA}
+    found = inspect_file(write(tmp_path, tensors))
+    assert sum(facts.fault is not None for facts in found.modules) == 10
+    assert "10 modules could not be measured" in check_text(found)
+
+
 def test_updates_that_half_precision_rounds_away(tmp_path: Path) -> None:
     tensors = kohya(ATTENTION[:2])
     tensors[f"{flat(ATTENTION[0])}.lora_up.weight"] *= 1e-5
@@ -427,7 +440,7 @@ def test_an_oversized_module_is_not_loaded(tmp_path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 4 * size)
     found = inspect_file(tmp_path / "huge.safetensors")
-    assert "too large for an adapter" in str(found.modules[0].fault)
+    assert "too large or too many" in str(found.modules[0].fault)
     check_text(found)
 
 

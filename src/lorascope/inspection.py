@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the base's weights
 # at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds such an update away.
 NEAR_ZERO_RMS = 1e-6
-_MAX_TENSOR_BYTES = 2**30  # of one module: more is no adapter, and is not loaded
+_NUMBERS_AT_ONCE = 2**25  # in memory; a full matrix of Stable Diffusion v1.5's largest layer has 2.9e7
+_MAX_MODULES = 4000  # SDXL's adapters have at most some 2,000
 _HASHED_BYTES = 4 * 2**30  # larger files are not read through to check a hash
 _SD1_WIDTH = 768
 _FAMILY_BY_WIDTH = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "SDXL"}
@@ -87,6 +88,8 @@ class Inspection:
             return self.what
         if bad := [module for module in self.modules if module.num_not_finite]:
             return f"{len(bad)} of {len(self.modules)} modules hold NaN or infinite values: pictures turn black or to noise"
+        if all(module.scale == 0 for module in self.modules):
+            return "alpha is zero in every module, so its strength is zero"
         if all(module.is_zero for module in self.modules):
             return "B is zero in every module, as before the first training step: it was trained for no step"
         if all(module.is_near_zero for module in self.modules):
@@ -224,8 +227,7 @@ def _inspect_content(content: _Content, path: Path) -> Inspection:
         return _no_adapter(path, _model(content.shapes, bool(found)), num_bytes, content)
     family = _family(content.shapes, whole)
     readings = read_by_all(content.shapes, content.metadata, content.config) if family in (None, _FAMILY_BY_WIDTH[_SD1_WIDTH]) else []
-    paths = _paths(whole, readings)
-    modules = tuple(_measure(module, paths.get(name), content) for name, module in whole.items())
+    modules = _measure_all(whole, content)
     incomplete = [name for name, module in found.items() if not module.kind]
     readings = [replace(reading, notes=(*reading.notes, *_alpha_notes(reading, modules, content))) for reading in readings]
     return Inspection(
@@ -317,7 +319,7 @@ def _layout(modules: Mapping[str, FileModule], content: _Content) -> str:
     return f"{layout} folder" if content.config is not None else layout
 
 
-def _paths(modules: Mapping[str, FileModule], readings: list[Reading]) -> dict[str, str]:
+def _paths(modules: Mapping[str, FileModule]) -> dict[str, str]:
     """The layers of Stable Diffusion v1.5 that the modules are meant for, as far as any name tells."""
     layers = stable_diffusion_layers()
     flat = {re.sub(r"^unet_", "", path.replace(".", "_")): path for path in layers}
@@ -353,36 +355,63 @@ def _block(path: str | None, name: str) -> str:
 # -- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def _measure(module: FileModule, path: str | None, content: _Content) -> ModuleFacts:
-    """One module's figures; its tensors are loaded for this and let go."""
-    kind = str(module.kind)
-    facts = ModuleFacts(module.name, path, kind, _block(path, module.name), is_dora=module.is_dora)
-    if module.factors:
-        facts = replace(facts, rank=module.factors[0][0] if module.factors[0] else None)
-    if sum(_product(shape) for shape in module.parts.values()) * 4 > _MAX_TENSOR_BYTES:
-        return replace(facts, fault="too large for an adapter: its weights were not read")
-    try:
-        tensors = dict(zip(module.parts, _of(module, content), strict=True))
-    except WeightsError as error:
-        return replace(facts, fault=first_line(error))
+def _measure_all(modules: Mapping[str, FileModule], content: _Content) -> tuple[ModuleFacts, ...]:
+    """The figures of every module; the tensors of a few modules are in memory at a time."""
+    paths = _paths(modules)
+    facts = {
+        name: ModuleFacts(
+            name,
+            paths.get(name),
+            str(module.kind),
+            _block(paths.get(name), name),
+            rank=module.factors[0][0] if module.factors and module.factors[0] else None,
+            is_dora=module.is_dora,
+            fault="too large or too many for an adapter: not measured",
+        )
+        for name, module in modules.items()
+    }
+    small = [module for module in modules.values() if _num_numbers(module) <= _NUMBERS_AT_ONCE]
+    for group in _groups(small[:_MAX_MODULES]):
+        try:
+            tensors = content.tensors([module.name + ending for module in group for ending in module.parts])
+        except WeightsError as error:
+            facts.update({module.name: replace(facts[module.name], fault=first_line(error)) for module in group})
+            continue
+        for module in group:
+            own = {ending: tensors[module.name + ending] for ending in module.parts}
+            facts[module.name] = _measure(replace(facts[module.name], fault=None), module, own, content)
+    return tuple(facts.values())
+
+
+def _num_numbers(module: FileModule) -> int:
+    return sum(map(_product, module.parts.values()))
+
+
+def _groups(modules: Iterable[FileModule]) -> Iterator[list[FileModule]]:
+    """As many modules at a time as memory is meant for: each group costs one reading of the file's header."""
+    group: list[FileModule] = []
+    total = 0
+    for module in modules:
+        if group and total + _num_numbers(module) > _NUMBERS_AT_ONCE:
+            yield group
+            group, total = [], 0
+        group.append(module)
+        total += _num_numbers(module)
+    if group:
+        yield group
+
+
+def _measure(facts: ModuleFacts, module: FileModule, tensors: Mapping[str, torch.Tensor], content: _Content) -> ModuleFacts:
     bad = sum(int((~tensor.float().isfinite()).sum()) for tensor in tensors.values())
     facts = replace(facts, num_not_finite=bad)
-    if kind != "LoRA":
+    if facts.kind != "LoRA":
         factors = [tensor for ending, tensor in tensors.items() if re.match(r"\.(hada_w|lokr_w|diff$|w_norm$|oft_|b[12]\.)", ending)]
-        return replace(facts, is_zero=any(not tensor.any() for tensor in factors) and not facts.is_dora)
+        return replace(facts, is_zero=any(not tensor.float().any() for tensor in factors) and not facts.is_dora)
     lora, fault = _as_lora(module, tensors, content)
     if lora is None:
         return replace(facts, fault=fault)
     facts = replace(facts, rank=lora.rank, alpha=lora.alpha, scale=lora.scale)
-    if bad:
-        return facts
-    return _with_norms(facts, lora)
-
-
-def _of(module: FileModule, content: _Content) -> list[torch.Tensor]:
-    names = [module.name + ending for ending in module.parts]
-    tensors = content.tensors(names)
-    return [tensors[name] for name in names]
+    return facts if bad else _with_norms(facts, lora)
 
 
 def _as_lora(module: FileModule, tensors: Mapping[str, torch.Tensor], content: _Content) -> tuple[LoraModule | None, str | None]:
