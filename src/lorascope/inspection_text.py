@@ -92,8 +92,8 @@ def _summary(readings: Iterable[Reading]) -> str:
         groups.setdefault(reading.verdict, []).append(reading.reader)
     words = {"yes": "Yes, all of it in {}", "in part": "in part in {}", "nothing": "nothing in {}", "refuses": "refused by {}"}
     said = [words[verdict].format(_listed(groups[verdict])) for verdict in words if verdict in groups]
-    text = "; ".join(said) + "."
-    return text if "yes" in groups else f"{'Only i' if 'in part' in groups else 'No: '}{text[1:] if 'in part' in groups else text}"
+    start = "" if "yes" in groups else "Only " if "in part" in groups else "No: "
+    return f"{start}{'; '.join(said)}."
 
 
 def _listed(names: list[str]) -> str:
@@ -108,7 +108,7 @@ def _readers(inspection: Inspection) -> list[str]:
             case "refuses":
                 text = f"refuses: {clean(str(reading.refusal))}"
             case "nothing":
-                text = f"nothing: none of the {total} modules has a name it looks for; passed over {SAYS[reading.reader]}"
+                text = f"nothing: none of the {total} modules has a name and shape it looks for; passed over {SAYS[reading.reader]}"
             case "in part":
                 taken, lost = total - len(reading.ignored), _lost(reading, inspection.modules)
                 text = f"in part: {taken} of {total} modules; passed over {SAYS[reading.reader]}: {lost}"
