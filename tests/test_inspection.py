@@ -180,9 +180,7 @@ def test_webui_14866_trained_by_diffusers_and_loaded_in_webui_without_an_error(t
         "PEFT": "refuses",
         "sd-scripts": "nothing",
     }
-    assert "none of the 128 modules has a name and shape it looks for; passed over without a word" in " ".join(
-        check_text(found).split()
-    )
+    assert "none of the 128 modules has a name and shape it looks for; passed over without a word" in " ".join(check_text(found).split())
     save_adapter(load_adapter(path), tmp_path / "converted.safetensors", "kohya", "fp32", {})
     assert answers(inspect_file(tmp_path / "converted.safetensors")) == {
         name: "refuses" if name == "PEFT" else "yes" for name in answers(found)
