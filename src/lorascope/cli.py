@@ -16,10 +16,22 @@ from cyclopts.validators import Number
 from lorascope import __version__
 from lorascope.config import StudyConfig, load_study, preset_names, preset_text, reference_table
 from lorascope.console import configure_logging, log, size
-from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, ConfigError, LorascopeError
+from lorascope.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_GATE_REJECTED,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_RUN_FAILED,
+    ConfigError,
+    LorascopeError,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorascope.adapter_files import Written
+    from lorascope.lowrank import Cut
     from lorascope.study import Study
 
 _STAGES = Group("Stages of a run", sort_key=1)
@@ -30,8 +42,8 @@ app = App(
     version=__version__,
     suppress_keyboard_interrupt=False,
     help="Train Stable Diffusion LoRA candidates under equal conditions and see with evidence which one to keep.",
-    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run, an arm or "
-    "a picture failed (state kept), 130 interrupted (the same command goes on).",
+    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run, an arm or a picture failed "
+    "(state kept), 4 inspected and found to do nothing, 130 interrupted (the same command goes on).",
 )
 
 StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
@@ -48,6 +60,11 @@ FormatOption = Annotated[
 DtypeOption = Annotated[
     Literal["fp16", "bf16", "fp32"] | None, Parameter(help="dtype of the weights; fp32 for peft and fp16 for the others when absent")
 ]
+AdapterFormatOption = Annotated[
+    Literal["kohya", "peft", "diffusers"], Parameter(name="--format", help="kohya is for WebUI, Forge and ComfyUI")
+]
+RankOption = Annotated[int | None, Parameter(help="rank of every module, or with --energy the highest")]
+EnergyOption = Annotated[float | None, Parameter(help="share of each update's squared norm to keep, such as 0.95")]
 AdapterName = Annotated[str | None, Parameter(help="name that programs show, the alias in WebUI's prompts")]
 Force = Annotated[bool, Parameter(help="replace what is there", negative="")]
 AsJson = Annotated[bool, Parameter(name="--json", help="print the result as JSON", negative="")]
@@ -328,6 +345,100 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
         print(job.run_dir.report_html)
     else:
         print(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
+
+
+@app.command(name="inspect", group=_MORE)
+def inspect_adapter(
+    file: Annotated[Path, Parameter(help="adapter file or PEFT folder, of any origin")],
+    *,
+    modules: Annotated[bool, Parameter(help="list every module with rank, alpha and norm", negative="")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Say what an adapter file is and whether WebUI, ComfyUI, Forge, diffusers, PEFT and sd-scripts would do anything with it.
+
+    Nothing in the file is executed. Exit code 0: some program would change Stable Diffusion v1.5's pictures with it; 4: none
+    would; 2: it could not be read.
+
+    Example: lorascope inspect style.safetensors
+    """
+    from lorascope.inspection import inspect_file
+    from lorascope.inspection_text import as_text
+
+    inspection = inspect_file(file)
+    print(json.dumps(inspection.as_dict(), indent=2) if as_json else as_text(inspection, modules))
+    return EXIT_DONE if inspection.works_somewhere else EXIT_GATE_REJECTED
+
+
+@app.command(group=_MORE)
+def extract(
+    base: Annotated[Path, Parameter(help="pipeline folder or checkpoint file that was tuned")],
+    tuned: Annotated[Path, Parameter(help="what became of it")],
+    out: Annotated[Path, Parameter(help="file or folder to write")],
+    *,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    layout: AdapterFormatOption = "kohya",
+    dtype: DtypeOption = None,
+    name: AdapterName = None,
+    force: Force = False,
+) -> int:
+    """Write the adapter nearest to the difference of two models, layer by layer.
+
+    Example: lorascope extract v1-5.safetensors my-style.safetensors style.safetensors --rank 32
+    """
+    _set_level(False, False)
+    from lorascope.lowrank import Checkpoint, Target, extract
+
+    _write_cut(lambda: extract(Checkpoint(base), Checkpoint(tuned), Target(rank, energy)), out, layout, dtype, name, force)
+    return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def resize(
+    source: Annotated[Path, Parameter(help="adapter file or PEFT folder, of any program")],
+    out: Annotated[Path, Parameter(help="file or folder to write")],
+    *,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    layout: AdapterFormatOption = "kohya",
+    dtype: DtypeOption = None,
+    name: AdapterName = None,
+    force: Force = False,
+) -> int:
+    """Write the best adapter of a lower rank; alpha falls with the rank, so the strength stays.
+
+    Example: lorascope resize style.safetensors style-r8.safetensors --rank 8
+    """
+    _set_level(False, False)
+    from lorascope.adapter_files import load_adapter
+    from lorascope.lowrank import Target, resize
+
+    _write_cut(lambda: resize(load_adapter(source), Target(rank, energy)), out, layout, dtype, name, force)
+    return EXIT_DONE
+
+
+def _write_cut(
+    make: "Callable[[], Cut]",
+    out: Path,
+    layout: Literal["kohya", "peft", "diffusers"],
+    dtype: Literal["fp16", "bf16", "fp32"] | None,
+    name: str | None,
+    force: bool,
+) -> None:
+    """Make a low-rank adapter, write it with its metadata and print what it kept."""
+    from lorascope.adapter_files import save_adapter
+    from lorascope.export import default_dtype, kohya_metadata, plain_name, require_free
+
+    require_free(out, force)
+    name = plain_name(name or out.stem)
+    cut = make()
+    own = ("ss_network_dim", "ss_network_alpha", "ss_output_name")  # the new file's, not its source's
+    kept = {key: value for key, value in cut.adapter.metadata.items() if key.startswith("ss_") and key not in own}
+    written = save_adapter(cut.adapter, out, layout, dtype or default_dtype(layout), kohya_metadata(cut.adapter, name, kept))
+    print(cut.summary(), file=sys.stderr)
+    for note in cut.notes:
+        print(f"note: {note}", file=sys.stderr)
+    _print_written(written)
 
 
 def _print_written(written: "Written") -> None:
