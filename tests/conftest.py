@@ -1,6 +1,5 @@
 """Tiny real models and data: the same classes as Stable Diffusion v1.5, small enough to run in milliseconds."""
 
-import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,15 +33,12 @@ from lorascope.config import BaseSection
 torch.set_num_threads(1)
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose vocabulary is the 256 bytes, alone and at the end of a word."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = [chr(b) for b in visible] + [chr(256 + n) for n in range(256 - len(visible))]
     tokens = [*characters, *[c + "</w>" for c in characters], "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), model_max_length=77)
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
 def make_text_config(num_layers: int) -> CLIPTextConfig:
@@ -66,7 +62,7 @@ def make_vae() -> AutoencoderKL:
 def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
     """A complete Stable Diffusion pipeline folder with random weights."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(folder.parent / "vocabulary")
+    tokenizer = make_tokenizer()
     text = make_text_config(num_layers=2)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -103,7 +99,7 @@ def make_scorer_folder(folder: Path) -> Path:
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, make_tokenizer(folder.parent / "vocabulary")).save_pretrained(folder)
+    CLIPProcessor(images, make_tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,8 @@
 """The adapter: targets, exact no-op, PEFT equality, stacking, files, merge."""
 
 import copy
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lorascope.adapter import AdapterBank, Slice, count_parameters, load_peft, merge, resolve_targets, save_peft
+from lorascope.adapter import AdapterBank, Slice, count_parameters, merge, resolve_section, resolve_targets
+from lorascope.adapter_files import Adapter, LoraModule, load_adapter, save_adapter
 from lorascope.base import Base
-from lorascope.config import REFERENCE_TARGETS, Arm
+from lorascope.config import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
 from lorascope.errors import AdapterError
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
@@ -31,13 +34,13 @@ def randomize(bank: AdapterBank) -> None:
     generator = torch.Generator().manual_seed(2)
     for layer in bank.layers.values():
         for index, arm in enumerate(bank.arms):
-            up = layer.up.detach()[index, :, : arm.rank]
+            up = layer.up.detach()[index, :, : min(arm.rank, layer.up.shape[2])]
             up.copy_(torch.randn(up.shape, generator=generator) * 0.1)
 
 
 @pytest.fixture
 def bank(base: Base) -> AdapterBank:
-    return AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), [R4, R8])
+    return AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [R4, R8])
 
 
 def test_targets_are_the_linears_with_these_endings_in_the_unets_order(base: Base) -> None:
@@ -49,7 +52,7 @@ def test_targets_are_the_linears_with_these_endings_in_the_unets_order(base: Bas
     ]
     assert [target.path for target in targets] == expected
     assert len(targets) == 10 * sum(path.endswith("attn1.to_q") for path in expected)
-    assert count_parameters(targets, 4) == sum(4 * (t.in_features + t.out_features) for t in targets)
+    assert count_parameters(targets, R4) == sum(4 * (t.down_shape[0] + t.out_features) for t in targets)
 
 
 def test_a_name_that_matches_nothing_is_refused(base: Base) -> None:
@@ -62,9 +65,47 @@ def test_the_reference_studys_geglu_is_refused_with_the_remedy(base: Base) -> No
         resolve_targets(base.unet, ["ff.net.0"])
 
 
-def test_a_convolution_is_refused(base: Base) -> None:
-    with pytest.raises(AdapterError, match="is a Conv2d"):
-        resolve_targets(base.unet, ["conv_in"])
+def test_a_layer_that_is_neither_linear_nor_convolution_is_refused(base: Base) -> None:
+    with pytest.raises(AdapterError, match="'norm1' is a .*Norm .* not a Linear or Conv2d"):
+        resolve_targets(base.unet, ["norm1"])
+    odd = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(4, 4, 3, groups=2)})
+    with pytest.raises(AdapterError, match="convolution in groups"):
+        resolve_targets(odd, ["conv"])
+
+
+def test_patterns_name_layers_by_their_whole_path(base: Base) -> None:
+    paths = [target.path for target in resolve_targets(base.unet, ["*.resnets.*.conv1", "mid_block.*.to_q"])]
+    assert paths and all(fnmatch(path, "*.resnets.*.conv1") or fnmatch(path, "mid_block.*.to_q") for path in paths)
+    with pytest.raises(AdapterError, match=r"'up_blocks.\*.to_w' matches no module of the unet"):
+        resolve_targets(base.unet, ["up_blocks.*.to_w"])
+
+
+def test_a_group_has_its_own_rank_alpha_and_rate_and_takes_layers_over(base: Base) -> None:
+    section = AdapterSection(
+        targets=("to_q", "to_k"),
+        groups=(
+            TargetGroup(targets=("attn2.to_k", "proj_in"), rank=2, lr=1.0),
+            TargetGroup(component="text_encoder", targets=("fc1",), alpha=3),
+        ),
+    )
+    targets = {target.name: target for target in resolve_section(base.components, section)}
+    assert len(targets) == len(resolve_section(base.components, section))
+    by_kind = {
+        kind: next(t for name, t in targets.items() if name.endswith(kind)) for kind in ("attn1.to_k", "attn2.to_k", "proj_in", "fc1")
+    }
+    assert {kind: (t.rank(R8), t.alpha(R8), t.lr(R8)) for kind, t in by_kind.items()} == {
+        "attn1.to_k": (8, 4, 1e-3),
+        "attn2.to_k": (2, 1, 1.0),  # the arm's scale of a half is kept
+        "proj_in": (2, 1, 1.0),
+        "fc1": (8, 3, 1e-3),
+    }
+    bank = AdapterBank(base.components, list(targets.values()), [R4, R8])
+    for index, arm in enumerate(bank.arms):
+        stored = sum(m.down.numel() + m.up.numel() for m in bank.adapter(index).modules.values())
+        assert stored == count_parameters(bank.targets, arm)
+    twice = AdapterSection(targets=("to_q",), groups=(TargetGroup(targets=("to_v",)), TargetGroup(targets=("attn1.to_v",))))
+    with pytest.raises(AdapterError, match="is named by two groups"):
+        resolve_section(base.components, twice)
 
 
 def test_a_fresh_adapter_is_an_exact_no_op(base: Base, bank: AdapterBank) -> None:
@@ -95,14 +136,20 @@ def test_detach_gives_the_base_back(base: Base, bank: AdapterBank) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_forward_and_gradients_equal_peft(base: Base, bank: AdapterBank, index: int) -> None:
+@pytest.mark.parametrize(
+    "targets", [REFERENCE_TARGETS, ("to_q", "proj_in", "proj_out", "conv1", "downsamplers.0.conv")], ids=["linear", "conv"]
+)
+def test_forward_and_gradients_equal_peft(base: Base, index: int, targets: tuple[str, ...]) -> None:
     """PEFT with the same weights gives the same output and the same gradients of A and B."""
+    bank = AdapterBank(base.components, resolve_targets(base.unet, targets), [R4, R8])
     randomize(bank)
     arm = bank.arms[index]
-    peft_unet = get_peft_model(
-        copy.deepcopy(base.unet), LoraConfig(r=arm.rank, lora_alpha=int(arm.alpha), target_modules=list(REFERENCE_TARGETS))
-    )
-    names = {name.replace(".weight", ".default.weight"): tensor for name, tensor in bank.state_dict(index).items()}
+    peft_unet = get_peft_model(copy.deepcopy(base.unet), LoraConfig(r=arm.rank, lora_alpha=int(arm.alpha), target_modules=list(targets)))
+    names = {}
+    for name, module in bank.adapter(index).modules.items():
+        path = name.removeprefix("unet.")
+        names[f"base_model.model.{path}.lora_A.default.weight"] = module.down
+        names[f"base_model.model.{path}.lora_B.default.weight"] = module.up
     missing = peft_unet.load_state_dict(names, strict=False)
     assert not missing.unexpected_keys
     noisy, timesteps, text = unet_inputs(2)
@@ -114,11 +161,12 @@ def test_forward_and_gradients_equal_peft(base: Base, bank: AdapterBank, index: 
     ours.square().mean().backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     gradients = dict(peft_unet.named_parameters())
-    for path, layer in bank.layers.items():
+    for name, layer in bank.layers.items():
         assert layer.down.grad is not None and layer.up.grad is not None
         for mine, kind in ((layer.down.grad[index, : arm.rank], "A"), (layer.up.grad[index, :, : arm.rank], "B")):
-            reference = gradients[f"base_model.model.{path}.lora_{kind}.default.weight"].grad
-            torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-6)
+            reference = gradients[f"base_model.model.{name.removeprefix('unet.')}.lora_{kind}.default.weight"].grad
+            assert reference is not None
+            torch.testing.assert_close(mine, reference.view_as(mine), rtol=1e-3, atol=1e-6)
 
 
 def test_each_slice_of_a_stack_equals_its_adapter_alone(base: Base, bank: AdapterBank) -> None:
@@ -137,38 +185,32 @@ def test_each_slice_of_a_stack_equals_its_adapter_alone(base: Base, bank: Adapte
 def test_a_smaller_rank_starts_as_the_first_rows_of_a_larger_one(bank: AdapterBank) -> None:
     for layer in bank.layers.values():
         assert torch.equal(layer.down[0, :4], layer.down[1, :4])
-        assert layer.down.detach()[1].abs().max() <= layer.in_features**-0.5
+        assert layer.down.detach()[1].abs().max() <= layer.layer.in_features**-0.5
         assert not layer.down.detach()[0, 4:].any() and not layer.up.detach().any()
 
 
-def test_a_peft_folder_round_trips_exactly_and_peft_and_diffusers_load_it(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
+def test_a_folder_of_ours_round_trips_exactly_and_peft_and_diffusers_load_it(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
     randomize(bank)
-    size = save_peft(bank, 1, tmp_path / "r8", REFERENCE_TARGETS, "base")
-    assert size == (tmp_path / "r8" / "adapter_model.safetensors").stat().st_size > 4 * count_parameters(bank.targets, 8)
-    state, rank, alpha = load_peft(tmp_path / "r8")
-    assert (rank, alpha) == (8, 4.0)
-    other = AdapterBank(base.unet, bank.targets, [R8])
-    other.load_state_dict(0, state)
-    assert all(torch.equal(tensor, other.state_dict(0)[name]) for name, tensor in bank.state_dict(1).items())
+    folder = tmp_path / "r8"
+    size = save_adapter(bank.adapter(1), folder, "peft", "fp32").num_bytes
+    assert size == (folder / "adapter_model.safetensors").stat().st_size > 4 * count_parameters(bank.targets, R8)
+    other = AdapterBank(base.components, bank.targets, [R8])
+    other.load(0, load_adapter(folder))
+    theirs = other.adapter(0).modules
+    for name, module in bank.adapter(1).modules.items():
+        assert torch.equal(module.down, theirs[name].down) and torch.equal(module.up, theirs[name].up)
+        assert module.alpha == theirs[name].alpha == 4.0
 
     noisy, timesteps, text = unet_inputs(2)
     with torch.no_grad():
         bank.attach().select([Slice(1)])
         ours = base.unet(noisy, timesteps, text).sample
         bank.detach()
-        by_peft = PeftModel.from_pretrained(copy.deepcopy(base.unet), str(tmp_path / "r8"))(noisy, timesteps, text).sample
+        by_peft = PeftModel.from_pretrained(copy.deepcopy(base.unet), str(folder))(noisy, timesteps, text).sample
         torch.testing.assert_close(by_peft, ours, rtol=1e-4, atol=1e-5)
         pipeline = StableDiffusionPipeline.from_pretrained(base.folder, safety_checker=None)
-        pipeline.unet.load_lora_adapter(str(tmp_path / "r8"), weight_name="adapter_model.safetensors", prefix="base_model.model")
+        pipeline.unet.load_lora_adapter(str(folder), weight_name="adapter_model.safetensors", prefix="base_model.model")
         torch.testing.assert_close(pipeline.unet(noisy, timesteps, text).sample, ours, rtol=1e-4, atol=1e-5)
-
-
-def test_the_same_adapter_is_written_as_the_same_bytes(bank: AdapterBank, tmp_path: Path) -> None:
-    contents = set()
-    for _ in range(8):
-        save_peft(bank, 0, tmp_path, REFERENCE_TARGETS, "base")
-        contents.add((tmp_path / "adapter_model.safetensors").read_bytes())
-    assert len(contents) == 1
 
 
 def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base, bank: AdapterBank) -> None:
@@ -176,7 +218,7 @@ def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base, bank: Ada
     noisy, timesteps, text = unet_inputs(2)
     before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     merged: UNet2DConditionModel = copy.deepcopy(base.unet)
-    merge(merged, bank, 0)
+    merge({"unet": merged}, bank, 0)
     with torch.no_grad():
         bank.attach().select([Slice(0)])
         unmerged = base.unet(noisy, timesteps, text).sample
@@ -185,21 +227,41 @@ def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base, bank: Ada
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.unet.state_dict().items())
 
 
+def test_convolutions_and_text_encoder_merge_too(base: Base) -> None:
+    section = AdapterSection(targets=("conv1", "proj_in"), groups=(TargetGroup(component="text_encoder", targets=("fc1",)),))
+    bank = AdapterBank(base.components, resolve_section(base.components, section), [R4])
+    randomize(bank)
+    copies = {name: copy.deepcopy(part) for name, part in base.components.items()}
+    merge(copies, bank, 0)
+    noisy, timesteps, _ = unet_inputs(2)
+    tokens = base.tokenize(["a rocket", "a snail"])
+    with torch.no_grad():
+        bank.attach()
+        text = base.text_states(tokens)
+        unmerged = base.unet(noisy, timesteps, text).sample
+        bank.detach()
+        merged_text = copies["text_encoder"](tokens).last_hidden_state
+        torch.testing.assert_close(merged_text, text, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(copies["unet"](noisy, timesteps, merged_text).sample, unmerged, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(base.text_states(tokens), text, rtol=1e-2, atol=1e-2)
+
+
 def test_merging_into_an_adapted_unet_is_refused(base: Base, bank: AdapterBank) -> None:
     bank.attach()
-    with pytest.raises(AdapterError, match="not a plain Linear"):
-        merge(base.unet, bank, 0)
+    with pytest.raises(AdapterError, match="not a plain layer"):
+        merge(base.components, bank, 0)
 
 
-def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="not a readable PEFT adapter"):
-        load_peft(tmp_path)
+def test_an_adapter_of_other_targets_shapes_or_alpha_is_refused(bank: AdapterBank) -> None:
+    modules = bank.adapter(0).modules
+    name, module = next(iter(modules.items()))
 
+    def load(changed: dict[str, LoraModule]) -> None:
+        bank.load(0, Adapter(changed, "peft", {}, ()))
 
-def test_tensors_of_other_targets_or_shapes_are_refused(bank: AdapterBank) -> None:
-    state = bank.state_dict(0)
-    name = next(iter(state))
-    with pytest.raises(AdapterError, match="1 tensors do not match the targets"):
-        bank.load_state_dict(0, {key: tensor for key, tensor in state.items() if key != name})
-    with pytest.raises(AdapterError, match="has shape"):
-        bank.load_state_dict(0, {**state, name: state[name][:1]})
+    with pytest.raises(AdapterError, match="1 layers do not match the targets"):
+        load({key: item for key, item in modules.items() if key != name})
+    with pytest.raises(AdapterError, match="has shapes"):
+        load({**modules, name: replace(module, down=module.down[:1])})
+    with pytest.raises(AdapterError, match="has scale 4, the arm 2"):
+        load({**modules, name: replace(module, alpha=16.0)})

@@ -1,15 +1,16 @@
 """The cache: equal to encoding, never stale, and nothing is encoded twice."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import make_pictures, make_pipeline_folder, write_parquet
 from lorascope.base import Base, load_base
-from lorascope.cache import encode_dataset
+from lorascope.cache import Encoded, encode_dataset
 from lorascope.config import BaseSection, DataSection
 from lorascope.data import Dataset, prepare_data
 from lorascope.errors import CacheError
@@ -24,17 +25,32 @@ def dataset(picture_parquet: Path) -> Dataset:
     return dataset_of(picture_parquet)
 
 
+def all_latents(encoded: Encoded) -> torch.Tensor:
+    return torch.stack(encoded.latents)
+
+
 def test_it_holds_the_posterior_and_the_text_states(base: Base, dataset: Dataset, tmp_path: Path) -> None:
     train, heldout, num_encoded = encode_dataset(dataset, base, tmp_path)
     assert (len(train), len(heldout), num_encoded) == (16, 4, 20)
     pixels = torch.from_numpy(np.stack([dataset.load_pixels(example) for example in dataset.heldout]))
-    mean, std = base.encode_pixels(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-    torch.testing.assert_close(heldout.mean, mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(heldout.std, std, rtol=1e-4, atol=1e-5)
+    expected = base.encode_pixels(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    found = heldout.posterior(torch.arange(4), torch.zeros(4, dtype=torch.bool))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     rows = torch.tensor([2, 0])
-    expected = base.encode_text([dataset.train[2].caption, ""])
-    torch.testing.assert_close(train.text(rows, torch.tensor([False, True])), expected, rtol=1e-5, atol=1e-6)
+    states = base.encode_text([dataset.train[2].caption, ""])
+    torch.testing.assert_close(train.text(rows, torch.tensor([False, True])), states, rtol=1e-5, atol=1e-6)
     assert train.digests == tuple(example.digest for example in dataset.train)
+    assert train.captions == tuple(example.caption for example in dataset.train)
+
+
+def test_mirrored_views_are_the_mirrored_pictures_posteriors(base: Base, dataset: Dataset, tmp_path: Path) -> None:
+    train, _, _ = encode_dataset(dataset, base, tmp_path, flip=True)
+    mirrored = np.stack([dataset.load_pixels(example)[:, ::-1] for example in dataset.train[:3]])
+    expected = base.encode_pixels(torch.from_numpy(mirrored.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    found = train.posterior(torch.arange(3), torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    plain, _, _ = encode_dataset(dataset, base, tmp_path)
+    assert not torch.allclose(found[0], plain.posterior(torch.arange(3), torch.ones(3, dtype=torch.bool))[0], atol=1e-2)
 
 
 def test_a_second_run_encodes_nothing_and_gets_the_same(
@@ -43,35 +59,91 @@ def test_a_second_run_encodes_nothing_and_gets_the_same(
     first, _, _ = encode_dataset(dataset, base, tmp_path)
     monkeypatch.setattr(Base, "encode_pixels", None)
     monkeypatch.setattr(Base, "encode_text", None)
-    second, _, num_encoded = encode_dataset(dataset, base, tmp_path)
-    assert num_encoded == 0
-    assert torch.equal(first.mean, second.mean) and torch.equal(first.text_states, second.text_states)
+    shown: list[int] = []
+    second, _, num_encoded = encode_dataset(dataset, base, tmp_path, progress=shown.append)
+    assert num_encoded == 0 and sum(shown) == 20
+    assert torch.equal(all_latents(first), all_latents(second))
+    assert first.text_states is not None and second.text_states is not None and torch.equal(first.text_states, second.text_states)
 
 
-def test_another_encoder_picture_caption_or_resolution_is_encoded_anew(base: Base, dataset: Dataset, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    rows = make_pictures(20)
-    encode_dataset(dataset, base, cache)
-    other_picture = write_parquet(tmp_path / "p.parquet", [*rows[:-1], make_pictures(1, seed=9)[0]])
-    other_caption = write_parquet(tmp_path / "c.parquet", [*rows[:-1], (rows[-1][0], "another caption")])
-    for changed in (dataset_of(other_picture), dataset_of(other_caption), dataset_of(tmp_path / "c.parquet", resolution_px=40)):
-        assert encode_dataset(changed, base, cache)[2] == 20
-    other_base = load_base(BaseSection(model=str(make_pipeline_folder(tmp_path / "other", seed=1))), base.device)
-    assert encode_dataset(dataset, other_base, cache)[2] == 20
-    assert encode_dataset(dataset, base, cache)[2] == 0
+def test_a_set_that_grew_has_only_its_new_pictures_and_captions_encoded(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kohya_ss #2277: latents that were cached are cached again on each run."""
+    cache, rows = tmp_path / "cache", make_pictures(20)
+    before, _, _ = encode_dataset(dataset_of(write_parquet(tmp_path / "a.parquet", rows)), base, cache)
+    grown = write_parquet(tmp_path / "b.parquet", [*rows[1:-1], *make_pictures(3, seed=9), (rows[-1][0], "another caption")])
+    captions: list[str] = []
+    encode_text = Base.encode_text
+    monkeypatch.setattr(Base, "encode_text", lambda self, texts: captions.extend(texts) or encode_text(self, texts))
+    after, heldout, num_encoded = encode_dataset(dataset_of(grown), base, cache)
+    assert num_encoded == 3 and captions == ["another caption"]
+    again = {digest: latents for part in (after, heldout) for digest, latents in zip(part.digests, part.latents, strict=True)}
+    shared = [(digest, latents) for digest, latents in zip(before.digests, before.latents, strict=True) if digest in again]
+    assert len(shared) > 10 and all(torch.equal(latents, again[digest]) for digest, latents in shared)
 
 
-def test_an_entry_of_other_inputs_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:
+def test_another_encoder_size_or_mirroring_is_encoded_anew(base: Base, dataset: Dataset, picture_parquet: Path, tmp_path: Path) -> None:
     encode_dataset(dataset, base, tmp_path)
-    [path] = tmp_path.glob("*.safetensors")
-    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata={"key": "0" * 64, "manifest": "{}"})
-    with pytest.raises(CacheError, match="made from other pictures, captions, resolution or encoders"):
+    assert encode_dataset(dataset_of(picture_parquet, resolution_px=40), base, tmp_path)[2] == 20
+    assert encode_dataset(dataset, base, tmp_path, flip=True)[2] == 20
+    other_base = load_base(BaseSection(model=str(make_pipeline_folder(tmp_path / "other", seed=1))), base.device)
+    assert encode_dataset(dataset, other_base, tmp_path)[2] == 20
+    assert encode_dataset(dataset, base, tmp_path)[2] == 0
+
+
+def test_an_interrupted_encoding_goes_on_and_ends_in_the_same_bytes(
+    base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorascope.cache._SHARD_ROWS", 8)
+    whole, _, _ = encode_dataset(dataset, base, tmp_path / "whole")
+    done: list[int] = []
+
+    def stop(count: int) -> None:
+        done.append(count)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(dataset, base, tmp_path / "parts", progress=stop)
+    again, _, num_encoded = encode_dataset(dataset, base, tmp_path / "parts")
+    assert num_encoded == 4 and torch.equal(all_latents(whole), all_latents(again))
+    files = [sorted((path.name, path.read_bytes()) for path in (tmp_path / name).rglob("*.safetensors")) for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_text_states_too_large_to_keep_are_left_out(base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.cache.MAX_RESIDENT_BYTES", 2**16)
+    train, heldout, _ = encode_dataset(dataset, base, tmp_path)
+    assert train.text_states is None and heldout.text_states is None
+    assert encode_dataset(dataset, base, tmp_path, keep_text=False)[0].text_states is None
+
+
+def test_buckets_hold_pictures_of_one_shape_repeated_ones_so_often() -> None:
+    shapes = [(4, 8), (8, 4), (4, 8), (4, 4)]
+    encoded = Encoded(
+        latents=tuple(torch.zeros(1, 2, 4, *shape) for shape in shapes),
+        captions=("",) * 4,
+        digests=("",) * 4,
+        repeats=(1, 2, 3, 1),
+        caption_index=torch.zeros(4, dtype=torch.int64),
+        text_states=None,
+    )
+    assert [bucket.tolist() for bucket in encoded.buckets()] == [[3], [0, 2, 2, 2], [1, 1]]
+    assert encoded.num_entries == 7 and encoded.first(2).num_entries == 3
+
+
+def test_a_shard_of_another_base_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:
+    encode_dataset(dataset, base, tmp_path)
+    path = next(tmp_path.rglob("*.safetensors"))
+    save_file(load_file(path), path, metadata={"identity": "0" * 64, "keys": json.dumps(["a"] * 20)})
+    with pytest.raises(CacheError, match="made from another base or size: delete it"):
         encode_dataset(dataset, base, tmp_path)
 
 
-def test_a_damaged_entry_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:
     encode_dataset(dataset, base, tmp_path)
-    [path] = tmp_path.glob("*.safetensors")
+    path = next(tmp_path.rglob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CacheError, match=r"damaged .*delete it and run again"):
         encode_dataset(dataset, base, tmp_path)

@@ -21,7 +21,7 @@ ARM = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
 
 @pytest.fixture
 def bank(base: Base) -> AdapterBank:
-    bank = AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), [ARM])
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [ARM])
     for layer in bank.layers.values():
         layer.up.detach().normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     return bank
@@ -84,9 +84,10 @@ def test_broken_weights_are_named_as_such(base: Base, bank: AdapterBank) -> None
 def test_guidance_one_runs_no_unconditional_branch(base: Base, bank: AdapterBank) -> None:
     bank.attach()
     bank.select([Slice(0)])
-    text = base.encode_text(["a", "b"])
+    text = base.encode_text(["", "a", "b"]).clone()
+    text[0] = float("nan")
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    plain = denoise(base, noise, text, torch.full_like(text[:1], float("nan")), 1, SampleSection(steps=2, guidance=1.0))
+    plain = denoise(base, noise, text[None], SampleSection(steps=2, guidance=1.0))
     bank.detach()
     assert plain.isfinite().all()
 
@@ -104,3 +105,18 @@ def test_a_png_carries_its_origin_and_round_trips(tmp_path: Path) -> None:
     content = path.read_bytes()
     save_picture(path, pixels, job, "r4", SampleSection())
     assert path.read_bytes() == content
+
+
+def test_a_trained_text_encoder_gives_each_slice_its_own_text(base: Base) -> None:
+    """Strength 0 beside an adapter on the text encoder: the base's slice stays the base's, the other one differs."""
+    jobs, shape, section = plan_jobs(PROMPTS, [3]), latent_shape_of(base, 32), SampleSection(steps=3)
+    plain = AdapterBank(base.components, resolve_targets(base.unet, ["to_q"]), [ARM]).attach()
+    _, expected = draw_pictures(base, plain, [Slice(0, 0.0)], jobs, shape, section)
+    plain.detach()
+    bank = AdapterBank(base.components, resolve_targets(base.text_encoder, ["q_proj", "fc1"], "text_encoder"), [ARM]).attach()
+    for layer in bank.layers.values():
+        layer.up.detach().normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    _, latents = draw_pictures(base, bank, [Slice(0, 0.0), Slice(0)], jobs, shape, section)
+    bank.detach()
+    torch.testing.assert_close(latents[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(latents[1], expected[0], rtol=1e-2, atol=1e-2)

@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lorascope.adapter import AdapterBank
+from lorascope.adapter_files import load_adapter
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.store import read_json
@@ -47,8 +48,9 @@ def make_study(study_file: Path, folder: Path, *overrides: str) -> Study:
 def digests(run: Path) -> dict[str, str]:
     """SHA-256 of everything that must not depend on interruptions."""
     paths = [
-        *run.glob("adapters/*/adapter_*"),
+        *run.glob("adapters/**/adapter_*"),
         *run.glob("images/**/*.png"),
+        *run.glob("previews/**/*.png"),
         run / "scores.parquet",
         run / "metrics.jsonl",
         run / "data.json",
@@ -85,6 +87,24 @@ def test_metrics_hold_every_step_and_probe(finished: Path) -> None:
     assert len(probes) == len(expected_models) * 2 * 2 * 5
 
 
+def test_the_best_epoch_by_held_out_loss_is_kept_beside_the_last(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for arm in ("r4", "r8"):
+        losses = {
+            record["epoch"]: record["loss"]
+            for record in records
+            if record["kind"] == "probe"
+            and record["arm"] == arm
+            and record["split"] == "heldout"
+            and record["conditional"]
+            and record["band"] == "all"
+        }
+        best = read_json(finished / "adapters" / arm / "training.json")["best"]
+        assert best["epoch"] == min(losses, key=losses.__getitem__) and best["heldout_loss"] == pytest.approx(losses[best["epoch"]])
+        last, kept = (load_adapter(finished / "adapters" / arm / part).modules for part in ("", "best"))
+        assert all(torch.equal(last[name].up, kept[name].up) for name in last) == (best["epoch"] == 3)
+
+
 def test_scores_have_one_row_a_picture_with_the_base_among_them(finished: Path) -> None:
     rows = pq.read_table(finished / "scores.parquet").to_pylist()
     arms = [row for row in rows if row["kind"] == "arm"]
@@ -106,7 +126,7 @@ def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, t
 
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
-    for module_attribute in ("Trainer", "draw_pictures", "load_encoder", "prepare_data"):
+    for module_attribute in ("Group", "draw_pictures", "load_encoder", "prepare_data"):
         monkeypatch.setattr(f"lorascope.study.{module_attribute}", None)
     make_study(study_file, run).run()
     assert digests(run) == before
@@ -123,7 +143,7 @@ def test_stages_one_by_one_give_the_same_run(study_file: Path, finished: Path, t
 _KILL_AT = {
     "before the first checkpoint": ("lorascope.train.Trainer.load_batch", 2),
     "between checkpoints": ("lorascope.train.Trainer.load_batch", 7),
-    "while adapters are written": ("lorascope.study.save_peft", 2),
+    "while adapters are written": ("lorascope.group.Group._finish_arm", 2),
     "in the middle of sampling": ("lorascope.study.save_picture", 13),
     "while scoring": ("lorascope.score.write_scores", 1),
 }
@@ -193,6 +213,44 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(study_file: Pat
     assert digests(run) == digests(finished)
 
 
+WIDE = (
+    "adapter.targets=['to_q', 'to_v']",
+    "adapter.groups=[{targets=['proj_in', '*.conv1'], rank=2, lr=5e-4}, {component='text_encoder', targets=['q_proj', 'fc1'], alpha=4}]",
+    "data.buckets=true",
+    "data.bucket_step_px=8",
+    "data.flip=true",
+    "data.repeats=2",
+    "data.shuffle_tags=true",
+    "train.optimizer='RAdam'",
+    "train.schedule='cosine'",
+    "train.min_snr_gamma=5",
+    "train.noise_offset=0.05",
+    "train.loss='huber'",
+    "train.accumulation_steps=2",
+    "train.gradient_checkpointing=true",
+    "sample.preview_every_epochs=2",
+    "sample.num_previews=2",
+    "train.epochs=2",
+)
+
+
+def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path, tmp_path: Path) -> None:
+    whole = make_study(study_file, tmp_path / "whole", *WIDE)
+    whole.run()
+    frozen = str(tmp_path / "whole" / "study.toml")
+    arguments = ["lorascope.train.Trainer.load_batch", "11", frozen, str(tmp_path / "parts"), str(study_file.parent / "cache")]
+    killed = subprocess.run([sys.executable, "-c", _KILLER, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    again = Study(whole.config, tmp_path / "parts", cache_dir=study_file.parent / "cache")
+    again.run()
+    assert "going on from step" in (tmp_path / "parts" / "lorascope.log").read_text()
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    previews = {path.relative_to(tmp_path / "whole" / "previews").as_posix() for path in (tmp_path / "whole" / "previews").rglob("*.png")}
+    epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
+    assert previews == {f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")}
+    assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values())
+
+
 def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path, finished: Path, tmp_path: Path) -> None:
     make_study(study_file, tmp_path / "run", "train.max_stacked_arms=1").run()
 
@@ -214,7 +272,7 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
 
 
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorascope.study.merge", lambda unet, bank, index: unet.conv_in.weight.data.mul_(1.5))
+    monkeypatch.setattr("lorascope.study.merge", lambda parts, bank, index: parts["unet"].conv_in.weight.data.mul_(1.5))
     with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
         make_study(study_file, tmp_path / "run").run()
     assert (tmp_path / "run" / "report.html").is_file()

@@ -1,29 +1,27 @@
-"""LoRA over the U-Net's Linear layers: several adapters stacked in one bank and computed in one pass.
+"""LoRA on the layers of a frozen base: several adapters stacked in one bank and computed in one pass.
 
-Dimensions: N adapters, S slices of a batch (each under one adapter at one strength), r the largest rank, T tokens of a
-slice over all its samples. Adapter n adds scale_n * B_n A_n to the weight of each target, scale = alpha / rank
-(Hu et al. 2021). Smaller ranks are padded with zeros: a padded row of A meets a zero column of B and the reverse, so
-both keep exactly zero gradients and need no mask.
+Dimensions: N adapters, S slices of a batch (each under one adapter at one strength), r the largest rank of a layer, T
+tokens of a slice over all its samples. Adapter n adds scale_n * B_n A_n to the weight of each target, scale = alpha / rank
+(Hu et al. 2021); for a convolution A has its kernel and B is 1 x 1, as in LoCon (LyCORIS, Yeh et al. 2024). Smaller ranks are
+padded with zeros: a padded row of A meets a zero column of B and the reverse, so both keep exactly zero gradients and
+need no mask.
 """
 
-import json
+import fnmatch
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
+from torch.nn import functional
 
-from lorascope.config import Arm
+from lorascope.adapter_files import Adapter, LoraModule
+from lorascope.config import AdapterSection, Arm, TargetGroup
 from lorascope.errors import AdapterError
 from lorascope.objective import seeded
-from lorascope.store import atomic_path, write_json
-
-PEFT_PREFIX = "base_model.model."
 
 # The bank's gradients are rows of one buffer, so their strides span it; autograd calls that layout unusual, and it is meant.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
@@ -31,39 +29,98 @@ warnings.filterwarnings("ignore", message="grad and param do not obey the gradie
 
 @dataclass(frozen=True)
 class Target:
-    """A Linear layer to adapt, by its path in the U-Net."""
+    """A layer to adapt, Linear or convolution, and the rank, alpha and learning rate it has in place of the arm's."""
 
-    path: str
-    in_features: int
+    component: str  # `unet` or `text_encoder`
+    path: str  # in the component
+    down_shape: tuple[int, ...]  # of a row of A: (in,) or (in, kernel height, kernel width)
     out_features: int
+    group: TargetGroup | None = None
+
+    @property
+    def name(self) -> str:
+        """Component and path."""
+        return f"{self.component}.{self.path}"
+
+    @property
+    def size_per_rank(self) -> int:
+        """Trainable parameters for each unit of rank."""
+        return math.prod(self.down_shape) + self.out_features
+
+    def rank(self, arm: Arm) -> int:
+        """Rank of this layer in an arm."""
+        return (self.group and self.group.rank) or arm.rank
+
+    def alpha(self, arm: Arm) -> float:
+        """Alpha of this layer in an arm; what gives the arm's own scale where the layer's group says nothing."""
+        if self.group is not None and self.group.alpha is not None:
+            return self.group.alpha
+        return arm.alpha if self.rank(arm) == arm.rank else arm.scale * self.rank(arm)
+
+    def lr(self, arm: Arm) -> float:
+        """Learning rate of this layer in an arm."""
+        return (self.group and self.group.lr) or arm.lr
 
 
-def resolve_targets(unet: nn.Module, names: Sequence[str]) -> list[Target]:
-    """The Linear layers whose path is or ends with one of `names`, in the U-Net's order.
+def resolve_targets(module: nn.Module, names: Sequence[str], component: str = "unet") -> list[Target]:
+    """The Linear and Conv2d layers whose path is or ends with one of `names`, or matches it as a pattern, in the module's order.
 
-    Raises `AdapterError` for a name that matches nothing, or a module that is not a Linear.
+    A pattern has `*`, `?` or `[` in it and is matched against the whole path. Raises `AdapterError` for a name that matches
+    nothing, or only modules that are neither.
     """
-    modules = dict(unet.named_modules())
-    targets = []
+    modules = dict(module.named_modules())
+    found: dict[str, Target] = {}
     for name in names:
-        paths = [path for path in modules if path == name or path.endswith("." + name)]
+        paths = [path for path in modules if _matches(path, name)]
         if not paths:
-            raise AdapterError(f"adapter.targets: {name!r} matches no module of the U-Net: use name endings such as to_q or ff.net.2")
-        for path in paths:
-            if not isinstance(modules[path], nn.Linear):
-                below = [f"{name}.{child}" for child, module in modules[path].named_modules() if isinstance(module, nn.Linear)]
-                remedy = f": use {' or '.join(repr(item) for item in below[:3])}" if below else ": name a Linear layer"
-                raise AdapterError(f"adapter.targets: {name!r} is a {type(modules[path]).__name__} ({path}), not a Linear{remedy}")
-    endings = tuple(names)
-    for path, module in modules.items():
-        if isinstance(module, nn.Linear) and any(path == name or path.endswith("." + name) for name in endings):
-            targets.append(Target(path, module.in_features, module.out_features))
-    return targets
+            raise AdapterError(
+                f"adapter.targets: {name!r} matches no module of the {component}: use name endings such as to_q or ff.net.2, or a "
+                "pattern such as *.resnets.*.conv1"
+            )
+        layers = {path: modules[path] for path in paths if isinstance(modules[path], nn.Linear | nn.Conv2d)}
+        if not layers or (len(layers) < len(paths) and not _is_pattern(name)):
+            path = next(path for path in paths if path not in layers)
+            below = [f"{name}.{child}" for child, inner in modules[path].named_modules() if isinstance(inner, nn.Linear)]
+            remedy = f": use {' or '.join(repr(item) for item in below[:3])}" if below else ": name a Linear or Conv2d layer"
+            raise AdapterError(f"adapter.targets: {name!r} is a {type(modules[path]).__name__} ({path}), not a Linear or Conv2d{remedy}")
+        found |= {path: _target(component, path, layer) for path, layer in layers.items()}
+    return [found[path] for path in modules if path in found]
 
 
-def count_parameters(targets: Sequence[Target], rank: int) -> int:
-    """Trainable parameters of an adapter: r * (in + out) summed over its targets."""
-    return sum(rank * (target.in_features + target.out_features) for target in targets)
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
+
+
+def _matches(path: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(path, name) if _is_pattern(name) else path == name or path.endswith("." + name)
+
+
+def _target(component: str, path: str, layer: nn.Module) -> Target:
+    if isinstance(layer, nn.Linear):
+        return Target(component, path, (layer.in_features,), layer.out_features)
+    assert isinstance(layer, nn.Conv2d)
+    if layer.groups != 1 or layer.padding_mode != "zeros":
+        raise AdapterError(f"adapter.targets: {path} is a convolution in groups or with padding other than zeros: leave it out")
+    return Target(component, path, (layer.in_channels, *layer.kernel_size), layer.out_channels)
+
+
+def resolve_section(components: Mapping[str, nn.Module], section: AdapterSection) -> list[Target]:
+    """All layers that `adapter.targets` and `adapter.groups` name; a group takes a layer over from `adapter.targets`.
+
+    Raises `AdapterError` as `resolve_targets` does, and for a layer named by two groups.
+    """
+    targets = {target.name: target for target in resolve_targets(components["unet"], section.targets)}
+    for group in section.groups:
+        for target in resolve_targets(components[group.component], group.targets, group.component):
+            if target.name in targets and targets[target.name].group is not None:
+                raise AdapterError(f"adapter.groups: {target.name} is named by two groups: leave it out of one")
+            targets[target.name] = replace(target, group=group)
+    return list(targets.values())
+
+
+def count_parameters(targets: Sequence[Target], arm: Arm) -> int:
+    """Trainable parameters of an adapter: r * (in + out) summed over its targets, kernels counted."""
+    return sum(target.rank(arm) * target.size_per_rank for target in targets)
 
 
 @dataclass(frozen=True)
@@ -75,41 +132,47 @@ class Slice:
 
 
 class AdapterBank:
-    """N adapters in one pass over one frozen U-Net.
+    """N adapters in one pass over one frozen base.
 
     All parameters of adapter n lie in row n of `parameters`, float32 [N, P], and its gradients in row n of `gradients`,
     so that norms, clipping and AdamW are row-wise arithmetic on one buffer. While attached, a batch is read
     slice-major: [S * samples of a slice, ...].
     """
 
-    def __init__(self, unet: nn.Module, targets: Sequence[Target], arms: Sequence[Arm]) -> None:
-        self.unet = unet
+    def __init__(self, components: Mapping[str, nn.Module], targets: Sequence[Target], arms: Sequence[Arm]) -> None:
+        self.components = components
         self.targets = list(targets)
         self.arms = list(arms)
-        device = next(unet.parameters()).device
-        self.max_rank = max(arm.rank for arm in arms)
-        self.scales = torch.tensor([arm.scale for arm in arms], device=device)
-        size = count_parameters(self.targets, self.max_rank)
+        device = next(components["unet"].parameters()).device
+        ranks = [max(target.rank(arm) for arm in arms) for target in self.targets]
+        size = sum(rank * target.size_per_rank for rank, target in zip(ranks, self.targets, strict=True))
         self.parameters = torch.zeros(len(self.arms), size, device=device)
         self.gradients = torch.zeros_like(self.parameters)
-        self.layers: dict[str, StackedLinear] = {}
-        offset = 0
-        for target in self.targets:
-            linear = unet.get_submodule(target.path)
-            assert isinstance(linear, nn.Linear)
-            down = self._leaf(offset, self.max_rank, target.in_features)
-            offset += self.max_rank * target.in_features
-            up = self._leaf(offset, target.out_features, self.max_rank)
-            offset += self.max_rank * target.out_features
-            self.layers[target.path] = StackedLinear(linear, down, up)
+        self.layers: dict[str, StackedLinear | StackedConv] = {}
+        self.spans: dict[str, slice] = {}  # columns of the buffers that hold a layer
+        start = 0
+        for target, rank in zip(self.targets, ranks, strict=True):
+            middle, end = start + rank * math.prod(target.down_shape), start + rank * target.size_per_rank
+            down = self._leaf(slice(start, middle), (rank, *target.down_shape))
+            up = self._leaf(slice(middle, end), (target.out_features, rank))
+            scales = torch.tensor([target.alpha(arm) / target.rank(arm) for arm in arms], device=device)
+            layer = components[target.component].get_submodule(target.path)
+            stacked = StackedLinear if isinstance(layer, nn.Linear) else StackedConv
+            self.layers[target.name] = stacked(layer, down, up, scales)
+            self.spans[target.name] = slice(start, end)
+            start = end
         self.initialize()
         self.select_all()
 
-    def _leaf(self, offset: int, rows: int, columns: int) -> torch.Tensor:
-        """A leaf [N, rows, columns] whose values and gradients live in the bank's buffers."""
-        span, shape = slice(offset, offset + rows * columns), (len(self.arms), rows, columns)
-        leaf = self.parameters[:, span].unflatten(1, shape[1:]).detach().requires_grad_()
-        leaf.grad = self.gradients[:, span].unflatten(1, shape[1:])
+    @property
+    def adapts_text(self) -> bool:
+        """Whether text states depend on the adapter."""
+        return any(target.component == "text_encoder" for target in self.targets)
+
+    def _leaf(self, span: slice, shape: tuple[int, ...]) -> torch.Tensor:
+        """A leaf [N, *shape] whose values and gradients live in the bank's buffers."""
+        leaf = self.parameters[:, span].unflatten(1, shape).detach().requires_grad_()
+        leaf.grad = self.gradients[:, span].unflatten(1, shape)
         return leaf
 
     @torch.no_grad()
@@ -120,74 +183,89 @@ class AdapterBank:
         """
         self.parameters.zero_()
         for target in self.targets:
+            key = target.path if target.component == "unet" else target.name
             for index, arm in enumerate(self.arms):
-                uniform = torch.rand(arm.rank, target.in_features, generator=seeded("adapter", arm.seed, target.path))
-                down = (uniform * 2 - 1) / math.sqrt(target.in_features)
-                self.layers[target.path].down[index, : arm.rank].copy_(down)
+                uniform = torch.rand(target.rank(arm), *target.down_shape, generator=seeded("adapter", arm.seed, key))
+                down = (uniform * 2 - 1) / math.sqrt(math.prod(target.down_shape))
+                self.layers[target.name].down[index, : target.rank(arm)].copy_(down)
 
     def attach(self) -> "AdapterBank":
-        """Put the adapted layers in place of the U-Net's Linear layers."""
-        for path, layer in self.layers.items():
-            self.unet.set_submodule(path, layer)
+        """Put the adapted layers in place of the base's own."""
+        for target in self.targets:
+            self.components[target.component].set_submodule(target.path, self.layers[target.name])
         return self
 
     def detach(self) -> None:
-        """Put the U-Net's own layers back."""
-        for path, layer in self.layers.items():
-            self.unet.set_submodule(path, layer.linear)
+        """Put the base's own layers back."""
+        for target in self.targets:
+            self.components[target.component].set_submodule(target.path, self.layers[target.name].layer)
 
     def select_all(self) -> None:
         """Slice n of a batch goes through adapter n at full strength: the layout of training."""
         for layer in self.layers.values():
             layer.selection = None
-            layer.factors = self.scales.view(-1, 1, 1)
+            layer.factors = layer.scales.view(-1, 1, 1)
 
     def select(self, slices: Sequence[Slice]) -> None:
         """The layout of the next batches: slice s goes through `slices[s]`."""
-        selection = torch.tensor([item.adapter for item in slices], device=self.scales.device)
-        strengths = torch.tensor([item.strength for item in slices], device=self.scales.device)
-        factors = (self.scales[selection] * strengths).view(-1, 1, 1)
+        selection = torch.tensor([item.adapter for item in slices], device=self.parameters.device)
+        strengths = torch.tensor([item.strength for item in slices], device=self.parameters.device)
         for layer in self.layers.values():
-            layer.selection, layer.factors = selection, factors
+            layer.selection, layer.factors = selection, (layer.scales[selection] * strengths).view(-1, 1, 1)
 
     def gradient_norms(self) -> torch.Tensor:
         """The l2 norm of each adapter's gradient: float32 [N]."""
         return torch.linalg.vector_norm(self.gradients, dim=1)
 
-    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
-        """Adapter `index` under PEFT's names, float32, without padding, on the CPU."""
+    def adapter(self, index: int) -> Adapter:
+        """Adapter `index` as it goes into files: float32, without padding, on the CPU."""
         arm = self.arms[index]
-        state = {}
-        for path, layer in self.layers.items():
-            state[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.down.detach()[index, : arm.rank].cpu().contiguous()
-            state[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.up.detach()[index, :, : arm.rank].cpu().contiguous()
-        return state
+        modules = {}
+        for target in self.targets:
+            layer, rank = self.layers[target.name], target.rank(arm)
+            up = layer.up.detach()[index, :, :rank]
+            up = up if len(target.down_shape) == 1 else up[:, :, None, None]
+            down = layer.down.detach()[index, :rank]
+            modules[_name_in_files(target)] = LoraModule(down.cpu().contiguous(), up.cpu().contiguous(), target.alpha(arm))
+        return Adapter(modules, "bank", {}, ())
 
     @torch.no_grad()
-    def load_state_dict(self, index: int, state: dict[str, torch.Tensor]) -> None:
-        """Set adapter `index` from PEFT's names; raise `AdapterError` for a missing, unknown or misshapen tensor."""
+    def load(self, index: int, adapter: Adapter) -> None:
+        """Set adapter `index`; raise `AdapterError` for a missing, unknown or misshapen layer, or another alpha."""
         arm = self.arms[index]
-        expected = {name: tensor.shape for name, tensor in self.state_dict(index).items()}
-        if unknown := sorted(set(state) ^ set(expected)):
+        expected = {_name_in_files(target): target for target in self.targets}
+        if unknown := sorted(set(adapter.modules) ^ set(expected)):
             raise AdapterError(
-                f"adapter {arm.name!r}: {len(unknown)} tensors do not match the targets, the first is {unknown[0]!r}: "
+                f"adapter {arm.name!r}: {len(unknown)} layers do not match the targets, the first is {unknown[0]!r}: "
                 "train it again or set adapter.targets as it was"
             )
-        for name, tensor in state.items():
-            if tensor.shape != expected[name]:
+        for name, target in expected.items():
+            module, rank = adapter.modules[name], target.rank(arm)
+            shapes = [list(module.down.shape), list(module.up.shape[:2])]
+            if shapes != [[rank, *target.down_shape], [target.out_features, rank]]:
                 raise AdapterError(
-                    f"adapter {arm.name!r}: {name} has shape {list(tensor.shape)}, expected {list(expected[name])}: wrong base or rank"
+                    f"adapter {arm.name!r}: {name} has shapes {shapes[0]} and {shapes[1]}, expected "
+                    f"{[rank, *target.down_shape]} and {[target.out_features, rank]}: wrong base or rank"
                 )
-        for path, layer in self.layers.items():
-            layer.down[index, : arm.rank].copy_(state[f"{PEFT_PREFIX}{path}.lora_A.weight"])
-            layer.up[index, :, : arm.rank].copy_(state[f"{PEFT_PREFIX}{path}.lora_B.weight"])
+            scale = target.alpha(arm) / rank
+            if not math.isclose(module.scale, scale, rel_tol=1e-6):
+                raise AdapterError(f"adapter {arm.name!r}: {name} has scale {module.scale:g}, the arm {scale:g}: it belongs to another arm")
+            layer = self.layers[target.name]
+            layer.down[index, :rank].copy_(module.down)
+            layer.up[index, :, :rank].copy_(module.up.flatten(1))
 
     @torch.no_grad()
-    def update_of(self, index: int, path: str) -> torch.Tensor:
-        """scale * B A of one adapter at one layer: float32 [out, in]."""
-        layer = self.layers[path]
-        update: torch.Tensor = (layer.up[index] @ layer.down[index]) * self.scales[index]
-        return update
+    def update_of(self, index: int, name: str) -> torch.Tensor:
+        """scale * B A of one adapter at one layer, by component and path: float32, the shape of the layer's weight."""
+        layer = self.layers[name]
+        update = (layer.up[index] @ layer.down[index].flatten(1)) * layer.scales[index]
+        return update.view(layer.layer.weight.shape)
+
+
+def _name_in_files(target: Target) -> str:
+    """Component and path as files have them: transformers 5 dropped `text_model` from its modules' names, files keep it."""
+    dropped = target.component == "text_encoder" and not target.path.startswith("text_model.")
+    return f"{target.component}.{'text_model.' if dropped else ''}{target.path}"
 
 
 class StackedLinear(nn.Module):
@@ -196,16 +274,17 @@ class StackedLinear(nn.Module):
     selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
     factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice
 
-    def __init__(self, linear: nn.Linear, down: torch.Tensor, up: torch.Tensor) -> None:
+    def __init__(self, layer: nn.Linear, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__()
-        self.linear = linear
+        self.layer = layer
         self.down = down  # A, [N, r, in]
         self.up = up  # B, [N, out, r]
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scales = scales  # [N], alpha / rank
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [S * samples, ..., in] -> [S * samples, ..., out]."""
-        y = self.linear(x)
+        y = self.layer(x)
         down, up = (self.down, self.up) if self.selection is None else (self.down[self.selection], self.up[self.selection])
         num_slices = len(self.factors)
         down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
@@ -213,67 +292,41 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(y.view(num_slices, -1, self.out_features), hidden, up.mT).view_as(y)
 
 
-def save_peft(bank: AdapterBank, index: int, folder: Path, targets: Sequence[str], base_model: str) -> int:
-    """Write adapter `index` as a PEFT folder and return the size of its weights in bytes.
+class StackedConv(nn.Module):
+    """A frozen convolution with the bank's adapters beside it."""
 
-    `PeftModel.from_pretrained(unet, folder)` loads it, and so does diffusers' `unet.load_lora_adapter(folder,
-    weight_name="adapter_model.safetensors", prefix="base_model.model")`, which reads alpha from the file's metadata.
-    """
-    arm = bank.arms[index]
-    alpha = int(arm.alpha) if arm.alpha == int(arm.alpha) else arm.alpha
-    lora = {
-        "r": arm.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "target_modules": list(targets),
-        "init_lora_weights": True,
-    }
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({PEFT_PREFIX + key: value for key, value in lora.items()}, sort_keys=True),
-    }
-    weights = folder / "adapter_model.safetensors"
-    with atomic_path(weights) as partial:
-        safetensors.torch.save_file(bank.state_dict(index), partial, metadata=metadata)
-        _sort_header(partial)
-    kind = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True, "fan_in_fan_out": False}
-    write_json(folder / "adapter_config.json", {**kind, **lora, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None})
-    return weights.stat().st_size
+    selection: torch.Tensor | None  # as StackedLinear's
+    factors: torch.Tensor
 
+    def __init__(self, layer: nn.Conv2d, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = down  # A, [N, r, in, kernel height, kernel width]
+        self.up = up  # B, [N, out, r]
+        self.scales = scales  # [N], alpha / rank
 
-def _sort_header(path: Path) -> None:
-    """Write the metadata of a safetensors file in sorted order: the library's own order changes from call to call."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same content in another order, then padding
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def load_peft(folder: Path) -> tuple[dict[str, torch.Tensor], int, float]:
-    """Tensors, rank and alpha of a PEFT folder; raise `AdapterError` if it is missing or damaged."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        return state, int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{folder}: not a readable PEFT adapter ({error}): train the arm again") from error
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        """x [S * samples, in, H, W] -> [S * samples, out, H', W']."""
+        y = self.layer(x)
+        down, up = (self.down, self.up) if self.selection is None else (self.down[self.selection], self.up[self.selection])
+        num_slices = len(self.factors)
+        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
+        grouped = x.unflatten(0, (num_slices, -1)).transpose(0, 1).flatten(1, 2)  # (samples, S * in, H, W)
+        layer = self.layer
+        hidden = functional.conv2d(grouped, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, num_slices)
+        hidden = hidden.unflatten(1, (num_slices, -1)).permute(1, 2, 0, 3, 4)  # (S, r, samples, H', W')
+        update = torch.bmm(up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])  # (S, out, samples, H', W')
+        return y + update.transpose(1, 2).flatten(0, 1)
 
 
 @torch.no_grad()
-def merge(unet: nn.Module, bank: AdapterBank, index: int) -> None:
-    """Add adapter `index` to the weights of `unet` in place: W + scale * B A, computed in float32.
+def merge(components: Mapping[str, nn.Module], bank: AdapterBank, index: int) -> None:
+    """Add adapter `index` to the weights of `components` in place: W + scale * B A, computed in float32.
 
-    `unet` must be a copy of the base without an attached bank; raises `AdapterError` if a layer is missing or adapted.
+    `components` must be copies of the base's without an attached bank; raises `AdapterError` if a layer is missing or adapted.
     """
     for target in bank.targets:
-        linear = unet.get_submodule(target.path)
-        if not isinstance(linear, nn.Linear):
-            raise AdapterError(f"{target.path}: is a {type(linear).__name__}, not a plain Linear: merge into an unadapted copy of the base")
-        linear.weight.copy_(linear.weight.float() + bank.update_of(index, target.path))
+        layer = components[target.component].get_submodule(target.path)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise AdapterError(f"{target.name}: is a {type(layer).__name__}, not a plain layer: merge into an unadapted copy of the base")
+        layer.weight.copy_(layer.weight.float() + bank.update_of(index, target.name))

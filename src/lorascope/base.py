@@ -1,6 +1,7 @@
 """The frozen base: a Stable Diffusion pipeline in the diffusers layout, taken apart into what training needs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -59,14 +60,27 @@ class Base:
             "dtype": str(self.unet.dtype).removeprefix("torch."),
         }
 
-    @torch.inference_mode()
-    def encode_text(self, captions: list[str]) -> torch.Tensor:
-        """The text encoder's last hidden states, float32 [n, tokens, width]; captions are padded to full length and cut there."""
+    @property
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The parts that can be adapted."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
+        """Token numbers int64 [n, tokens]; captions are padded to full length and cut there."""
         tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            list(captions), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
-        states: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
+        return tokens.input_ids.to(self.device)
+
+    def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The text encoder's last hidden states, float32 [n, tokens, width], of int64 [n, tokens]; keeps gradients."""
+        states: torch.Tensor = self.text_encoder(tokens).last_hidden_state
         return states.float()
+
+    @torch.inference_mode()
+    def encode_text(self, captions: Sequence[str]) -> torch.Tensor:
+        """The text encoder's last hidden states of captions, float32 [n, tokens, width]."""
+        return self.text_states(self.tokenize(captions))
 
     @torch.inference_mode()
     def encode_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

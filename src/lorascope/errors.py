@@ -38,6 +38,10 @@ class AdapterError(LorascopeError):
     """Adapter targets, files or merges that do not fit the base."""
 
 
+class WeightsError(LorascopeError):
+    """A weight file that cannot be used."""
+
+
 class CacheError(LorascopeError):
     """Encoded latents or text states that do not belong to this run's inputs."""
 

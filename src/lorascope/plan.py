@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorascope.adapter import Target, count_parameters, resolve_targets
+from lorascope.adapter import Target, count_parameters, resolve_section
 from lorascope.base import choose_device, resolve_model
 from lorascope.config import StudyConfig
 from lorascope.console import duration, size
@@ -77,7 +78,7 @@ def plan_study(config: StudyConfig) -> Plan:
         training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * len(arms)
         sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * num_pictures
         seconds = (training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
-    counts = [count_parameters(targets, arm.rank) for arm in arms]
+    counts = [count_parameters(targets, arm) for arm in arms]
     latent_bytes = (num_train or 0) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
     picture_bytes = num_pictures * 2 * config.data.resolution_px**2
     checkpoint_bytes = 3 * 4 * max(counts) * min(len(arms), train.max_stacked_arms)
@@ -108,10 +109,11 @@ def _count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
     side = config.data.resolution_px // 2 ** (len(vae["block_out_channels"]) - 1)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
         sample, text = torch.empty(1, unet.config.in_channels, side, side), torch.empty(1, 77, unet.config.cross_attention_dim)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(sample, torch.zeros((), dtype=torch.long), text)
-    return counter.get_total_flops(), resolve_targets(unet, config.adapter.targets)
+    return counter.get_total_flops(), resolve_section({"unet": unet, "text_encoder": text_encoder}, config.adapter)
 
 
 def _matmul_flops_per_s(device: torch.device) -> float:

@@ -54,19 +54,19 @@ def initial_noise(job: Job, latent_shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def denoise(
-    base: Base, noise: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, num_slices: int, section: SampleSection
-) -> torch.Tensor:
+def denoise(base: Base, noise: torch.Tensor, text: torch.Tensor, section: SampleSection) -> torch.Tensor:
     """Latents float32 [S * G, c, h, w] of G jobs under each of S slices of the attached bank.
 
-    `noise` is [G, c, h, w], `text` [G, tokens, width], `empty` [1, tokens, width]. Classifier-free guidance (Ho & Salimans
-    2022) runs both branches in one batch: within a slice, first the empty captions, then the prompts.
+    `noise` is [G, c, h, w], `text` [S, 1 + G, tokens, width], the empty caption's states first. Classifier-free guidance
+    (Ho & Salimans 2022) runs both branches in one batch: within a slice, first the empty captions, then the prompts.
     """
+    num_slices = len(text)
     scheduler = _SCHEDULERS[section.scheduler].from_config(base.scheduler_config)
     scheduler.set_timesteps(section.steps, device=base.device)
     guided = section.guidance != 1
-    branches = [empty.expand_as(text), text] if guided else [text]
-    context = torch.cat(branches).repeat(num_slices, 1, 1).to(base.unet.dtype)  # (S * branches * G, tokens, width)
+    prompts, empty = text[:, 1:], text[:, :1].expand_as(text[:, 1:])  # (S, G, tokens, width)
+    branches = [empty, prompts] if guided else [prompts]
+    context = torch.cat(branches, dim=1).flatten(0, 1).to(base.unet.dtype)  # (S * branches * G, tokens, width)
     latents = (noise * scheduler.init_noise_sigma).to(base.device).repeat(num_slices, 1, 1, 1)  # (S * G, c, h, w)
     for timestep in scheduler.timesteps:
         x = latents.unflatten(0, (num_slices, 1, -1)).expand(-1, len(branches), -1, -1, -1, -1).flatten(0, 2)
@@ -89,8 +89,9 @@ def draw_pictures(
     """
     bank.select(slices)
     noise = torch.stack([initial_noise(job, latent_shape) for job in jobs])
-    text = base.encode_text(["", *[job.prompt.text for job in jobs]])
-    latents = denoise(base, noise, text[1:], text[:1], len(slices), section)
+    captions = ["", *[job.prompt.text for job in jobs]]
+    text = base.encode_text(captions * len(slices)) if bank.adapts_text else base.encode_text(captions).repeat(len(slices), 1, 1)
+    latents = denoise(base, noise, text.unflatten(0, (len(slices), -1)), section)
     if not latents.isfinite().all():
         raise RunError(
             "sampling gave latents that are not finite: the adapter or base has broken weights; "

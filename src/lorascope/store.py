@@ -219,10 +219,15 @@ class RunDir:
         self.adapters_dir = path / "adapters"
         self.checkpoints_dir = path / "checkpoints"
         self.images_dir = path / "images"
+        self.previews_dir = path / "previews"
         self.figures_dir = path / "figures"
         self.report_html = path / "report.html"
         self.report_md = path / "report.md"
         self.log_path = path / "lorascope.log"
+
+    def preview_path(self, arm: str, epoch: int, file_name: str) -> Path:
+        """Where a picture drawn during training lies."""
+        return self.previews_dir / arm / f"epoch-{epoch:04d}" / file_name
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""

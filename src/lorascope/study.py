@@ -10,34 +10,33 @@ import functools
 import importlib.metadata
 import os
 import platform
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 
 from lorascope import __version__
-from lorascope.adapter import AdapterBank, Slice, Target, count_parameters, load_peft, merge, resolve_targets, save_peft
+from lorascope.adapter import AdapterBank, Slice, Target, merge, resolve_section
+from lorascope.adapter_files import load_adapter
 from lorascope.base import Base, choose_device, load_base, load_tokenizer
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
-from lorascope.console import duration, log, log_to_file, size, track
+from lorascope.console import duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.features import check_encoder, load_encoder
+from lorascope.group import Group
+from lorascope.optimizers import check_optimizer
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.score import Generated, score_run
-from lorascope.store import JsonLines, RunDir, digest_json, read_json, storage_errors, write_json, write_text
-from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records, require_any_active
+from lorascope.store import RunDir, digest_json, read_json, storage_errors, write_json, write_text
+from lorascope.trackers import open_trackers
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
@@ -84,6 +83,7 @@ class Study:
     def check_inputs(self) -> None:
         """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
         log.debug("prompts  %d", len(self.prompts))
+        check_optimizer(self.config.train)
         check_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
 
@@ -141,9 +141,10 @@ class Study:
 
     @functools.cached_property
     def targets(self) -> list[Target]:
-        """The adapted Linear layers."""
-        targets = resolve_targets(self.base.unet, self.config.adapter.targets)
-        self.run_dir.describe(adapter={"modules": len(targets), "targets": list(self.config.adapter.targets)})
+        """The adapted layers."""
+        targets = resolve_section(self.base.components, self.config.adapter)
+        names = [*self.config.adapter.targets, *(name for group in self.config.adapter.groups for name in group.targets)]
+        self.run_dir.describe(adapter={"modules": len(targets), "targets": names})
         return targets
 
     @contextmanager
@@ -199,7 +200,11 @@ class Study:
         inputs = digest_json([dataset.summary["fingerprint"], self.base.digest])
         started = time.perf_counter()
         with track("encode", len(dataset.train) + len(dataset.heldout), "pictures") as task:
-            train, heldout, num_encoded = encode_dataset(dataset, self.base, self.cache_dir, task.advance)
+            section = self.config.data
+            keeps_text = not (section.shuffle_tags or any(target.component == "text_encoder" for target in self.targets))
+            train, heldout, num_encoded = encode_dataset(
+                dataset, self.base, self.cache_dir, flip=section.flip, keep_text=keeps_text, progress=task.advance
+            )
         seconds = time.perf_counter() - started
         log.info("encode   %s", f"{num_encoded} pictures in {duration(seconds)}" if num_encoded else "all in the cache")
         if not self.run_dir.is_finished("encode", inputs):
@@ -217,121 +222,25 @@ class Study:
         stacked = self.config.train.max_stacked_arms
         arms = self.config.expand_arms()
         groups = [arms[start : start + stacked] for start in range(0, len(arms), stacked)]
-        with self._stage("train", inputs) as note:
+        names, config = [arm.name for arm in arms], self.config
+        with (
+            self._stage("train", inputs) as note,
+            open_trackers(config.trackers, self.run_dir.path, config.name, names, config.model_dump(mode="json")) as trackers,
+        ):
             for group in groups:
-                self._train_group(group, train, heldout, inputs)
+                if not all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group):
+                    Group(config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts, trackers, inputs).run()
             note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
 
     def _train_inputs(self) -> str:
         return digest_json(
-            [self.config.digest("train", "arms", "adapter"), self.dataset.summary["fingerprint"], self.base.digest, str(self.device)]
+            [
+                self.config.digest("train", "arms", "adapter", "data"),
+                self.dataset.summary["fingerprint"],
+                self.base.digest,
+                str(self.device),
+            ]
         )
-
-    def _train_group(self, arms: Sequence[Arm], train: Encoded, heldout: Encoded, inputs: str) -> None:
-        section, run_dir = self.config.train, self.run_dir
-        label = arms[0].name
-        checkpoint = run_dir.checkpoints_dir / f"{label}.safetensors"
-        group_inputs = digest_json([inputs, [arm.name for arm in arms]])
-        if all((run_dir.adapters_dir / arm.name / "training.json").exists() for arm in arms):
-            checkpoint.unlink(missing_ok=True)
-            return
-        bank = AdapterBank(self.base.unet, self.targets, arms).attach()
-        trainer = Trainer(self.base, bank, train, section)
-        metrics = JsonLines(run_dir.metrics_jsonl)
-        sizes = {arm.name: count_parameters(self.targets, arm.rank) for arm in arms}
-        shown = ", ".join(f"{name} {count:,} parameters ({size(4 * count)})" for name, count in sizes.items())
-        together = " each, in one pass" if len(arms) > 1 else ""
-        log.info("train    %d modules: %s", len(self.targets), shown)
-        log.info("train    %d steps of %d pictures%s", trainer.num_steps, section.batch_size, together)
-        try:
-            if checkpoint.exists():
-                facts = trainer.load_checkpoint(checkpoint, group_inputs)
-                metrics.rewind(facts["metrics_bytes"])
-                failures, last_epoch = dict(facts["failures"]), {name: list(values) for name, values in facts["last_epoch"].items()}
-                log.info("train    going on from step %d", trainer.step)
-            else:
-                failures, last_epoch = {}, {arm.name: [] for arm in arms}
-                trainer.save_checkpoint(
-                    checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": {}, "last_epoch": last_epoch}
-                )
-            probe = _Probe(self.base, bank, train.first(section.num_probe), heldout.first(section.num_probe), metrics)
-            if trainer.step == 0 and arms[0] == self.config.expand_arms()[0]:
-                probe.record_base()
-            epoch_ends = {count_steps(section, len(train), epoch): epoch for epoch in range(1, section.epochs + 1)}
-            with _deferred_signals() as interrupted, track("train", trainer.num_steps, "steps", trainer.step) as task:
-                for record in trainer.run():
-                    self._log_step(record, arms, metrics, failures)
-                    if record.step > trainer.num_steps - trainer.num_steps / section.epochs:
-                        for arm, loss in zip(arms, record.losses, strict=True):
-                            last_epoch[arm.name].append(loss)
-                    if record.step in epoch_ends:
-                        probe.record(arms, record.step, epoch_ends[record.step])
-                        bank.select_all()
-                    at_end = record.step == trainer.num_steps
-                    if interrupted() or (record.step % section.checkpoint_every_steps == 0 and not at_end):
-                        trainer.save_checkpoint(
-                            checkpoint, group_inputs, {"metrics_bytes": metrics.sync(), "failures": failures, "last_epoch": last_epoch}
-                        )
-                    rate = section.batch_size * len(arms) / record.seconds
-                    losses = "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(arms, record.losses, strict=True))
-                    task.advance(1, f"{rate:.0f} pictures/s  {losses}")
-                    if interrupted():
-                        log.info("train    stopped after step %d; the same command goes on from here", record.step)
-                        raise KeyboardInterrupt
-            metrics.sync()
-        finally:
-            metrics.close()
-            bank.detach()
-        for index, arm in enumerate(arms):
-            self._write_adapter(bank, index, arms, trainer, failures.get(arm.name), last_epoch[arm.name])
-        checkpoint.unlink(missing_ok=True)
-        log.info("train    done in %s", duration(trainer.seconds))
-
-    def _log_step(self, record: StepRecord, arms: Sequence[Arm], metrics: JsonLines, failures: dict[str, str]) -> None:
-        for arm, loss, norm, lr, failed in zip(arms, record.losses, record.grad_norms, record.lrs, record.failed, strict=True):
-            if failed:
-                if arm.name not in failures:
-                    failures[arm.name] = f"loss or gradient is not finite at step {record.step}"
-                    log.warning("train    %s failed: %s; the other arms go on", arm.name, failures[arm.name])
-                continue
-            metrics.append(
-                {
-                    "kind": "train",
-                    "step": record.step,
-                    "epoch": round(record.epoch, 6),
-                    "arm": arm.name,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "lr": lr,
-                }
-            )
-        require_any_active(record, [arm.name for arm in arms])
-
-    def _write_adapter(
-        self, bank: AdapterBank, index: int, arms: Sequence[Arm], trainer: Trainer, failure: str | None, losses: list[float]
-    ) -> None:
-        arm, section = bank.arms[index], self.config.train
-        folder = self.run_dir.adapters_dir / arm.name
-        memory, memory_kind = peak_memory(self.device)
-        facts: dict[str, Any] = {
-            **arm.model_dump(),
-            "arm": arm.name,
-            "scale": arm.scale,
-            "steps": trainer.num_steps,
-            "epochs": section.epochs,
-            "modules": len(self.targets),
-            "parameters": count_parameters(self.targets, arm.rank),
-            "group": [other.name for other in arms],
-            "run_time_s": round(trainer.seconds, 3),
-            "images_per_s": round(trainer.num_steps * section.batch_size * len(arms) / max(trainer.seconds, 1e-9), 3),
-            "peak_memory_bytes": memory,
-            "peak_memory_kind": memory_kind,
-            "failed": failure,
-        }
-        if failure is None:
-            facts["file_bytes"] = save_peft(bank, index, folder, self.config.adapter.targets, self.config.base.model)
-            facts["final_loss"] = float(np.mean(losses))
-        write_json(folder / "training.json", facts)
 
     def _training(self, arm: Arm) -> dict[str, Any]:
         facts: dict[str, Any] = read_json(self.run_dir.adapters_dir / arm.name / "training.json")
@@ -343,9 +252,9 @@ class Study:
 
     def load_bank(self, arms: Sequence[Arm]) -> AdapterBank:
         """The trained adapters of `arms` in one bank, not attached."""
-        bank = AdapterBank(self.base.unet, self.targets, arms)
+        bank = AdapterBank(self.base.components, self.targets, arms)
         for index, arm in enumerate(arms):
-            bank.load_state_dict(index, load_peft(self.run_dir.adapters_dir / arm.name)[0])
+            bank.load(index, load_adapter(self.run_dir.adapters_dir / arm.name))
         return bank
 
     # -- sample -------------------------------------------------------------------------------------------------------
@@ -410,9 +319,8 @@ class Study:
                 bank.attach()
                 pictures, latents = draw_pictures(self.base, bank, [Slice(index)], [job], shape, section)
                 bank.detach()
-                merged_unet = self.merged_unet(bank, index)
-                idle = AdapterBank(merged_unet, self.targets[:1], [arm])  # strength 0: the merged weights alone
-                merged = dataclasses.replace(self.base, unet=merged_unet)
+                merged = self.merged_base(bank, index)
+                idle = AdapterBank(merged.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
                 merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
                 error = float((merged_latents - latents).norm() / latents.norm())
                 results[arm.name] = {
@@ -424,11 +332,12 @@ class Study:
             write_json(self.run_dir.merge_check_json, results)
         log.info("merge    merged equals unmerged: %s", "yes" if all(item["ok"] for item in results.values()) else "NO")
 
-    def merged_unet(self, bank: AdapterBank, index: int) -> UNet2DConditionModel:
-        """A copy of the base's U-Net with one adapter merged into its weights."""
-        unet: UNet2DConditionModel = copy.deepcopy(self.base.unet)
-        merge(unet, bank, index)
-        return unet
+    def merged_base(self, bank: AdapterBank, index: int) -> Base:
+        """The base with one adapter merged into copies of the parts it adapts."""
+        adapted = {target.component for target in bank.targets}
+        copies = {name: copy.deepcopy(part) if name in adapted else part for name, part in self.base.components.items()}
+        merge(copies, bank, index)
+        return dataclasses.replace(self.base, **copies)
 
     def save_merged(self, arm_name: str, folder: Path) -> None:
         """Write a complete diffusers pipeline folder with one arm merged in, in float32.
@@ -442,10 +351,14 @@ class Study:
             raise ConfigError(f"--arm {arm_name!r}: not a trained arm of this run: choose one of {', '.join(arms)}")
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder}: exists and is not empty: name a new folder")
-        unet = self.merged_unet(self.load_bank([arms[arm_name]]), 0).float()
+        merged = self.merged_base(self.load_bank([arms[arm_name]]), 0)
         with storage_errors(folder):
             pipeline = StableDiffusionPipeline.from_pretrained(
-                self.base.folder, unet=unet, safety_checker=None, requires_safety_checker=False
+                self.base.folder,
+                unet=merged.unet.float(),
+                text_encoder=merged.text_encoder,
+                safety_checker=None,
+                requires_safety_checker=False,
             )
             partial = folder.with_name(folder.name + ".partial")
             pipeline.save_pretrained(partial, safe_serialization=True)
@@ -512,68 +425,11 @@ class Study:
             raise RunError("; ".join(faults))
 
 
-class _Probe:
-    """Writes the denoising loss at fixed noise of base and arms to the metrics."""
-
-    def __init__(self, base: Base, bank: AdapterBank, train: Encoded, heldout: Encoded, metrics: JsonLines) -> None:
-        self.base, self.bank, self.metrics = base, bank, metrics
-        self.pictures = {"heldout": heldout, "train": train}
-        self.base_losses = {
-            (split, conditional): probe_losses(base, bank, [Slice(0, 0.0)], pictures, conditional)[0]
-            for split, pictures in self.pictures.items()
-            for conditional in (True, False)
-        }
-
-    def record_base(self) -> None:
-        """The base's rows, at step 0."""
-        for key, losses in self.base_losses.items():
-            self._append("base", 0, 0, key, losses)
-
-    def record(self, arms: Sequence[Arm], step: int, epoch: int) -> None:
-        """The rows of all arms after `step`."""
-        slices = [Slice(index) for index in range(len(arms))]
-        for (split, conditional), pictures in ((key, self.pictures[key[0]]) for key in self.base_losses):
-            losses = probe_losses(self.base, self.bank, slices, pictures, conditional)
-            for arm, arm_losses in zip(arms, losses, strict=True):
-                if arm_losses.isfinite().all():
-                    self._append(arm.name, step, epoch, (split, conditional), arm_losses)
-
-    def _append(self, arm: str, step: int, epoch: int, key: tuple[str, bool], losses: torch.Tensor) -> None:
-        split, conditional = key
-        for record in probe_records(losses, self.base_losses[key], len(self.base.alphas_cumprod)):
-            self.metrics.append(
-                {"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record}
-            )
-
-
 def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
     """The leaves in which two configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [item for key in {**old, **new} for item in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))]
     return [] if old == new else [(place, old, new)]
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C or SIGTERM only sets a flag, so that a step ends whole; a second one acts at once."""
-    received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield received.is_set
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        if received.is_set():
-            raise KeyboardInterrupt
-        received.set()
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield received.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _now() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,20 @@ from scipy import stats
 from lorascope.adapter import AdapterBank, Slice
 from lorascope.base import Base
 from lorascope.cache import Encoded
-from lorascope.config import TrainSection
+from lorascope.config import DataSection, TrainSection
+from lorascope.data import shuffled_caption
 from lorascope.errors import RunError, StorageError
-from lorascope.objective import add_noise, draw, prediction_target, sample_losses, seeded
+from lorascope.objective import (
+    add_noise,
+    batch_indices,
+    draw,
+    plan_batches,
+    prediction_target,
+    sample_losses,
+    seeded,
+    training_losses,
+)
+from lorascope.optimizers import build_optimizer, learning_rates
 from lorascope.store import atomic_path
 
 NUM_BANDS = 4
@@ -31,7 +43,7 @@ class StepRecord:
 
     step: int  # from 1
     epoch: float
-    losses: tuple[float, ...]  # mean squared error of the step's batch, per arm
+    losses: tuple[float, ...]  # training loss of the step's pictures, per arm
     grad_norms: tuple[float, ...]  # before clipping
     lrs: tuple[float, ...]
     failed: tuple[bool, ...]  # arms that met a loss or gradient that is not finite; they no longer move
@@ -40,48 +52,25 @@ class StepRecord:
 
 def count_steps(section: TrainSection, num_examples: int, epochs: int | None = None) -> int:
     """Steps after which `epochs` passes (all of the section's when absent) have been seen; no picture is left out."""
-    return math.ceil((section.epochs if epochs is None else epochs) * num_examples / section.batch_size)
-
-
-def learning_rates(peaks: torch.Tensor, step: int, warmup_steps: int) -> torch.Tensor:
-    """Rates [N] of the step with index `step` from 0: linear warm-up to `peaks` [N], then constant."""
-    return peaks * min(1.0, (step + 1) / (warmup_steps + 1))
-
-
-class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, as in torch.optim) over a bank's [N, P] buffer, one learning rate per adapter."""
-
-    def __init__(self, bank: AdapterBank, section: TrainSection) -> None:
-        self.bank = bank
-        self.section = section
-        self.mean = torch.zeros_like(bank.parameters)
-        self.square = torch.zeros_like(bank.parameters)
-
-    @torch.no_grad()
-    def step(self, number: int, lrs: torch.Tensor, active: torch.Tensor) -> None:
-        """Update `number` (from 1) with rates `lrs` [N]; adapters that are not `active` bool [N] stay as they are."""
-        section, parameters = self.section, self.bank.parameters
-        beta1, beta2 = section.betas
-        gradients = torch.where(active[:, None], self.bank.gradients, 0.0)
-        rates = torch.where(active, lrs, 0.0)[:, None]
-        self.mean.lerp_(gradients, 1 - beta1)
-        self.square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-        denominator = (self.square.sqrt() / math.sqrt(1 - beta2**number)).add_(section.eps)
-        parameters.mul_(1 - rates * section.weight_decay)
-        parameters.sub_(rates / (1 - beta1**number) * self.mean / denominator)
+    return math.ceil((section.epochs if epochs is None else epochs) * num_examples / (section.batch_size * section.accumulation_steps))
 
 
 class Trainer:
     """Trains all adapters of a bank; `run` yields a record per step, and the caller logs, probes and checkpoints."""
 
-    def __init__(self, base: Base, bank: AdapterBank, train: Encoded, section: TrainSection) -> None:
-        self.base, self.bank, self.train, self.section = base, bank, train, section
-        self.optimizer = AdamW(bank, section)
+    def __init__(self, base: Base, bank: AdapterBank, train: Encoded, section: TrainSection, data: DataSection | None = None) -> None:
+        self.base, self.bank, self.train, self.section, self.data = base, bank, train, section, data or DataSection()
+        self.optimizer = build_optimizer(bank, section)
         self.peak_lrs = torch.tensor([arm.lr for arm in bank.arms], device=base.device)
         self.active = torch.ones(len(bank.arms), dtype=torch.bool, device=base.device)
-        self.num_steps = count_steps(section, len(train))
+        self.num_steps = count_steps(section, train.num_entries)
+        self.buckets = train.buckets()
+        num_batches = self.num_steps * section.accumulation_steps
+        self.batches = plan_batches([len(bucket) for bucket in self.buckets], section.batch_size, num_batches)
         self.step = 0
         self.seconds = 0.0
+        if section.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
 
     def run(self) -> Iterator[StepRecord]:
         """Train from the current step to the last."""
@@ -89,52 +78,82 @@ class Trainer:
         bank.select_all()
         while self.step < self.num_steps:
             started = time.perf_counter()
-            latents, noise, timesteps, text = self.load_batch(self.step)  # slice-major: [N * batch, ...]
-            noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
-            target = prediction_target(latents, noise, timesteps, base.alphas_cumprod, base.prediction_type)
-            prediction = base.unet(noisy.to(base.unet.dtype), timesteps, text.to(base.unet.dtype)).sample
-            losses = sample_losses(prediction, target).view(len(bank.arms), -1).mean(dim=1)  # (N)
             bank.gradients.zero_()
-            losses.sum().backward()
+            totals = torch.zeros(len(bank.arms), device=base.device)
+            for part in range(section.accumulation_steps):
+                losses = self.batch_losses(self.step * section.accumulation_steps + part) / section.accumulation_steps  # (N)
+                losses.sum().backward()
+                totals += losses.detach()
             norms = bank.gradient_norms()
-            self.active &= losses.isfinite() & norms.isfinite()
+            self.active &= totals.isfinite() & norms.isfinite()
             if section.max_grad_norm:
                 bank.gradients.mul_((section.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
-            lrs = learning_rates(self.peak_lrs, self.step, section.warmup_steps)
+            lrs = learning_rates(self.peak_lrs, self.step, self.num_steps, section)
             self.optimizer.step(self.step + 1, lrs, self.active)
             self.step += 1
-            shown = [tuple(values.tolist()) for values in (losses, norms, lrs, ~self.active)]  # waits for the device
+            shown = [tuple(values.tolist()) for values in (totals, norms, lrs, ~self.active)]  # waits for the device
             seconds = time.perf_counter() - started
             self.seconds += seconds
-            epoch = self.step * section.batch_size / len(self.train)
+            epoch = self.step * section.batch_size * section.accumulation_steps / self.train.num_entries
             yield StepRecord(self.step, epoch, losses=shown[0], grad_norms=shown[1], lrs=shown[2], failed=shown[3], seconds=seconds)
 
-    def load_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, noise [N * batch, c, h, w], timesteps [N * batch] and text states of one step, arm after arm.
+    def batch_losses(self, number: int) -> torch.Tensor:
+        """The loss of each arm on batch `number` (from 0): float32 [N]."""
+        base, unet = self.base, self.base.unet
+        latents, noise, timesteps, text = self.load_batch(number)  # slice-major: [N * batch, ...]
+        noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
+        target = prediction_target(latents, noise, timesteps, base.alphas_cumprod, base.prediction_type)
+        prediction = unet(noisy.to(unet.dtype), timesteps, text.to(unet.dtype)).sample
+        losses = training_losses(prediction, target, timesteps, base.alphas_cumprod, base.prediction_type, self.section)
+        return losses.view(len(self.bank.arms), -1).mean(dim=1)
+
+    def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, noise [N * batch, c, h, w], timesteps [N * batch] and text states of one batch, arm after arm.
 
         Arms of one seed get the same rows.
         """
-        train, section = self.train, self.section
-        positions = range(step * section.batch_size, (step + 1) * section.batch_size)
-        num_timesteps = len(self.base.alphas_cumprod)
-        batches = {}
+        train, section, device = self.train, self.section, self.base.device
+        bucket, number_in_bucket = self.batches[number]
+        positions = range(number * section.batch_size, (number + 1) * section.batch_size)
+        rows = {}
         for seed in {arm.seed for arm in self.bank.arms}:
-            draws = draw(seed, positions, len(train), tuple(train.mean.shape[1:]), num_timesteps, section.caption_dropout)
-            indices, dropped = draws.indices.to(train.mean.device), draws.dropped.to(train.mean.device)
-            latents = train.mean[indices] + train.std[indices] * draws.posterior_noise.to(train.mean.device)
-            noise, timesteps = draws.noise.to(train.mean.device), draws.timesteps.to(train.mean.device)
-            batches[seed] = (latents, noise, timesteps, train.text(indices, dropped))
-        latents, noise, timesteps, text = (torch.cat(parts) for parts in zip(*(batches[arm.seed] for arm in self.bank.arms), strict=True))
-        return latents, noise, timesteps, text
+            indices = batch_indices(seed, bucket, self.buckets[bucket], number_in_bucket, section.batch_size)
+            shape = tuple(train.latents[int(indices[0])].shape[2:])
+            draws = draw(seed, positions, shape, len(self.base.alphas_cumprod), section)
+            mean, std = (part.to(device) for part in train.posterior(indices, draws.flipped))
+            latents = mean + std * draws.posterior_noise.to(device)
+            rows[seed] = (
+                latents,
+                draws.noise.to(device),
+                draws.timesteps.to(device),
+                self._text_of(indices, draws.dropped, seed, positions),
+            )
+        latents, noise, timesteps = (torch.cat([rows[arm.seed][part] for arm in self.bank.arms]) for part in range(3))
+        return latents, noise, timesteps, self._join_text([rows[arm.seed][3] for arm in self.bank.arms])
+
+    def _text_of(self, indices: torch.Tensor, dropped: torch.Tensor, seed: int, positions: range) -> torch.Tensor | list[str]:
+        """Text states of one seed's pictures, or their captions where the states depend on the arm."""
+        if self.train.text_states is not None:
+            return self.train.text(indices, dropped)
+        captions = ["" if drop else self.train.captions[index] for index, drop in zip(indices.tolist(), dropped.tolist(), strict=True)]
+        if self.data.shuffle_tags:
+            orders = [random.Random(f"tags {seed} {position}") for position in positions]
+            keep, word = self.data.keep_tags, self.data.trigger_word
+            captions = [shuffled_caption(caption, keep, order, word) for caption, order in zip(captions, orders, strict=True)]
+        return captions if self.bank.adapts_text else self.base.encode_text(captions).clone()  # a clone may enter a backward pass
+
+    def _join_text(self, parts: Sequence[torch.Tensor | list[str]]) -> torch.Tensor:
+        """Text states of all arms; a text encoder that is trained gives each arm its own."""
+        states = [part for part in parts if isinstance(part, torch.Tensor)]
+        if states:
+            return torch.cat(states)
+        captions = [caption for part in parts if isinstance(part, list) for caption in part]
+        return self.base.text_states(self.base.tokenize(captions))
 
     def save_checkpoint(self, path: Path, inputs: str, facts: dict[str, Any]) -> None:
         """Write the whole state atomically; `facts` is what the caller needs to go on, as JSON."""
-        tensors = {
-            "parameters": self.bank.parameters,
-            "mean": self.optimizer.mean,
-            "square": self.optimizer.square,
-            "active": self.active,
-        }
+        tensors = {"parameters": self.bank.parameters, "active": self.active}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         state = {"inputs": inputs, "step": self.step, "seconds": self.seconds, "facts": facts}
         with atomic_path(path) as partial:
             safetensors.torch.save_file(tensors, partial, metadata={"state": json.dumps(state)})
@@ -151,8 +170,9 @@ class Trainer:
         if state["inputs"] != inputs:
             raise StorageError(f"{path}: checkpoint of another configuration or data: delete it and run the same command again")
         self.bank.parameters.copy_(tensors["parameters"])
-        self.optimizer.mean.copy_(tensors["mean"])
-        self.optimizer.square.copy_(tensors["square"])
+        self.optimizer.load_state(
+            {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+        )
         self.active.copy_(tensors["active"])
         self.step, self.seconds = state["step"], state["seconds"]
         facts: dict[str, Any] = state["facts"]
@@ -166,27 +186,37 @@ def probe_losses(base: Base, bank: AdapterBank, slices: Sequence[Slice], picture
     One timestep in each of `NUM_BANDS` equal bands, with its noise, is drawn by the picture's digest and the band, so
     every model and epoch meets the same. `conditional` gives the caption, else the empty caption.
     """
-    num_timesteps = len(base.alphas_cumprod)
-    width = num_timesteps // NUM_BANDS
+    width = len(base.alphas_cumprod) // NUM_BANDS
     bank.select(slices)
-    columns = []
-    for band in range(NUM_BANDS):
-        chunks = []
-        for start in range(0, len(pictures), PROBE_BATCH):
-            indices = torch.arange(start, min(start + PROBE_BATCH, len(pictures)))
-            generators = [seeded("probe", pictures.digests[index], band) for index in indices.tolist()]
-            timesteps = torch.stack([torch.randint(band * width, (band + 1) * width, (), generator=g) for g in generators])
-            noises = torch.stack([torch.randn((2, *pictures.mean.shape[1:]), generator=g) for g in generators]).to(base.device)
-            indices, timesteps = indices.to(base.device), timesteps.to(base.device)
-            latents = pictures.mean[indices] + pictures.std[indices] * noises[:, 0]
-            text = pictures.text(indices, torch.full_like(indices, not conditional, dtype=torch.bool))
-            noisy = add_noise(latents, noises[:, 1], timesteps, base.alphas_cumprod)
-            target = prediction_target(latents, noises[:, 1], timesteps, base.alphas_cumprod, base.prediction_type)
-            repeated = [part.repeat(len(slices), *[1] * (part.dim() - 1)) for part in (noisy, timesteps, text, target)]
-            prediction = base.unet(repeated[0].to(base.unet.dtype), repeated[1], repeated[2].to(base.unet.dtype)).sample
-            chunks.append(sample_losses(prediction, repeated[3]).view(len(slices), -1))
-        columns.append(torch.cat(chunks, dim=1))
-    return torch.stack(columns, dim=2).cpu()
+    losses = torch.empty(len(slices), len(pictures), NUM_BANDS)
+    for bucket in pictures.buckets():
+        for indices in bucket.unique().split(PROBE_BATCH):
+            mean, std = (part.to(base.device) for part in pictures.posterior(indices, torch.zeros_like(indices, dtype=torch.bool)))
+            text = _probe_text(base, bank, pictures, indices, conditional, len(slices))
+            for band in range(NUM_BANDS):
+                generators = [seeded("probe", pictures.digests[index], band) for index in indices.tolist()]
+                timesteps = torch.stack([torch.randint(band * width, (band + 1) * width, (), generator=g) for g in generators])
+                noises = torch.stack([torch.randn((2, *mean.shape[1:]), generator=g) for g in generators]).to(base.device)
+                timesteps, latents = timesteps.to(base.device), mean + std * noises[:, 0]
+                noisy = add_noise(latents, noises[:, 1], timesteps, base.alphas_cumprod)
+                target = prediction_target(latents, noises[:, 1], timesteps, base.alphas_cumprod, base.prediction_type)
+                noisy, timesteps, target = (part.repeat(len(slices), *[1] * (part.dim() - 1)) for part in (noisy, timesteps, target))
+                prediction = base.unet(noisy.to(base.unet.dtype), timesteps, text.to(base.unet.dtype)).sample
+                losses[:, indices, band] = sample_losses(prediction, target).view(len(slices), -1).cpu()
+    return losses
+
+
+def _probe_text(
+    base: Base, bank: AdapterBank, pictures: Encoded, indices: torch.Tensor, conditional: bool, num_slices: int
+) -> torch.Tensor:
+    """Text states of some pictures under each slice: [S * B, tokens, width]."""
+    if pictures.text_states is not None:
+        dropped = torch.full_like(indices, not conditional, dtype=torch.bool)
+        return pictures.text(indices, dropped).repeat(num_slices, 1, 1)
+    captions = [pictures.captions[index] if conditional else "" for index in indices.tolist()]
+    if bank.adapts_text:
+        return base.encode_text(captions * num_slices)
+    return base.encode_text(captions).repeat(num_slices, 1, 1)
 
 
 def probe_records(losses: torch.Tensor, reference: torch.Tensor, num_timesteps: int) -> list[dict[str, Any]]:

@@ -1,0 +1,241 @@
+"""One group of arms trained in one pass, in a run folder: its records, probes, previews, checkpoints and adapters."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorascope.adapter import AdapterBank, Slice, Target, count_parameters
+from lorascope.adapter_files import save_adapter
+from lorascope.base import Base
+from lorascope.cache import Encoded
+from lorascope.config import Arm, StudyConfig
+from lorascope.console import duration, log, size, track
+from lorascope.prompts import Prompt
+from lorascope.sample import Job, draw_pictures, latent_shape_of, plan_jobs, save_picture
+from lorascope.store import JsonLines, RunDir, digest_json, write_json
+from lorascope.trackers import Trackers
+from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records, require_any_active
+
+
+class Group:
+    """Arms that share one pass; `run` trains them to the end and leaves each in `adapters/<arm>/`."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        run_dir: RunDir,
+        base: Base,
+        targets: Sequence[Target],
+        arms: Sequence[Arm],
+        train: Encoded,
+        heldout: Encoded,
+        prompts: Sequence[Prompt],
+        trackers: Trackers,
+        inputs: str,
+    ) -> None:
+        self.config, self.run_dir, self.base, self.arms, self.trackers = config, run_dir, base, arms, trackers
+        self.bank = AdapterBank(base.components, targets, arms)
+        self.trainer = Trainer(base, self.bank, train, config.train, config.data)
+        self.probed = {"heldout": heldout.first(config.train.num_probe), "train": train.first(config.train.num_probe)}
+        self.previews = preview_jobs(prompts, config.sample.num_previews) if config.sample.preview_every_epochs else []
+        self.metrics = JsonLines(run_dir.metrics_jsonl)
+        self.checkpoint = run_dir.checkpoints_dir / f"{arms[0].name}.safetensors"
+        self.inputs = digest_json([inputs, [arm.name for arm in arms]])
+        self.failures: dict[str, str] = {}
+        self.last_epoch: dict[str, list[float]] = {arm.name: [] for arm in arms}  # losses
+        self.best: dict[str, dict[str, Any]] = {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the study's first group, which also records the base."""
+        return self.arms[0] == self.config.expand_arms()[0]
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start, to the end; a first Ctrl-C ends a step whole and keeps a checkpoint."""
+        trainer, section = self.trainer, self.config.train
+        self._log_plan()
+        self.bank.attach()
+        try:
+            self._resume()
+            base_losses = self._probe_base()
+            epoch_ends = {count_steps(section, trainer.train.num_entries, epoch): epoch for epoch in range(1, section.epochs + 1)}
+            with _deferred_signals() as interrupted, track("train", trainer.num_steps, "steps", trainer.step) as task:
+                for record in trainer.run():
+                    self._record_step(record)
+                    if record.step in epoch_ends:
+                        self._end_epoch(record.step, epoch_ends[record.step], base_losses)
+                    if interrupted() or (record.step % section.checkpoint_every_steps == 0 and record.step < trainer.num_steps):
+                        self._save_checkpoint()
+                    rate = section.batch_size * section.accumulation_steps * len(self.arms) / record.seconds
+                    losses = "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(self.arms, record.losses, strict=True))
+                    task.advance(1, f"{rate:.0f} pictures/s  {losses}")
+                    if interrupted():
+                        log.info("train    stopped after step %d; the same command goes on from here", record.step)
+                        raise KeyboardInterrupt
+            self.metrics.sync()
+        finally:
+            self.metrics.close()
+            self.bank.detach()
+        for index in range(len(self.arms)):
+            self._finish_arm(index)
+        self.checkpoint.unlink(missing_ok=True)
+        log.info("train    done in %s", duration(trainer.seconds))
+
+    def _log_plan(self) -> None:
+        counts = {arm.name: count_parameters(self.bank.targets, arm) for arm in self.arms}
+        shown = ", ".join(f"{name} {count:,} parameters ({size(4 * count)})" for name, count in counts.items())
+        log.info("train    %d modules: %s", len(self.bank.targets), shown)
+        together = " each, in one pass" if len(self.arms) > 1 else ""
+        pictures = self.config.train.batch_size * self.config.train.accumulation_steps
+        log.info("train    %d steps of %d pictures%s", self.trainer.num_steps, pictures, together)
+        if len(self.trainer.buckets) > 1:
+            log.info("train    %d shapes of pictures, one shape a batch", len(self.trainer.buckets))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> None:
+        facts = {"metrics_bytes": self.metrics.sync(), "failures": self.failures, "last_epoch": self.last_epoch, "best": self.best}
+        self.trainer.save_checkpoint(self.checkpoint, self.inputs, facts)
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            self._save_checkpoint()
+            return
+        facts = self.trainer.load_checkpoint(self.checkpoint, self.inputs)
+        self.metrics.rewind(facts["metrics_bytes"])
+        self.failures, self.last_epoch, self.best = facts["failures"], facts["last_epoch"], facts["best"]
+        log.info("train    going on from step %d", self.trainer.step)
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def _record_step(self, record: StepRecord) -> None:
+        for arm, loss, norm, lr, failed in zip(self.arms, record.losses, record.grad_norms, record.lrs, record.failed, strict=True):
+            if failed:
+                if arm.name not in self.failures:
+                    self.failures[arm.name] = f"loss or gradient is not finite at step {record.step}"
+                    log.warning("train    %s failed: %s; the other arms go on", arm.name, self.failures[arm.name])
+                continue
+            values = {"loss": loss, "grad_norm": norm, "lr": lr}
+            self.metrics.append({"kind": "train", "step": record.step, "epoch": round(record.epoch, 6), "arm": arm.name, **values})
+            self.trackers.log(arm.name, record.step, values)
+            if record.step > self.trainer.num_steps - self.trainer.num_steps / self.config.train.epochs:
+                self.last_epoch[arm.name].append(loss)
+        require_any_active(record, [arm.name for arm in self.arms])
+
+    def _probe(self, slices: Sequence[Slice]) -> dict[tuple[str, bool], torch.Tensor]:
+        """The denoising loss of each slice by split and whether captions were given: float32 [S, pictures, bands] each."""
+        return {
+            (split, conditional): probe_losses(self.base, self.bank, slices, pictures, conditional)
+            for split, pictures in self.probed.items()
+            for conditional in (True, False)
+        }
+
+    def _probe_base(self) -> dict[tuple[str, bool], torch.Tensor]:
+        """The base's losses, which every record is compared with; recorded once in a study."""
+        losses = {key: values[0] for key, values in self._probe([Slice(0, 0.0)]).items()}
+        if self.trainer.step == 0 and self.is_first:
+            for key, values in losses.items():
+                self._record_probe("base", 0, 0, key, values, values)
+            if self.previews:
+                self._draw_previews({"base": Slice(0, 0.0)}, 0, 0)
+        return losses
+
+    def _end_epoch(self, step: int, epoch: int, base_losses: Mapping[tuple[str, bool], torch.Tensor]) -> None:
+        slices = {arm.name: Slice(index) for index, arm in enumerate(self.arms) if arm.name not in self.failures}
+        losses = self._probe(list(slices.values()))
+        for row, (name, item) in enumerate(slices.items()):
+            for key, values in losses.items():
+                if values[row].isfinite().all():
+                    self._record_probe(name, step, epoch, key, values[row], base_losses[key])
+            heldout = float(losses["heldout", True][row].double().mean())
+            self.trackers.log(name, step, {"heldout_loss": heldout, "train_probe_loss": float(losses["train", True][row].double().mean())})
+            if self.config.train.keep_best and heldout < self.best.get(name, {"heldout_loss": float("inf")})["heldout_loss"]:
+                self.best[name] = {"step": step, "epoch": epoch, "heldout_loss": heldout}
+                save_adapter(self.bank.adapter(item.adapter), self.run_dir.adapters_dir / name / "best", "peft", "fp32")
+        if self.previews and epoch % (self.config.sample.preview_every_epochs or 1) == 0:
+            self._draw_previews(slices, step, epoch)
+        self.bank.select_all()
+
+    def _record_probe(self, arm: str, step: int, epoch: int, key: tuple[str, bool], losses: torch.Tensor, reference: torch.Tensor) -> None:
+        split, conditional = key
+        for record in probe_records(losses, reference, len(self.base.alphas_cumprod)):
+            self.metrics.append(
+                {"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record}
+            )
+
+    def _draw_previews(self, slices: Mapping[str, Slice], step: int, epoch: int) -> None:
+        """Draw the fixed prompts with each slice; writes `previews/<arm>/epoch-<number>/`."""
+        section, shape = self.config.sample, latent_shape_of(self.base, self.config.data.resolution_px)
+        for job in self.previews:
+            pictures, _ = draw_pictures(self.base, self.bank, list(slices.values()), [job], shape, section)
+            for name, picture in zip(slices, pictures.numpy(), strict=True):
+                save_picture(self.run_dir.preview_path(name, epoch, job.file_name), picture[0], job, name, section)
+                if name != "base":
+                    self.trackers.log_image(name, step, job.prompt.text, picture[0])
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _finish_arm(self, index: int) -> None:
+        arm, section, trainer = self.arms[index], self.config.train, self.trainer
+        folder = self.run_dir.adapters_dir / arm.name
+        memory, memory_kind = peak_memory(self.base.device)
+        failure = self.failures.get(arm.name)
+        pictures = trainer.num_steps * section.batch_size * section.accumulation_steps * len(self.arms)
+        facts: dict[str, Any] = {
+            **arm.model_dump(),
+            "arm": arm.name,
+            "scale": arm.scale,
+            "steps": trainer.num_steps,
+            "epochs": section.epochs,
+            "modules": len(self.bank.targets),
+            "parameters": count_parameters(self.bank.targets, arm),
+            "group": [other.name for other in self.arms],
+            "run_time_s": round(trainer.seconds, 3),
+            "images_per_s": round(pictures / max(trainer.seconds, 1e-9), 3),
+            "peak_memory_bytes": memory,
+            "peak_memory_kind": memory_kind,
+            "best": self.best.get(arm.name),
+            "failed": failure,
+        }
+        if failure is None:
+            facts["file_bytes"] = save_adapter(self.bank.adapter(index), folder, "peft", "fp32").num_bytes
+            facts["final_loss"] = float(np.mean(self.last_epoch[arm.name]))
+        write_json(folder / "training.json", facts)
+
+
+def preview_jobs(prompts: Sequence[Prompt], count: int) -> list[Job]:
+    """`count` prompts, or as many as there are, taken from all categories in turn, under seed 0."""
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    longest = max(map(len, by_category.values()))
+    turns = [texts[index] for index in range(longest) for texts in by_category.values() if index < len(texts)]
+    return plan_jobs(turns[:count], [0])
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C or SIGTERM only sets a flag, so that a step ends whole; a second one acts at once."""
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received.is_set
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        if received.is_set():
+            raise KeyboardInterrupt
+        received.set()
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

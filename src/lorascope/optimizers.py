@@ -1,0 +1,187 @@
+"""Optimizers over a bank's buffer, and the course of the learning rate."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lorascope.adapter import AdapterBank
+from lorascope.config import TrainSection
+from lorascope.errors import ConfigError, first_line
+
+_NOT_FOR_ADAPTERS = {
+    "LBFGS": "needs several passes for a step",
+    "SparseAdam": "takes sparse gradients only",
+    "Optimizer": "is the base class",
+}
+
+
+def learning_rates(peaks: torch.Tensor, step: int, num_steps: int, section: TrainSection) -> torch.Tensor:
+    """Rates [N] of the step with index `step` from 0: linear warm-up to `peaks` [N], then the section's schedule.
+
+    `linear` and `cosine` reach 0 after the last of `num_steps` steps, as in diffusers.
+    """
+    warmup = section.warmup_steps
+    if step < warmup:
+        return peaks * ((step + 1) / (warmup + 1))
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    match section.schedule:
+        case "linear":
+            return peaks * (1 - progress)
+        case "cosine":
+            return peaks * (0.5 * (1 + math.cos(math.pi * progress)))
+        case _:
+            return peaks
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, as in torch.optim) over a bank's [N, P] buffer, one learning rate per adapter."""
+
+    def __init__(self, bank: AdapterBank, section: TrainSection) -> None:
+        self.bank = bank
+        self.section = section
+        self.mean = torch.zeros_like(bank.parameters)
+        self.square = torch.zeros_like(bank.parameters)
+        self._lr_factors = _lr_factors(bank)
+
+    @torch.no_grad()
+    def step(self, number: int, lrs: torch.Tensor, active: torch.Tensor) -> None:
+        """Update `number` (from 1) with rates `lrs` [N]; adapters that are not `active` bool [N] stay as they are."""
+        section, parameters = self.section, self.bank.parameters
+        beta1, beta2 = section.betas
+        gradients = torch.where(active[:, None], self.bank.gradients, 0.0)
+        rates = torch.where(active, lrs, 0.0)[:, None] * self._lr_factors
+        self.mean.lerp_(gradients, 1 - beta1)
+        self.square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+        denominator = (self.square.sqrt() / math.sqrt(1 - beta2**number)).add_(section.eps)
+        parameters.mul_(1 - rates * section.weight_decay)
+        parameters.sub_(rates / (1 - beta1**number) * self.mean / denominator)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything `load_state` needs, as tensors."""
+        return {"mean": self.mean, "square": self.square}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from what `state` gave."""
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+
+
+class TorchOptimizer:
+    """An optimizer of torch.optim, or Prodigy: one of its own per adapter, over the adapter's matrices without padding.
+
+    Raises `ConfigError` for a name that is not known or cannot be used, or arguments that it refuses.
+    """
+
+    def __init__(self, bank: AdapterBank, section: TrainSection) -> None:
+        kind = _optimizer_class(section.optimizer)
+        self._optimizers = []
+        for index, arm in enumerate(bank.arms):
+            groups: dict[float, list[torch.Tensor]] = {}
+            for target in bank.targets:
+                layer, rank = bank.layers[target.name], target.rank(arm)
+                assert layer.down.grad is not None and layer.up.grad is not None
+                for leaf, gradient, part in (
+                    (layer.down, layer.down.grad, (index, slice(rank))),
+                    (layer.up, layer.up.grad, (index, slice(None), slice(rank))),
+                ):
+                    weight = leaf.detach()[part].requires_grad_()  # shares the bank's memory, and so does its gradient
+                    weight.grad = gradient[part]
+                    groups.setdefault(target.lr(arm) / arm.lr, []).append(weight)
+            try:
+                optimizer = kind(
+                    [{"params": weights, "factor": factor} for factor, weights in groups.items()], lr=arm.lr, **section.optimizer_args
+                )
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"train.optimizer_args = {json.dumps(section.optimizer_args)}: {kind.__name__} refuses them ({first_line(error)}): "
+                    "see its documentation"
+                ) from error
+            self._optimizers.append(optimizer)
+
+    def step(self, number: int, lrs: torch.Tensor, active: torch.Tensor) -> None:
+        """As `AdamW.step`."""
+        for optimizer, lr, moves in zip(self._optimizers, lrs.tolist(), active.tolist(), strict=True):
+            if moves:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["factor"]
+                optimizer.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything `load_state` needs, as tensors: what is not a tensor lies as JSON in bytes."""
+        tensors, others = {}, []
+        for index, optimizer in enumerate(self._optimizers):
+            state = optimizer.state_dict()
+            plain: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
+            for parameter, values in state["state"].items():
+                for name, value in values.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[f"{index}.{parameter}.{name}"] = value.contiguous()
+                    else:
+                        plain["state"].setdefault(str(parameter), {})[name] = value
+            others.append(plain)
+        text = json.dumps(others, default=_jsonable).encode()
+        return {**tensors, "others": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from what `state` gave."""
+        others = json.loads(bytes(state["others"].tolist()))
+        for index, (optimizer, plain) in enumerate(zip(self._optimizers, others, strict=True)):
+            values: dict[int, dict[str, Any]] = {int(parameter): dict(items) for parameter, items in plain["state"].items()}
+            for key, tensor in state.items():
+                owner, _, rest = key.partition(".")
+                if owner == str(index):
+                    parameter, _, name = rest.partition(".")
+                    values.setdefault(int(parameter), {})[name] = tensor
+            optimizer.load_state_dict({"state": values, "param_groups": plain["groups"]})
+
+
+def build_optimizer(bank: AdapterBank, section: TrainSection) -> AdamW | TorchOptimizer:
+    """The optimizer that `train.optimizer` names."""
+    return AdamW(bank, section) if section.optimizer.lower() == "adamw" else TorchOptimizer(bank, section)
+
+
+def check_optimizer(section: TrainSection) -> None:
+    """Raise `ConfigError` for an optimizer that is not known, cannot be used, or is not installed."""
+    if section.optimizer.lower() != "adamw":
+        _optimizer_class(section.optimizer)
+    elif section.optimizer_args:
+        raise ConfigError('train.optimizer_args: not for "adamw": set train.betas, train.eps and train.weight_decay')
+
+
+def _optimizer_class(name: str) -> Any:
+    if name.lower() == "prodigy":
+        try:
+            from prodigyopt import Prodigy
+        except ImportError as error:
+            raise ConfigError('train.optimizer = "prodigy": its package is not installed: pip install prodigyopt') from error
+        return Prodigy
+    known = {
+        item.__name__: item for item in vars(torch.optim).values() if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)
+    }
+    found = next((item for title, item in known.items() if title.lower() == name.lower()), None)
+    usable = sorted(set(known) - set(_NOT_FOR_ADAPTERS))
+    if found is None:
+        raise ConfigError(f"train.optimizer = {name!r}: must be adamw, prodigy or a torch.optim class: {', '.join(usable)}")
+    if found.__name__ in _NOT_FOR_ADAPTERS:
+        raise ConfigError(f"train.optimizer = {name!r}: {_NOT_FOR_ADAPTERS[found.__name__]}: use one of {', '.join(usable)}")
+    return found
+
+
+def _lr_factors(bank: AdapterBank) -> torch.Tensor:
+    """Learning rate of each parameter over its adapter's: float32 [N, P], or [1, 1] where all are 1."""
+    if all(target.lr(arm) == arm.lr for target in bank.targets for arm in bank.arms):
+        return torch.ones(1, 1, device=bank.parameters.device)
+    factors = torch.ones_like(bank.parameters)
+    for target in bank.targets:
+        factors[:, bank.spans[target.name]] = torch.tensor(
+            [[target.lr(arm) / arm.lr] for arm in bank.arms], device=factors.device, dtype=factors.dtype
+        )
+    return factors
+
+
+def _jsonable(value: Any) -> Any:
+    """A number that is held as a tensor or NumPy scalar among an optimizer's settings."""
+    return value.item()
