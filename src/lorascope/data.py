@@ -251,8 +251,9 @@ def split_pictures(checked: Checked) -> Dataset:
         split = f"{section.heldout_share:g} of the pictures, chosen by content digest, near duplicates together"
     duplicates += _describe_near(groups, leaked_ids)
     ordered = sorted(kept, key=lambda picture: picture.example.digest)
+    untrained_ids = heldout_ids | leaked_ids
     heldout = [picture.example for picture in ordered if picture.example.id in heldout_ids][: section.num_heldout]
-    train = [picture.example for picture in ordered if picture.example.id not in heldout_ids | leaked_ids][: section.num_train]
+    train = [picture.example for picture in ordered if picture.example.id not in untrained_ids][: section.num_train]
     if not heldout or not train:
         raise DataError(
             f"data.source = {section.source!r}: no pictures left to {'train on' if heldout else 'hold out'}: {len(kept)} distinct"
