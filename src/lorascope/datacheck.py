@@ -69,10 +69,10 @@ class DataCheck:
         }
 
     def as_text(self) -> str:
-        """All of it for a reader, in lines of at most 100 characters."""
+        """All of it for a reader, in lines of at most 100 characters but for the source's name."""
         checked, dataset = self.checked, self.dataset
         num_refused = len(checked.refused)
-        lines = [f"{checked.source.name}: {checked.num_rows:,} rows, {len(checked.pictures):,} can be used, {num_refused:,} refused"]
+        lines = [checked.source.name, f"{checked.num_rows:,} rows, {len(checked.pictures):,} can be used, {num_refused:,} refused"]
         if num_refused:
             lines += _section("Refused", _count_reasons((entry["reason"], entry["id"]) for entry in checked.refused))
         if checked.treated:
