@@ -154,7 +154,7 @@ def check(
 
     lorascope data check my-pictures --resolution 512 --buckets --out look
 
-    lorascope data check shards-{000..099}.tar --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    lorascope data check 'shards-{000..099}.tar' --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
     _set_level(quiet, False)
     settings = [
