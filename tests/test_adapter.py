@@ -1,4 +1,4 @@
-"""The adapter: targets, exact no-op, PEFT equality, stacking, files, merge."""
+"""The adapter: targets, exact no-op, PEFT equality, stacking, files."""
 
 import copy
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lorascope.adapter import AdapterBank, Slice, count_parameters, merge, resolve_section, resolve_targets
+from lorascope.adapter import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
 from lorascope.adapter_files import Adapter, LoraModule, load_adapter, save_adapter
 from lorascope.base import Base
 from lorascope.config import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
@@ -211,45 +211,6 @@ def test_a_folder_of_ours_round_trips_exactly_and_peft_and_diffusers_load_it(bas
         pipeline = StableDiffusionPipeline.from_pretrained(base.folder, safety_checker=None)
         pipeline.unet.load_lora_adapter(str(folder), weight_name="adapter_model.safetensors", prefix="base_model.model")
         torch.testing.assert_close(pipeline.unet(noisy, timesteps, text).sample, ours, rtol=1e-4, atol=1e-5)
-
-
-def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base, bank: AdapterBank) -> None:
-    randomize(bank)
-    noisy, timesteps, text = unet_inputs(2)
-    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
-    merged: UNet2DConditionModel = copy.deepcopy(base.unet)
-    merge({"unet": merged}, bank, 0)
-    with torch.no_grad():
-        bank.attach().select([Slice(0)])
-        unmerged = base.unet(noisy, timesteps, text).sample
-        bank.detach()
-        torch.testing.assert_close(merged(noisy, timesteps, text).sample, unmerged, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.unet.state_dict().items())
-
-
-def test_convolutions_and_text_encoder_merge_too(base: Base) -> None:
-    section = AdapterSection(targets=("conv1", "proj_in"), groups=(TargetGroup(component="text_encoder", targets=("fc1",)),))
-    bank = AdapterBank(base.components, resolve_section(base.components, section), [R4])
-    randomize(bank)
-    copies = {name: copy.deepcopy(part) for name, part in base.components.items()}
-    merge(copies, bank, 0)
-    noisy, timesteps, _ = unet_inputs(2)
-    tokens = base.tokenize(["a rocket", "a snail"])
-    with torch.no_grad():
-        bank.attach()
-        text = base.text_states(tokens)
-        unmerged = base.unet(noisy, timesteps, text).sample
-        bank.detach()
-        merged_text = copies["text_encoder"](tokens).last_hidden_state
-        torch.testing.assert_close(merged_text, text, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(copies["unet"](noisy, timesteps, merged_text).sample, unmerged, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(base.text_states(tokens), text, rtol=1e-2, atol=1e-2)
-
-
-def test_merging_into_an_adapted_unet_is_refused(base: Base, bank: AdapterBank) -> None:
-    bank.attach()
-    with pytest.raises(AdapterError, match="not a plain layer"):
-        merge(base.components, bank, 0)
 
 
 def test_an_adapter_of_other_targets_shapes_or_alpha_is_refused(bank: AdapterBank) -> None:

@@ -75,10 +75,32 @@ def test_stages_run_one_by_one(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     assert {row["arm"] for row in json.loads(capsys.readouterr().out)["summary"]} >= {"base", "r2"}
 
 
-def test_merge_writes_a_pipeline(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", str(finished), str(tmp_path / "merged"), "--arm", "r2"]) == EXIT_DONE
-    assert capsys.readouterr().out == f"{tmp_path / 'merged'}\n"
-    assert (tmp_path / "merged" / "model_index.json").is_file()
+def test_export_and_convert_write_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "kohya": "a.safetensors",
+        "diffusers": "b.safetensors",
+        "peft": "folder",
+        "merged-diffusers": "model",
+        "merged-ldm": "c.safetensors",
+    }
+    for layout, name in files.items():
+        assert main(["export", str(finished), "--arm", "r2", "--format", layout, "--out", str(tmp_path / name)]) == EXIT_DONE
+        captured = capsys.readouterr()
+        assert captured.out == f"{tmp_path / name}\n" and "rounding error" in captured.err
+    assert (tmp_path / "model" / "model_index.json").is_file()
+    assert main(["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "d.safetensors"), "--dtype", "fp32"]) == EXIT_DONE
+    assert "note: " in capsys.readouterr().err  # not Stable Diffusion v1.5's layers
+    code, line = error_of(capsys, "convert", str(tmp_path / "b.safetensors"), str(tmp_path / "d.safetensors"))
+    assert code == EXIT_INPUT and "exists: name another path, or replace it with --force" in line
+
+
+def test_export_writes_into_the_current_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(finished), "--arm", "r2", "--checkpoint", "best"]) == EXIT_DONE
+    assert capsys.readouterr().out == "study-r2-best.safetensors\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["study-r2-best.safetensors"]
 
 
 def test_presets_can_be_listed_and_copied(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +138,8 @@ def test_env_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["study", "--set", "train.epoch=2"], "did you mean"),
         (["study", "--set", "train.epochs=0"], "train.epochs"),
         (["train", "nowhere"], "no study.toml here"),
-        (["merge", "nowhere", "out", "--arm", "r4"], "no study.toml here"),
+        (["export", "nowhere", "--arm", "r4"], "no study.toml here"),
+        (["convert", "nowhere", "out.safetensors"], "cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(

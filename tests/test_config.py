@@ -269,6 +269,7 @@ def test_a_wrong_value_is_named_with_its_place_and_constraint(override: str, mes
         ("zzz=2", "zzz: unknown key; known here: name, device, trackers, base,", "preset"),
         ("train..epochs=2", "train.: unknown key; known here: epochs,", "keep_best"),
         ("a\nb=2", "a\\nb: unknown key; known here: name,", "preset"),
+        ("a\u2028b=2", "a\\u2028b: unknown key; known here: name,", "preset"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(override: str, start: str, end: str) -> None:

@@ -1,4 +1,4 @@
-"""The study in its run folder: stages, resuming after a kill, failed arms, merged pipelines, bad run folders."""
+"""The study in its run folder: stages, resuming after a kill, failed arms, bad run folders."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
-from lorascope.adapter import AdapterBank
-from lorascope.adapter_files import load_adapter
+from lorascope.adapter_files import Adapter, load_adapter
+from lorascope.base import Base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
+from lorascope.export import MergeReport, merged_base
 from lorascope.store import read_json
 from lorascope.study import Study
 
@@ -69,7 +69,8 @@ def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
     for name in ("study.toml", "manifest.json", "data.json", "metrics.jsonl", "merge_check.json", "features.safetensors", "scores.parquet"):
         assert (finished / name).is_file(), name
-    for name in ("report.html", "report.md", "lorascope.log", "adapters/r4/adapter_model.safetensors", "images/base/normal-000-0.png"):
+    adapters = ("adapters/r4/adapter_model.safetensors", "adapters/r4/study-r4.safetensors")
+    for name in ("report.html", "report.md", "lorascope.log", *adapters, "images/base/normal-000-0.png"):
         assert (finished / name).is_file(), name
     manifest = read_json(finished / "manifest.json")
     assert set(manifest["stages"]) == {"data", "encode", "train", "sample", "merge_check", "score", "report"}
@@ -272,7 +273,12 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
 
 
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorascope.study.merge", lambda parts, bank, index: parts["unet"].conv_in.weight.data.mul_(1.5))
+    def wrong_merge(base: Base, adapter: Adapter) -> tuple[Base, MergeReport]:
+        merged, report = merged_base(base, adapter)
+        merged.unet.conv_in.weight.data.mul_(1.5)
+        return merged, report
+
+    monkeypatch.setattr("lorascope.study.merged_base", wrong_merge)
     with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
         make_study(study_file, tmp_path / "run").run()
     assert (tmp_path / "run" / "report.html").is_file()
@@ -305,22 +311,6 @@ def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: P
     study = make_study(study_file, run)
     with study.working("test"), pytest.raises(StorageError, match=r"normal-001-0.png: not there: run `lorascope sample"):
         study.score()
-
-
-def test_a_merged_pipeline_folder_draws_what_the_arm_draws(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    study = make_study(study_file, finished)
-    study.save_merged("r8", tmp_path / "merged")
-    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
-    bank: AdapterBank = study.load_bank([arm for arm in study.trained_arms() if arm.name == "r8"])
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 32)
-    with torch.no_grad():
-        bank.attach()
-        torch.testing.assert_close(merged.unet(*inputs).sample, study.base.unet(*inputs).sample, rtol=1e-4, atol=1e-5)
-        bank.detach()
-    with pytest.raises(ConfigError, match="exists and is not empty"):
-        study.save_merged("r8", tmp_path / "merged")
-    with pytest.raises(ConfigError, match="not a trained arm of this run: choose one of r4, r8"):
-        study.save_merged("r9", tmp_path / "other")
 
 
 def test_two_processes_cannot_work_in_one_folder(study_file: Path, tmp_path: Path) -> None:

@@ -23,7 +23,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_is_small_and_carries_licences_weights_and_data(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for ending in ("licenses/NOTICE", "licenses/LICENSE", "py.typed", "presets/pocket.toml", "prompts/sd15.txt", "templates/viewer.js"):
+    for ending in (
+        "licenses/NOTICE",
+        "licenses/LICENSE",
+        "py.typed",
+        "presets/pocket.toml",
+        "prompts/sd15.txt",
+        "sd15/tokenizer/merges.txt",
+        "templates/viewer.js",
+    ):
         assert any(name.endswith(ending) for name in names), ending
     assert sum("/pocket/" in name and name.endswith((".safetensors", ".parquet")) for name in names) >= 6
     assert wheel.stat().st_size < 42e6

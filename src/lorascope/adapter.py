@@ -156,9 +156,8 @@ class AdapterBank:
             down = self._leaf(slice(start, middle), (rank, *target.down_shape))
             up = self._leaf(slice(middle, end), (target.out_features, rank))
             scales = torch.tensor([target.alpha(arm) / target.rank(arm) for arm in arms], device=device)
-            layer = components[target.component].get_submodule(target.path)
-            stacked = StackedLinear if isinstance(layer, nn.Linear) else StackedConv
-            self.layers[target.name] = stacked(layer, down, up, scales)
+            layer: Any = components[target.component].get_submodule(target.path)
+            self.layers[target.name] = (StackedLinear if isinstance(layer, nn.Linear) else StackedConv)(layer, down, up, scales)
             self.spans[target.name] = slice(start, end)
             start = end
         self.initialize()
@@ -254,13 +253,6 @@ class AdapterBank:
             layer.down[index, :rank].copy_(module.down)
             layer.up[index, :, :rank].copy_(module.up.flatten(1))
 
-    @torch.no_grad()
-    def update_of(self, index: int, name: str) -> torch.Tensor:
-        """scale * B A of one adapter at one layer, by component and path: float32, the shape of the layer's weight."""
-        layer = self.layers[name]
-        update = (layer.up[index] @ layer.down[index].flatten(1)) * layer.scales[index]
-        return update.view(layer.layer.weight.shape)
-
 
 def _name_in_files(target: Target) -> str:
     """Component and path as files have them: transformers 5 dropped `text_model` from its modules' names, files keep it."""
@@ -317,16 +309,3 @@ class StackedConv(nn.Module):
         hidden = hidden.unflatten(1, (num_slices, -1)).permute(1, 2, 0, 3, 4)  # (S, r, samples, H', W')
         update = torch.bmm(up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])  # (S, out, samples, H', W')
         return y + update.transpose(1, 2).flatten(0, 1)
-
-
-@torch.no_grad()
-def merge(components: Mapping[str, nn.Module], bank: AdapterBank, index: int) -> None:
-    """Add adapter `index` to the weights of `components` in place: W + scale * B A, computed in float32.
-
-    `components` must be copies of the base's without an attached bank; raises `AdapterError` if a layer is missing or adapted.
-    """
-    for target in bank.targets:
-        layer = components[target.component].get_submodule(target.path)
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise AdapterError(f"{target.name}: is a {type(layer).__name__}, not a plain layer: merge into an unadapted copy of the base")
-        layer.weight.copy_(layer.weight.float() + bank.update_of(index, target.name))

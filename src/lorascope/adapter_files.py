@@ -66,6 +66,12 @@ class LoraModule:
         down = replace(self, down=self.down.float()).full_down()
         return (self.up.float().flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:]) * self.scale
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight it adapts: (out, in) or (out, in, kh, kw)."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by field name."""
         return {name: value for name in ("down", "up", "mid", "dora_scale") if (value := getattr(self, name)) is not None}
@@ -119,7 +125,16 @@ _KOHYA_UNET = re.compile(
 )
 _KOHYA_TEXT = re.compile(r"text_model_encoder_layers_(?P<layer>\d+)_(?:self_attn_(?P<to>q|k|v|out)_proj|mlp_(?P<fc>fc[12]))")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_UNET_CHILDREN = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
+_UNET_CHILDREN = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in",
+    "conv_out",
+    "time_embedding.",
+    "class_embedding.",
+    "add_embedding.",
+)
 _TEXT_CHILDREN = ("text_model.", "encoder.layers.")
 _CONVOLUTIONS = ("proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
 
@@ -163,7 +178,7 @@ def kohya_name(path: str) -> str:
     known = _unet_path(flat) if component == "unet" else _text_path(flat)
     if known != rest:
         raise AdapterError(
-            f"{path!r}: no layer of a Stable Diffusion v1 model, so kohya files have no name for it: write `peft` or `diffusers`"
+            f"{path!r}: no layer of a Stable Diffusion v1 model, so kohya files have no name for it: write peft or diffusers"
         )
     return f"lora_{'unet' if component == 'unet' else 'te'}_{flat}"
 
@@ -216,6 +231,12 @@ def sd15_modules() -> dict[str, tuple[int, ...]]:
             shape = {"mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}.get(name, (768, 768))
             shapes[f"text_encoder.text_model.encoder.layers.{layer}.{name}"] = shape
     return shapes
+
+
+def misfits(adapter: Adapter) -> list[str]:
+    """The paths of modules that Stable Diffusion v1.5 does not have, or has in another shape."""
+    shapes = sd15_modules()
+    return [path for path, module in adapter.modules.items() if shapes.get(path) != module.weight_shape]
 
 
 # -- what else a file may be -------------------------------------------------------------------------------------------
@@ -465,8 +486,8 @@ def save_adapter(
     if adapter.leftover:
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
     modules, rounding = _rounded(adapter.modules, dtype)
-    if small := rounding.num_lost:
-        notes.append(f"{small:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0")
+    if rounding.num_lost > rounding.num_values / 1000:
+        notes.append(f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0")
     if layout != "kohya" and any(module.mid is not None for module in modules.values()):
         notes.append(f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same update in more bytes")
         modules = {name: replace(module, down=module.full_down().contiguous(), mid=None) for name, module in modules.items()}
@@ -525,6 +546,9 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
         notes.append("diffusers refuses files with a Tucker core (lora_mid); WebUI, Forge and ComfyUI read it")
     if any(module.dora_scale is not None for module in adapter.modules.values()):
         notes.append("DoRA: diffusers drops dora_scale and so draws something else; WebUI, Forge and ComfyUI read it")
+    if len({module.effective_alpha for module in adapter.modules.values()}) > 1:
+        # Its converter names the exceptions by the old attention processors, which match no module (0.42).
+        notes.append("alpha differs between modules, which diffusers misreads in kohya files: give it the diffusers file")
     return tensors
 
 
@@ -594,18 +618,19 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
     """A PEFT folder of the U-Net's adapter, or one a component."""
     components = adapter.components()
     if set(components) != {"unet"}:
-        notes.append("PEFT adapts one model a folder: the components are in folders of their own, unet/ and text_encoder/")
+        notes.append(
+            "PEFT adapts one model a folder: the components are in folders of their own, unet/ and text_encoder/, "
+            "the latter under the names of transformers 5"
+        )
     total = 0
     for component, modules in components.items():
         target = folder if set(components) == {"unet"} else folder / component
         with_dora = [module.dora_scale is not None for module in modules.values()]
         if any(with_dora) and not all(with_dora):
-            raise AdapterError(
-                f"{component}: {sum(with_dora)} of {len(with_dora)} modules have dora_scale, PEFT needs all or none: write kohya"
-            )
+            raise AdapterError(f"{component}: {sum(with_dora)} of {len(with_dora)} modules are DoRA, PEFT needs all or none: write kohya")
         tensors = {}
         for name, module in modules.items():
-            key = f"base_model.model.{name}"
+            key = f"base_model.model.{name.removeprefix('text_model.')}"  # PEFT goes by the live names of transformers 5
             tensors[f"{key}.lora_A.weight"] = module.down.contiguous()
             tensors[f"{key}.lora_B.weight"] = module.up.contiguous()
             if module.dora_scale is not None:

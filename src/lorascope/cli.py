@@ -8,16 +8,18 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.validators import Number
 
 from lorascope import __version__
 from lorascope.config import StudyConfig, load_study, preset_names, preset_text, reference_table
-from lorascope.console import configure_logging, log
-from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, ConfigError, LorascopeError
+from lorascope.console import configure_logging, log, size
+from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, ConfigError, LorascopeError
 
 if TYPE_CHECKING:
+    from lorascope.adapter_files import Written
     from lorascope.study import Study
 
 _STAGES = Group("Stages of a run", sort_key=1)
@@ -28,8 +30,8 @@ app = App(
     version=__version__,
     suppress_keyboard_interrupt=False,
     help="Train Stable Diffusion LoRA candidates under equal conditions and see with evidence which one to keep.",
-    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run or an arm failed (state kept), "
-    "130 interrupted (the same command goes on).",
+    help_epilogue="Exit codes: 0 done, 1 a fault of ours, 2 usage, configuration or input, 3 the run, an arm or "
+    "a picture failed (state kept), 130 interrupted (the same command goes on).",
 )
 
 StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
@@ -39,6 +41,15 @@ Overrides = Annotated[
     list[str] | None, Parameter(name=["--set", "-s"], help="key=value, for example --set train.epochs=2; may be repeated", negative="")
 ]
 Run = Annotated[Path, Parameter(help="run folder, such as runs/pocket")]
+FormatOption = Annotated[
+    Literal["kohya", "peft", "diffusers", "merged-diffusers", "merged-ldm"],
+    Parameter(name="--format", help="kohya is for WebUI, Forge and ComfyUI; the merged ones are whole models"),
+]
+DtypeOption = Annotated[
+    Literal["fp16", "bf16", "fp32"] | None, Parameter(help="dtype of the weights; fp32 for peft and fp16 for the others when absent")
+]
+AdapterName = Annotated[str | None, Parameter(help="name that programs show, the alias in WebUI's prompts")]
+Force = Annotated[bool, Parameter(help="replace what is there", negative="")]
 AsJson = Annotated[bool, Parameter(name="--json", help="print the result as JSON", negative="")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], help="print the result's path only", negative="")]
 Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], help="log details", negative="")]
@@ -189,22 +200,102 @@ def check(
 
 
 @app.command(group=_MORE)
-def merge(
+def export(
     run: Run,
-    out: Annotated[Path, Parameter(help="new folder for the pipeline")],
     *,
-    arm: Annotated[str, Parameter(help="arm to merge, such as r16")],
+    arm: Annotated[str, Parameter(help="arm to export, such as r16")],
+    layout: FormatOption = "kohya",
+    out: Annotated[Path | None, Parameter(help="file or folder to write; <study>-<arm> in the current folder when absent")] = None,
+    dtype: DtypeOption = None,
+    name: AdapterName = None,
+    checkpoint: Annotated[Literal["best", "last"], Parameter(help="adapter of the lowest held-out loss, or of the last step")] = "last",
+    force: Force = False,
 ) -> int:
-    """Merge one arm into the base and write a complete diffusers pipeline folder in float32.
+    """Write a trained arm as a file for other programs, or the base with the arm merged in.
 
-    Example: lorascope merge runs/pocket merged --arm r16
+    Examples:
+
+    lorascope export runs/paper --arm r16                              for WebUI, Forge and ComfyUI
+
+    lorascope export runs/paper --arm r16 --format diffusers           one file for load_lora_weights
+
+    lorascope export runs/paper --arm r16 --format merged-ldm          one checkpoint file, nothing else needed
     """
     _set_level(False, False)
-    job = _open_study(run, None, None, None)
-    with job.run_dir.lock():
-        job.save_merged(arm, out)
-    print(out)
+    if not (run / "study.toml").is_file():
+        raise ConfigError(f"{run}: no study.toml here: name a run folder")
+    from lorascope.export import export_arm
+    from lorascope.store import RunDir
+
+    config = load_study(run / "study.toml", environment={})
+    _print_written(export_arm(RunDir(run), config, arm, layout, out, dtype, name, checkpoint, force))
     return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def convert(
+    source: Annotated[Path, Parameter(help="adapter file or PEFT folder, of any program")],
+    out: Annotated[Path, Parameter(help="file or folder to write")],
+    *,
+    layout: FormatOption = "kohya",
+    dtype: DtypeOption = None,
+    name: AdapterName = None,
+    base: Annotated[str | None, Parameter(help="model to merge into, as base.model: for the merged formats")] = None,
+    force: Force = False,
+) -> int:
+    """Write an adapter of another program in another format.
+
+    Examples:
+
+    lorascope convert pytorch_lora_weights.safetensors style.safetensors          diffusers' file for WebUI
+
+    lorascope convert style.safetensors style-peft --format peft                  a PEFT folder to train on
+
+    lorascope convert style.safetensors merged --format merged-diffusers --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    """
+    _set_level(False, False)
+    from lorascope.export import convert as convert_adapter
+
+    _print_written(convert_adapter(source, out, layout, dtype, name, base, force))
+    return EXIT_DONE
+
+
+@app.command(group=_MORE)
+def caption(
+    folder: Annotated[Path, Parameter(help="folder with pictures, at any depth")],
+    *,
+    model: Annotated[str, Parameter(help="BLIP captioner: a hub id or a folder")] = "Salesforce/blip-image-captioning-base",
+    revision: Annotated[str | None, Parameter(help="branch, tag or commit of a hub id")] = None,
+    out: Annotated[Literal["sidecar", "jsonl"], Parameter(help="1.txt beside 1.png, or metadata.jsonl")] = "sidecar",
+    prompt: Annotated[str, Parameter(help='what every caption begins with, such as "a cartoon of"')] = "",
+    batch_size: Annotated[int, Parameter(help="pictures at once", validator=Number(gte=1))] = 8,
+    max_tokens: Annotated[int, Parameter(help="length of a caption after the prompt, at most")] = 40,
+    overwrite: Annotated[bool, Parameter(help="caption pictures that have a caption too", negative="")] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="where the model runs")] = "auto",
+    as_json: AsJson = False,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="no progress", negative="")] = False,
+) -> int:
+    """Caption pictures with BLIP. Captions that are there are kept; the same command again goes on where it stopped.
+
+    Exit code 3 says that some pictures were left without a caption; the result names them.
+
+    Example: lorascope caption my-pictures --prompt "a cartoon of"
+    """
+    _set_level(quiet, False)
+    from lorascope.base import choose_device
+    from lorascope.captioning import caption_folder, load_captioner
+    from lorascope.console import track
+
+    captioner = load_captioner(model, revision, prompt, max_tokens, choose_device(device))
+    with track("caption", 0, "pictures") as task:
+
+        def show(done: int, total: int, caption: str) -> None:
+            task.set_total(total)
+            task.advance(done - task.completed, caption)
+
+        result = caption_folder(folder, captioner.caption, out=out, batch_size=batch_size, overwrite=overwrite, progress=show)
+    print(json.dumps(result.as_dict(), indent=2) if as_json else result.as_text())
+    return EXIT_DONE if result.is_complete else EXIT_RUN_FAILED
 
 
 @app.command(group=_MORE)
@@ -295,6 +386,13 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
         print(job.run_dir.report_html)
     else:
         print(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
+
+
+def _print_written(written: "Written") -> None:
+    print(written.path)
+    print(f"{size(written.num_bytes)}, rounding error {written.rounding:.2g} (relative l2)", file=sys.stderr)
+    for note in written.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _set_level(quiet: bool, verbose: bool) -> None:

@@ -24,6 +24,7 @@ from lorascope.store import digest_json
 
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 ENVIRONMENT_PREFIX = "LORASCOPE_"
+_LINE_BREAKS = "[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"  # what str.splitlines takes for the end of a line
 _PRESETS = resources.files("lorascope") / "presets"
 
 
@@ -388,7 +389,8 @@ def load_study(
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, values, origins).replace("\n", "\\n")) from None
+        message = _explain(error, values, origins)
+        raise ConfigError(re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), message)) from None
 
 
 def _name_of_file(path: Path) -> str:

@@ -27,8 +27,16 @@ SCALE = "100 x cosine"
 Picture: TypeAlias = Path | Image.Image | NDArray[np.uint8]
 Features: TypeAlias = NDArray[np.float32]
 
-_PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json"]
-_PATTERNS += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+_PATTERNS = ["config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+_PATTERNS += [
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+]
 
 
 class ClipEncoder:
@@ -164,7 +172,7 @@ def check_encoder(section: ScoreSection) -> Path:
 
     Raises `BaseModelError` for a missing folder, an unreachable hub, or a folder of another kind of model.
     """
-    folder = resolve_model(section.model, section.revision, "scorer", _PATTERNS)
+    folder = resolve_model(section.model, section.revision, "scorer", _PATTERNS, "score.model")
     whose = f"score.model = {section.model!r}: {folder}"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

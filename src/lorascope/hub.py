@@ -5,6 +5,7 @@ fetch keeps those that arrived whole.
 """
 
 import fnmatch
+import io
 import logging
 import threading
 import time
@@ -246,6 +247,9 @@ def _progress() -> Iterator[Any]:
 
         class Bar(tqdm):  # type: ignore[misc]
             monitor_interval = 0
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **{**kwargs, "file": io.StringIO()})
 
             def display(self, *args: Any, **kwargs: Any) -> None:
                 # The client keeps several bars; those in bytes all count the same files.

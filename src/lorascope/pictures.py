@@ -71,6 +71,14 @@ def examine_picture(content: bytes) -> PictureFacts:
     return PictureFacts(digest, pixels.digest(), _difference_hash(square), thumbnail, width, height, tuple(treatments))
 
 
+def open_picture(content: bytes) -> Image.Image:
+    """The whole picture of an image file, at its own size, upright, RGB on white as `decode_picture` has it.
+
+    Raises `RefusedError` if the picture cannot be used.
+    """
+    return _decode(content, reduced=False)[0]
+
+
 def decode_picture(content: bytes, width_px: int, height_px: int) -> np.ndarray:
     """The picture of an image file, centre-cropped to a shape and resized: uint8 [height_px, width_px, 3], RGB.
 
@@ -78,7 +86,7 @@ def decode_picture(content: bytes, width_px: int, height_px: int) -> np.ndarray:
     not. Raises `RefusedError` if the picture cannot be used.
     """
     # A reducing gap of 3 box-averages what is far larger first; the result is that of plain Lanczos to the eye.
-    part = _crop(_decode(content, reduced=False)[0], width_px, height_px)
+    part = _crop(open_picture(content), width_px, height_px)
     return np.array(part.resize((width_px, height_px), Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 

@@ -2,17 +2,16 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.adapter import Target, count_parameters, resolve_section
-from lorascope.base import choose_device, resolve_model
+from lorascope.base import choose_device, is_hub_id, read_configs
 from lorascope.config import StudyConfig
 from lorascope.console import duration, size
 from lorascope.prompts import load_prompts
@@ -102,14 +101,13 @@ def plan_study(config: StudyConfig) -> Plan:
 
 def _count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
     """FLOPs of one U-Net forward pass and the adapted layers; nothing of either for a hub id, whose files are not fetched."""
-    if config.base.model.count("/") == 1 and not Path(config.base.model).exists():
+    if is_hub_id(config.base.model):
         return 0, []
-    folder = resolve_model(config.base.model, config.base.revision, "base", [])
-    vae = AutoencoderKL.load_config(folder / "vae")
-    side = config.data.resolution_px // 2 ** (len(vae["block_out_channels"]) - 1)
+    configs = read_configs(config.base)
+    side = config.data.resolution_px // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        unet = UNet2DConditionModel.from_config(configs["unet"])
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
         sample, text = torch.empty(1, unet.config.in_channels, side, side), torch.empty(1, 77, unet.config.cross_attention_dim)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(sample, torch.zeros((), dtype=torch.long), text)

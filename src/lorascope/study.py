@@ -3,8 +3,6 @@
 Every stage can be called alone and again; what is finished for the same inputs is skipped.
 """
 
-import copy
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from lorascope import __version__
-from lorascope.adapter import AdapterBank, Slice, Target, merge, resolve_section
+from lorascope.adapter import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapter_files import load_adapter
 from lorascope.base import Base, choose_device, load_base, load_tokenizer
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
@@ -28,6 +26,7 @@ from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
+from lorascope.export import merged_base
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group
 from lorascope.optimizers import check_optimizer
@@ -35,8 +34,8 @@ from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.score import Generated, score_run
-from lorascope.store import RunDir, digest_json, read_json, storage_errors, write_json, write_text
-from lorascope.trackers import open_trackers
+from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
+from lorascope.trackers import open_trackers, require_trackers
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
@@ -84,6 +83,7 @@ class Study:
         """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
         log.debug("prompts  %d", len(self.prompts))
         check_optimizer(self.config.train)
+        require_trackers(self.config.trackers)
         check_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
 
@@ -130,11 +130,13 @@ class Study:
         base = load_base(self.config.base, self.device, self.config.train.precision)
         shown = base.describe()
         log.info(
-            "base     %s: U-Net %.1f M parameters, %s, %s",
+            "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts %s; digest %s",
             self.config.base.model,
-            shown["parameters"]["unet"] / 1e6,
+            base.source,
+            *(shown["parameters"][part] / 1e6 for part in ("unet", "vae", "text_encoder")),
             shown["dtype"],
-            shown["prediction_type"],
+            base.prediction_type,
+            base.digest[:12],
         )
         self.run_dir.describe(base={**shown, "model": self.config.base.model})
         return base
@@ -319,7 +321,7 @@ class Study:
                 bank.attach()
                 pictures, latents = draw_pictures(self.base, bank, [Slice(index)], [job], shape, section)
                 bank.detach()
-                merged = self.merged_base(bank, index)
+                merged, _ = merged_base(self.base, load_adapter(self.run_dir.adapters_dir / arm.name))
                 idle = AdapterBank(merged.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
                 merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
                 error = float((merged_latents - latents).norm() / latents.norm())
@@ -331,38 +333,6 @@ class Study:
                 }
             write_json(self.run_dir.merge_check_json, results)
         log.info("merge    merged equals unmerged: %s", "yes" if all(item["ok"] for item in results.values()) else "NO")
-
-    def merged_base(self, bank: AdapterBank, index: int) -> Base:
-        """The base with one adapter merged into copies of the parts it adapts."""
-        adapted = {target.component for target in bank.targets}
-        copies = {name: copy.deepcopy(part) if name in adapted else part for name, part in self.base.components.items()}
-        merge(copies, bank, index)
-        return dataclasses.replace(self.base, **copies)
-
-    def save_merged(self, arm_name: str, folder: Path) -> None:
-        """Write a complete diffusers pipeline folder with one arm merged in, in float32.
-
-        Raises `ConfigError` for an arm that is not there or failed, or a folder that exists and is not empty.
-        """
-        from diffusers import StableDiffusionPipeline
-
-        arms = {arm.name: arm for arm in self.trained_arms()}
-        if arm_name not in arms:
-            raise ConfigError(f"--arm {arm_name!r}: not a trained arm of this run: choose one of {', '.join(arms)}")
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder}: exists and is not empty: name a new folder")
-        merged = self.merged_base(self.load_bank([arms[arm_name]]), 0)
-        with storage_errors(folder):
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                self.base.folder,
-                unet=merged.unet.float(),
-                text_encoder=merged.text_encoder,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-            partial = folder.with_name(folder.name + ".partial")
-            pipeline.save_pretrained(partial, safe_serialization=True)
-            partial.replace(folder)
 
     # -- score and report ---------------------------------------------------------------------------------------------
 

@@ -122,17 +122,13 @@ class Trainer:
             draws = draw(seed, positions, shape, len(self.base.alphas_cumprod), section)
             mean, std = (part.to(device) for part in train.posterior(indices, draws.flipped))
             latents = mean + std * draws.posterior_noise.to(device)
-            rows[seed] = (
-                latents,
-                draws.noise.to(device),
-                draws.timesteps.to(device),
-                self._text_of(indices, draws.dropped, seed, positions),
-            )
-        latents, noise, timesteps = (torch.cat([rows[arm.seed][part] for arm in self.bank.arms]) for part in range(3))
-        return latents, noise, timesteps, self._join_text([rows[arm.seed][3] for arm in self.bank.arms])
+            text = self._text_of(indices, draws.dropped, seed, positions)
+            rows[seed] = (latents, draws.noise.to(device), draws.timesteps.to(device), text)
+        latents, noise, timesteps, text = (torch.cat(parts) for parts in zip(*(rows[arm.seed] for arm in self.bank.arms), strict=True))
+        return latents, noise, timesteps, self.base.text_states(text) if self.bank.adapts_text else text
 
-    def _text_of(self, indices: torch.Tensor, dropped: torch.Tensor, seed: int, positions: range) -> torch.Tensor | list[str]:
-        """Text states of one seed's pictures, or their captions where the states depend on the arm."""
+    def _text_of(self, indices: torch.Tensor, dropped: torch.Tensor, seed: int, positions: range) -> torch.Tensor:
+        """Text states of one seed's pictures, or token numbers where the states depend on the arm."""
         if self.train.text_states is not None:
             return self.train.text(indices, dropped)
         captions = ["" if drop else self.train.captions[index] for index, drop in zip(indices.tolist(), dropped.tolist(), strict=True)]
@@ -140,15 +136,9 @@ class Trainer:
             orders = [random.Random(f"tags {seed} {position}") for position in positions]
             keep, word = self.data.keep_tags, self.data.trigger_word
             captions = [shuffled_caption(caption, keep, order, word) for caption, order in zip(captions, orders, strict=True)]
-        return captions if self.bank.adapts_text else self.base.encode_text(captions).clone()  # a clone may enter a backward pass
-
-    def _join_text(self, parts: Sequence[torch.Tensor | list[str]]) -> torch.Tensor:
-        """Text states of all arms; a text encoder that is trained gives each arm its own."""
-        states = [part for part in parts if isinstance(part, torch.Tensor)]
-        if states:
-            return torch.cat(states)
-        captions = [caption for part in parts if isinstance(part, list) for caption in part]
-        return self.base.text_states(self.base.tokenize(captions))
+        if self.bank.adapts_text:
+            return self.base.tokenize(captions)
+        return self.base.encode_text(captions).clone()  # a clone may enter a backward pass, what inference mode made may not
 
     def save_checkpoint(self, path: Path, inputs: str, facts: dict[str, Any]) -> None:
         """Write the whole state atomically; `facts` is what the caller needs to go on, as JSON."""
