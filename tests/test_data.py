@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from lorascope import data, sources
-from lorascope.data import Example, load_dataset, prepare_data
+from lorascope.data import Example, load_dataset, prepare_data, shuffled_caption
 from lorascope.errors import DataError
 from lorascope.pictures import examine_picture
 from lorascope.sources import ParquetSource
@@ -71,6 +72,63 @@ def test_captions_in_any_script_are_kept(tmp_path: Path) -> None:
     dataset = prepare(path)
     assert captions((*dataset.train, *dataset.heldout)) == {*texts[:-1], "été"}
     assert dataset.summary["refused"] == []
+
+
+def test_control_characters_are_taken_out_of_captions(tmp_path: Path) -> None:
+    rows = [(encode(pixels(8)), "a\0 c\x1ba\x7ft\x85,\n\ton\r\na mat"), (encode(pixels(9)), "\0\x01"), *plain(3)]
+    dataset = prepare(write(tmp_path / "a.parquet", rows))
+    assert "a cat,\n\ton\r\na mat" in captions((*dataset.train, *dataset.heldout))
+    assert dataset.summary["treated"] == [{"id": "a.parquet#0", "treatment": "control characters taken out of the caption"}]
+    assert dataset.summary["refused"] == [{"id": "a.parquet#1", "reason": "the caption is empty"}]
+
+
+@pytest.mark.parametrize(
+    ("caption", "prefix", "word", "expected"),
+    [
+        ("a cat", None, None, "a cat"),
+        ("a cat", "drawing of ", None, "drawing of a cat"),
+        ("a cat", None, "sks", "sks, a cat"),
+        ("a cat", "drawing of ", "sks", "sks, drawing of a cat"),
+        ("a sks cat", None, "sks", "a sks cat"),
+        ("SKS, cat", None, "sks", "SKS, cat"),
+        ("asks", None, "sks", "sks, asks"),
+        ("a cat", "photo of sks, ", "sks", "photo of sks, a cat"),
+        ("cat", None, "s.s (x)", "s.s (x), cat"),
+        ("a cat", "e\u0301t\u00e9 ", None, "été a cat"),
+    ],
+)
+def test_prefix_and_trigger_word(caption: str, prefix: str | None, word: str | None, expected: str) -> None:
+    assert data.complete_caption(caption, section("any", caption_prefix=prefix, trigger_word=word)) == expected
+
+
+def test_prefix_and_trigger_word_count_as_tokens_and_are_recorded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [*plain(3), (encode(pixels(9)), "one two three")])
+    chosen = section(path, caption_prefix="drawing of ", trigger_word="sks")
+    summary = prepare_data(chosen, count_words, max_tokens=7).summary
+    assert summary["refused"] == [{"id": "a.parquet#3", "reason": "the caption has 8 tokens, the text encoder takes at most 7"}]
+    assert (summary["caption_prefix"], summary["trigger_word"]) == ("drawing of ", "sks")
+    assert {row["caption"] for row in summary["train"] + summary["heldout"]} == {f"sks, drawing of picture {seed}" for seed in range(3)}
+
+
+@pytest.mark.parametrize("generator", [random.Random, np.random.default_rng])
+def test_tags_are_shuffled(generator: Callable[[int], Any]) -> None:
+    tags = ["a", "b", "c c", "d", "e"]
+    caption = " a,b ,, c c, d,e,"
+    orders = {shuffled_caption(caption, 0, generator(seed)) for seed in range(20)}
+    assert len(orders) > 10
+    assert all(sorted(order.split(", ")) == tags for order in orders)
+    assert shuffled_caption(caption, 0, generator(3)) == shuffled_caption(caption, 0, generator(3))
+    kept = {tuple(shuffled_caption(caption, 2, generator(seed)).split(", ")) for seed in range(20)}
+    assert {order[:2] for order in kept} == {("a", "b")} and len(kept) > 3
+    assert shuffled_caption(caption, 5, generator(0)) == "a, b, c c, d, e"
+    assert shuffled_caption("one caption", 0, generator(0)) == "one caption"
+
+
+def test_the_trigger_word_stays_first() -> None:
+    orders = {tuple(shuffled_caption("sks, a, b, c, d", 1, random.Random(seed), "sks").split(", ")) for seed in range(20)}
+    assert {order[:2] for order in orders} == {("sks", "a")}
+    orders = {tuple(shuffled_caption("a sks cat, b, c, d", 0, random.Random(seed), "sks").split(", ")) for seed in range(20)}
+    assert {order[0] for order in orders} == {"a sks cat"} and len(orders) > 3
 
 
 def test_an_unreadable_picture_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +309,15 @@ def test_held_out_pictures_are_not_the_first_by_digest(tmp_path: Path) -> None:
     assert 10 < np.mean(places) < 30
 
 
+def test_fingerprint_follows_captions_repeats_and_sizes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", plain(10))
+    found = {
+        prepare(path, **values).summary["fingerprint"]
+        for values in ({}, {"caption_prefix": "a "}, {"trigger_word": "sks"}, {"repeats": 2}, {"resolution_px": 32})
+    }
+    assert len(found) == 5
+
+
 def test_fingerprint_follows_what_is_trained_on(tmp_path: Path) -> None:
     rows = plain(10)
     path = write(tmp_path / "a.parquet", rows)
@@ -261,6 +328,58 @@ def test_fingerprint_follows_what_is_trained_on(tmp_path: Path) -> None:
     assert prepare(path, heldout_share=0.3).summary["fingerprint"] != base
     changed = write(tmp_path / "b.parquet", [(rows[0][0], "another caption"), *rows[1:]])
     assert prepare(changed).summary["fingerprint"] != base
+
+
+# Sizes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_small_pictures_are_enlarged_with_a_note(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [(encode(Image.new("RGB", (12, 8), (1, 2, 3))), "small"), *plain(3)])
+    dataset = prepare(path)
+    [small] = [example for example in (*dataset.train, *dataset.heldout) if example.caption == "small"]
+    assert (dataset.load_pixels(small) == np.full((SIDE, SIDE, 3), (1, 2, 3))).all()
+    assert dataset.summary["treated"] == [{"id": "a.parquet#0", "treatment": "enlarged from 8 to 16 px"}]
+
+
+def test_buckets(tmp_path: Path) -> None:
+    sizes = [(64, 64), (80, 48), (48, 80), (96, 20), (40, 40), (300, 200), (64, 66), (90, 50)]
+    images = [Image.fromarray(pixels(seed, 64)).resize(size) for seed, size in enumerate(sizes)]
+    path = write(tmp_path / "a.parquet", [(encode(image), str(number)) for number, image in enumerate(images)])
+    dataset = prepare(path, resolution_px=64, buckets=True, bucket_step_px=16)
+    found = {int(example.caption): example for example in (*dataset.train, *dataset.heldout)}
+    assert {number: (example.width_px, example.height_px) for number, example in found.items()} == {
+        0: (64, 64),
+        1: (80, 48),
+        2: (48, 80),
+        3: (80, 48),
+        4: (64, 64),
+        5: (80, 48),
+        6: (64, 64),
+        7: (80, 48),
+    }
+    for example in found.values():
+        assert dataset.load_pixels(example).shape == (example.height_px, example.width_px, 3)
+    np.testing.assert_array_equal(dataset.load_pixels(found[1]), np.asarray(images[1]))
+    assert [(entry["id"][-1], entry["treatment"]) for entry in dataset.summary["treated"]] == [
+        ("3", "enlarged from 96 x 20 to 80 x 48 px"),
+        ("4", "enlarged from 40 x 40 to 64 x 64 px"),
+    ]
+    buckets = dataset.summary["buckets"]
+    assert [(bucket["width_px"], bucket["height_px"]) for bucket in buckets] == [(48, 80), (64, 64), (80, 48)]
+    assert sum(bucket["num_train"] for bucket in buckets) == len(dataset.train)
+    assert load_dataset(section(path, resolution_px=64, buckets=True), json.loads(json.dumps(dataset.summary))) == dataset
+
+
+def test_no_bucket_fits(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="data.bucket_step_px = 64: no bucket fits into data.resolution_px = 16: lower the step"):
+        prepare(write(tmp_path / "a.parquet", plain(3)), buckets=True)
+
+
+def test_buckets_and_repeats_leave_the_split_alone(tmp_path: Path, family_rows: list[Row]) -> None:
+    path = write(tmp_path / "a.parquet", family_rows)
+    one, two = prepare(path), prepare(path, buckets=True, bucket_step_px=8, repeats=3)
+    for split in ("train", "heldout"):
+        assert [example.digest for example in getattr(one, split)] == [example.digest for example in getattr(two, split)]
 
 
 # The summary, loading and memory ---------------------------------------------------------------------------------------
@@ -348,7 +467,7 @@ def test_memory_is_bounded_by_the_row_groups(grouped: Path, monkeypatch: pytest.
     for example in dataset.train:
         dataset.load_pixels(example)
         watch()
-    assert 0 < peak < grouped.stat().st_size // 6
+    assert 0 < peak < grouped.stat().st_size // 4  # of 32 row groups
 
 
 def test_each_row_group_is_read_once_in_storage_order(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

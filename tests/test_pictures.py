@@ -1,7 +1,10 @@
 """Pictures: every treatment and refusal on real files, hashes, buckets."""
 
+import hashlib
+import io
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorascope.pictures import MAX_PIXELS, RefusedError, _orientation, decode_picture, examine_picture
+from lorascope.pictures import MAX_PIXELS, RefusedError, _orientation, choose_bucket, decode_picture, examine_picture, plan_buckets
 from samples import SIDE, encode, pixels
 
 
@@ -227,3 +230,117 @@ def test_pictures_with_too_many_pixels() -> None:
     assert refused == f"10000 x 9000 pixels are more than the limit of {MAX_PIXELS}"
     _, _, refused = single(encode(Image.new("1", (20_000, 10_000))))  # and stops from here on
     assert refused == f"the picture has more pixels than the limit of {MAX_PIXELS}"
+
+
+def test_a_picture_that_claims_more_pixels_than_memory_has() -> None:
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    tracemalloc.start()
+    _, _, refused = single(content)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused == f"the picture has more pixels than the limit of {MAX_PIXELS}"
+    assert peak < 2**20
+
+
+def test_a_decoder_without_memory_refuses_the_picture_and_not_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", fail)
+    with pytest.raises(RefusedError, match="unreadable image: MemoryError") as caught:
+        examine_picture(encode(pixels(1)))
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+
+# Facts -----------------------------------------------------------------------------------------------------------------
+
+
+def test_facts() -> None:
+    content = encode(np.concatenate([pixels(1), pixels(2)], axis=1))
+    facts = examine_picture(content)
+    assert facts.digest == hashlib.sha256(content).hexdigest()
+    assert (facts.width_px, facts.height_px, facts.treatments) == (2 * SIDE, SIDE, ())
+    middle = np.concatenate([pixels(1)[:, SIDE // 2 :], pixels(2)[:, : SIDE // 2]], axis=1)
+    np.testing.assert_array_equal(np.frombuffer(facts.thumbnail, np.uint8).reshape(SIDE, SIDE, 3), middle)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_sizes_are_those_of_the_upright_picture(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    facts = examine_picture(encode(Image.new("RGB", (30, 20), "red"), kind, exif=exif))
+    assert (facts.width_px, facts.height_px) == (20, 30)
+
+
+def test_large_jpegs_are_looked_at_in_an_eighth_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(pixels(3)).resize((2100, 2060), Image.Resampling.BICUBIC)
+    content = encode(image, "JPEG", quality=90)
+    facts = examine_picture(content)
+    assert (facts.width_px, facts.height_px) == (2100, 2060)
+    exif = Image.Exif()
+    exif[0x010E] = "another description"
+    other = examine_picture(encode(image, "JPEG", quality=90, exif=exif))
+    assert (other.pixel_digest, other.hash, other.thumbnail) == (facts.pixel_digest, facts.hash, facts.thumbnail)
+    assert other.digest != facts.digest
+    exif[0x0112] = 6
+    turned = examine_picture(encode(image, "JPEG", quality=90, exif=exif))
+    assert (turned.width_px, turned.height_px) == (2060, 2100)
+    whole = examine_picture(encode(Image.open(io.BytesIO(content)).copy()))  # the same pixels as PNG: a near duplicate
+    assert (whole.hash ^ facts.hash).bit_count() <= 1
+    thumbnails = (np.frombuffer(of.thumbnail, np.uint8).astype(int) for of in (whole, facts))
+    assert np.abs(np.subtract(*thumbnails)).mean() < 1
+    with pytest.raises(RefusedError, match="truncated"):
+        examine_picture(content[:-2000])
+
+
+# Buckets ---------------------------------------------------------------------------------------------------------------
+
+
+def test_buckets_are_those_of_sd_scripts() -> None:
+    """The sizes that its documentation and logs show for 512 x 512 with sides of 256 to 1,024 and steps of 64."""
+    tall = [(256, 1024), (256, 960), (256, 896), (256, 832), (320, 768), (320, 704), (384, 640), (448, 576)]
+    expected = {*tall, (512, 512), *((height, width) for width, height in tall)}
+    assert set(plan_buckets(512, 64, 4.0)) == expected
+
+
+@pytest.mark.parametrize(("resolution", "step", "ratio"), [(512, 64, 2.0), (768, 64, 3.0), (64, 8, 2.0), (500, 64, 1.5), (512, 8, 8.0)])
+def test_buckets_fit_the_area_the_steps_and_the_ratio(resolution: int, step: int, ratio: float) -> None:
+    buckets = plan_buckets(resolution, step, ratio)
+    for width, height in buckets:
+        assert width % step == height % step == 0
+        assert width * height <= resolution**2
+        assert max(width, height) <= ratio * min(width, height)
+        assert (height, width) in buckets
+    shapes = [width / height for width, height in buckets]
+    assert shapes == sorted(shapes)
+    assert (resolution // step * step,) * 2 in buckets
+
+
+def test_no_bucket_of_a_step_that_is_too_large() -> None:
+    assert plan_buckets(48, 64, 2.0) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((1000, 1000), (512, 512)),
+        ((1000, 1010), (512, 512)),
+        ((3000, 2000), (640, 384)),
+        ((2000, 3000), (384, 640)),
+        ((5000, 100), (640, 384)),
+        ((1, 5000), (384, 640)),
+        ((900, 700), (576, 448)),
+    ],
+)
+def test_the_bucket_of_the_nearest_shape(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert choose_bucket(*size, plan_buckets(512, 64, 2.0)) == bucket
+
+
+def test_a_picture_covers_its_bucket_and_is_cropped_about_the_centre() -> None:
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 20:80] = 200  # 60 x 40 in the middle
+    loaded = decode_picture(encode(image), 48, 32)
+    assert loaded.shape == (32, 48, 3)
+    assert (loaded == 200).all()
+    assert decode_picture(encode(np.full((3, 900, 3), 9, np.uint8)), 16, 64).shape == (64, 16, 3)

@@ -2,9 +2,13 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from lorascope import sources
+from lorascope import pictures, sources
 from lorascope.config import DataSection
-from lorascope.data import load_dataset, prepare_data
+from lorascope.data import Example, load_dataset, prepare_data
 from lorascope.errors import DataError, HubError
 from samples import (
     captions,
     count_words,
+    encode,
     pixels,
     plain,
     prepare,
@@ -307,3 +314,378 @@ def test_column_of_another_type(tmp_path: Path) -> None:
 def test_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.parquet': holds no rows: give a source with pictures and captions"):
         prepare(write(tmp_path / "a.parquet", []))
+
+
+# Columns ---------------------------------------------------------------------------------------------------------------
+
+
+def columns(path: Path, *names: str) -> Path:
+    """Four rows with these columns: names of pictures start with `i`."""
+    images = [image for image, _ in plain(4)]
+    table = {
+        name: pa.array(images, pa.binary()) if name[0] in "ij" else pa.array([f"{name} {seed}" for seed in range(4)]) for name in names
+    }
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+@pytest.mark.parametrize(("names", "prefix"), [(("img", "caption"), "caption"), (("jpg", "prompt", "url"), "prompt")])
+def test_columns_with_common_names_are_found(tmp_path: Path, names: tuple[str, ...], prefix: str) -> None:
+    dataset = prepare(columns(tmp_path / "a.parquet", *names))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"{prefix} {seed}" for seed in range(4)}
+
+
+def test_the_default_name_comes_before_the_common_ones(tmp_path: Path) -> None:
+    dataset = prepare(columns(tmp_path / "a.parquet", "image", "img", "caption", "text", "prompt"))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"text {seed}" for seed in range(4)}
+
+
+def test_columns_that_may_each_be_meant_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.parquet: caption, prompt may each be meant: set data.caption_column"):
+        prepare(columns(tmp_path / "a.parquet", "image", "caption", "prompt"))
+    with pytest.raises(DataError, match=r"img, jpg may each be meant: set data.image_column"):
+        prepare(columns(tmp_path / "a.parquet", "img", "jpg", "text"))
+    with pytest.raises(DataError, match=r"no column 'text'; columns present: image, url: set data.caption_column"):
+        prepare(columns(tmp_path / "a.parquet", "image", "url"))
+
+
+def test_a_line_of_metadata_without_a_caption_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "1.png", "caption": "one"}\n{"file_name": "2.png"}\n{"file_name": "3.png", "caption": "3"}'
+    )
+    assert prepare(tmp_path).summary["refused"] == [{"id": "2.png", "reason": "no caption"}]
+
+
+# Folders with repeats --------------------------------------------------------------------------------------------------
+
+
+def with_captions(folder: Path, names: Sequence[str]) -> None:
+    write_pictures(folder, names)
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text(name)
+
+
+def test_repeat_folders(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["10_cat/1.png", "10_cat/below/2.png", "3_dog/1.png", "2023_holiday/1.png", "plain/1.png", "0_none/1.png"])
+    dataset = prepare(tmp_path, repeats=2)
+    found = {example.id: example.repeats for example in (*dataset.train, *dataset.heldout)}
+    expected = {"10_cat/1.png": 20, "10_cat/below/2.png": 20, "3_dog/1.png": 6}
+    assert found == {**expected, **dict.fromkeys(("2023_holiday/1.png", "plain/1.png", "0_none/1.png"), 2)}
+    assert [entry["repeats"] for entry in dataset.summary["train"]] == [example.repeats for example in dataset.train]
+
+
+def test_the_name_of_a_repeat_folder_is_the_caption_where_it_has_no_caption_file(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["10_sks cat/1.png", "10_sks cat/2.png", "5_dog/1.png", "5_dog/2.png", "others/1.png"])
+    (tmp_path / "5_dog/1.txt").write_text("a dog")
+    summary = prepare(tmp_path).summary
+    named = [{"id": f"10_sks cat/{number}.png", "treatment": "captioned by the name of its folder"} for number in (1, 2)]
+    assert summary["treated"] == named
+    assert summary["refused"] == [{"id": name, "reason": "no caption"} for name in ("5_dog/2.png", "others/1.png")]
+    assert sorted(row["caption"] for split in ("train", "heldout") for row in summary[split])
+
+
+def test_a_caption_file_counts_whichever_of_the_endings_it_has(tmp_path: Path) -> None:
+    """bmaltais/kohya_ss #988 and #1370: `.txt` files were not read where the ending was not set, and training went on without captions."""
+    write_pictures(tmp_path, ["10_girl/1.png", "10_girl/2.png", "10_girl/3.png"])
+    (tmp_path / "10_girl/1.txt").write_text("one")
+    (tmp_path / "10_girl/2.caption").write_text("two")
+    dataset = prepare(tmp_path, max_refused_share=0.5)
+    assert captions((*dataset.train, *dataset.heldout)) == {"one", "two"}
+    assert dataset.summary["refused"] == [{"id": "10_girl/3.png", "reason": "no caption"}]
+    with pytest.raises(DataError, match=r"1 of 3 rows \(33.3%\) cannot be used .*10_girl/3.png: no caption"):
+        prepare(tmp_path, max_refused_share=0.1)
+
+
+def test_one_bad_picture_is_refused_and_the_rest_is_used(tmp_path: Path) -> None:
+    """bmaltais/kohya_ss #1574: one picture that cannot be decoded ends the run while latents are cached."""
+    with_captions(tmp_path, [f"{number}.png" for number in range(10)])
+    content = encode(pixels(3, 64), "JPEG", quality=95)
+    (tmp_path / "3.png").write_bytes(content[: len(content) // 2])
+    dataset = prepare(tmp_path, max_refused_share=0.1)
+    assert len(dataset.train) + len(dataset.heldout) == 9
+    [refused] = dataset.summary["refused"]
+    assert refused["id"] == "3.png" and refused["reason"].startswith("unreadable image")
+
+
+# Bad files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "3.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "above").symlink_to(tmp_path)
+    assert prepare(tmp_path).summary["refused"] == [{"id": "3.png", "reason": "the picture is not there"}]
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png", "3.png", "4.png"])
+    os.truncate(tmp_path / "3.png", pictures.MAX_FILE_BYTES + 1)
+    (tmp_path / "4.txt").write_text("a" * (sources.MAX_CAPTION_BYTES + 1))
+    assert prepare(tmp_path).summary["refused"] == [
+        {"id": "3.png", "reason": f"the image file has {pictures.MAX_FILE_BYTES + 1} bytes, more than the limit of 536870912"},
+        {"id": "4.png", "reason": "4.txt has more than 65536 bytes, too many for a caption"},
+    ]
+
+
+def test_a_file_that_grew_since_it_was_listed_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    dataset = prepare(tmp_path)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 20)
+    with pytest.raises(DataError, match="the image file has more bytes than the limit of 20"):
+        dataset.load_pixels(dataset.train[0])
+
+
+def test_metadata_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    (tmp_path / "metadata.csv").touch()
+    os.truncate(tmp_path / "metadata.csv", sources.MAX_METADATA_BYTES + 1)
+    with pytest.raises(DataError, match=r"metadata.csv: 1073741825 bytes, more than the limit of 1073741824: split the folder"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar.gz", ".tgz"])
+def test_compressed_archives_are_not_read(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a{ending}").write_bytes(b"")
+    with pytest.raises(DataError, match="compressed: unpack it and give the folder"):
+        prepare(tmp_path / f"a{ending}")
+
+
+# Tar files -------------------------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
+    """A tar file as the webdataset package writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+def shard_of(first: int, count: int = 4, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"__key__": f"{seed:05}", "png": encode(pixels(seed)), "txt": f"picture {seed}", **more} for seed in range(first, first + count)
+    ]
+
+
+def test_a_tar_file(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0, 6, json={"caption": "not this", "seed": 1}))
+    dataset = prepare(path)
+    examples = (*dataset.train, *dataset.heldout)
+    assert captions(examples) == {f"picture {seed}" for seed in range(6)}
+    for example in examples:
+        assert re.fullmatch(r"a.tar/0000\d.png@\d+\+\d+", example.id)
+        np.testing.assert_array_equal(dataset.load_pixels(example), pixels(int(example.caption.split()[1])))
+    assert [example.caption for example in dataset.in_storage_order(examples)] == [f"picture {seed}" for seed in range(6)]
+
+
+def test_pixels_of_a_tar_file_are_found_without_reading_its_headers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    dataset = prepare(path)
+    monkeypatch.setattr(sources, "_read_headers", None)
+    again = load_dataset(section(path), dataset.summary)
+    for example in again.train:
+        np.testing.assert_array_equal(again.load_pixels(example), dataset.load_pixels(example))
+    assert again.in_storage_order(again.train) == dataset.in_storage_order(dataset.train)
+
+
+def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
+    samples = [
+        *({"__key__": f"folder/0.{name}", "png": encode(pixels(seed)), "txt": name} for seed, name in enumerate("ab")),
+        {"__key__": "deep/er/c", "PNG": encode(pixels(2)), "Txt": "c"},
+        {"__key__": "d", "seg.png": encode(pixels(3)), "txt": "d"},
+    ]
+    path = write_shard(tmp_path / "a.tar", samples)
+    with path.open("rb") as file:
+        grouped = group_by_keys(dict(record, __url__="") for record in tar_file_iterator(file))
+        read = {sample["__key__"]: sorted(name for name in sample if name[0] != "_") for sample in grouped}
+    with path.open("rb") as file:
+        found = {key: sorted(member.ending for member in members) for key, members in sources._group_members(file, 10**9)}
+    assert found == read
+
+
+def test_a_folder_of_tar_files_with_splits(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data/train-000.tar", shard_of(0))
+    write_shard(tmp_path / "data/train-001.tar", shard_of(10))
+    write_shard(tmp_path / "data/test-000.tar", shard_of(20, 2))
+    dataset = prepare(tmp_path)
+    assert (len(dataset.train), captions(dataset.heldout)) == (8, {"picture 20", "picture 21"})
+
+
+def test_a_folder_of_pictures_with_a_tar_file_is_one_of_pictures(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    write_shard(tmp_path / "backup.tar", shard_of(0))
+    assert prepare(tmp_path).summary["num_rows"] == 2
+
+
+def test_a_pattern_of_tar_files(tmp_path: Path) -> None:
+    for number in range(9, 12):
+        write_shard(tmp_path / f"{number % 2}" / f"shard-{number:03}.tar", shard_of(10 * number))
+    assert prepare(f"{tmp_path}/1/shard-{{009..009}}.tar").summary["num_rows"] == 4
+    dataset = prepare(f"{tmp_path}/{{1/shard-009,0/shard-010,1/shard-011}}.tar")
+    assert {example.id.rpartition("/")[0] for example in (*dataset.train, *dataset.heldout)} == {
+        *("1/shard-009.tar", "0/shard-010.tar", "1/shard-011.tar")
+    }
+    with pytest.raises(DataError, match=r"1/shard-010.tar is not there and 1 more: correct the range, or download"):
+        prepare(f"{tmp_path}/1/shard-{{009..012}}.tar".replace("012", "012"))
+    with pytest.raises(DataError, match="a range in it is empty: give the lower number first"):
+        prepare(f"{tmp_path}/shard-{{5..3}}.tar")
+    for pattern in ("{0..99999999999}", "{0..9999}-{0..9999}"):
+        with pytest.raises(DataError, match="more than 100000 files"):
+            prepare(f"{tmp_path}/shard-{pattern}.tar")
+
+
+def test_captions_in_json(tmp_path: Path) -> None:
+    samples = [{"__key__": f"{seed}", "jpg": encode(pixels(seed), "JPEG"), "json": {"caption": f"picture {seed}"}} for seed in range(4)]
+    samples += [{"__key__": "8", "jpg": b"a", "json": b"{oops"}, {"__key__": "9", "jpg": b"a", "json": {"url": "x"}}]
+    dataset = prepare(write_shard(tmp_path / "a.tar", samples))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"picture {seed}" for seed in range(4)}
+    assert [entry["reason"] for entry in dataset.summary["refused"]] == ["its .json file is not JSON", "no caption"]
+
+
+def test_endings_that_are_set_and_endings_that_may_each_be_meant(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": f"{seed}", "left.png": encode(pixels(seed)), "right.png": encode(pixels(seed + 9)), "txt": "a", "prompt": f"{seed}"}
+        for seed in range(4)
+    ]
+    path = write_shard(tmp_path / "a.tar", [{**sample, "prompt": str(sample["prompt"]).encode()} for sample in samples])
+    with pytest.raises(DataError, match=r"a.tar: 0: left.png, right.png may each be meant: set data.image_column"):
+        prepare(path)
+    with pytest.raises(DataError, match=r"a.tar: 0: prompt, txt may each be meant: set data.caption_column"):
+        prepare(path, image_column="right.png")
+    dataset = prepare(path, image_column="right.png", caption_column="prompt")
+    [example] = dataset.heldout
+    np.testing.assert_array_equal(dataset.load_pixels(example), pixels(int(example.caption) + 9))
+
+
+def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
+    samples = [*shard_of(0), {"__key__": "a", "txt": "no picture"}, {"__key__": "b", "png": encode(pixels(50))}]
+    samples += [{"__key__": "c", "png": encode(pixels(51)), "txt": b"caf\xe9"}]
+    path = write_shard(tmp_path / "a.tar", samples)
+    assert [(entry["id"].partition("@")[0], entry["reason"]) for entry in prepare(path).summary["refused"]] == [
+        ("a.tar/a", "no picture: txt"),
+        ("a.tar/b.png", "no caption"),
+        ("a.tar/c.png", "its .txt file cannot be read as UTF-8 text"),
+    ]
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes = b"", **values: Any) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in values.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None:
+    picture = encode(pixels(60))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for seed in range(4):
+            add(archive, f"{seed}.png", encode(pixels(seed)))
+            add(archive, f"{seed}.txt", b"fine")
+        add(archive, "folder.d", type=tarfile.DIRTYPE)
+        add(archive, "no-ending", picture)
+        add(archive, "__meta__/a.png", picture)
+        for number, name in enumerate(("../../up.png", "/etc/absolute.png", "a/../../b.png", "caf\udce9.png")):
+            add(archive, name, picture + bytes(number))
+        add(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
+        for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
+            add(archive, f"device{number}.png", type=kind)
+        add(archive, "twice.png", picture)
+        add(archive, "twice.PNG", picture)
+    refused = prepare(tmp_path / "a.tar").summary["refused"]
+    assert [(entry["id"], entry["reason"]) for entry in refused] == [
+        ("a.tar/../../up", "its name leads out of the archive"),
+        ("a.tar//etc/absolute", "its name leads out of the archive"),
+        ("a.tar/a/../../b", "its name leads out of the archive"),
+        ("a.tar/caf\\xe9", "the file name is not UTF-8"),
+        ("a.tar/symbolic.png", "a link, which is not followed"),
+        ("a.tar/hard.png", "a link, which is not followed"),
+        *((f"a.tar/device{number}.png", "a device, not a file") for number in range(3)),
+        ("a.tar/twice", "two files of one name"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "cache"}
+
+
+def test_a_member_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for seed in range(4):
+            add(archive, f"{seed}.png", encode(pixels(seed)))
+            add(archive, f"{seed}.txt", b"fine")
+        offset = archive.offset
+        add(archive, "huge.png")
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    header = tarfile.TarInfo("huge.png")
+    header.size = 2**40
+    content[offset : offset + 512] = header.tobuf()
+    (tmp_path / "a.tar").write_bytes(content)
+    assert prepare(tmp_path / "a.tar").summary["refused"] == [{"id": "a.tar/huge.png", "reason": "the archive ends before this file does"}]
+
+
+def test_a_member_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "a.tar", [*shard_of(0), {"__key__": "large", "png": b"a" * 3000, "txt": "large"}])
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 2000)
+    reason = "the image file has 3000 bytes, more than the limit of 2000"
+    assert prepare(path).summary["refused"] == [{"id": "a.tar/large.png", "reason": reason}]
+
+
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for seed in range(4):
+            add(archive, f"{seed}.png", encode(pixels(seed)))
+            add(archive, f"{seed}.txt", b"fine")
+        add(archive, "sparse.png", b"1\n0\n3\n" + bytes(506) + b"abc", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
+    assert prepare(tmp_path / "a.tar").summary["refused"] == [
+        {"id": "a.tar/sparse.png", "reason": "a sparse file: pack it again without --sparse"}
+    ]
+
+
+def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = tarfile.XHDTYPE, 2**32
+    (tmp_path / "a.tar").write_bytes(header.tobuf() + bytes(2048))
+    with pytest.raises(DataError, match=r"a.tar: cannot be read as an uncompressed tar file \(a header claims \d+ bytes\)"):
+        prepare(tmp_path / "a.tar")
+
+
+def test_a_tar_file_that_is_cut_short(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0, 6))
+    with tarfile.open(path) as archive:
+        last = archive.getmember("00005.png")
+    os.truncate(path, last.offset_data + 20)
+    assert prepare(path).summary["refused"] == [{"id": "a.tar/00005.png", "reason": "the archive ends before this file does"}]
+
+
+def test_a_tar_file_that_is_damaged_inside(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0, 6))
+    with tarfile.open(path) as archive:
+        offset = archive.getmember("00004.png").offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 512] = b"\xff" * 512
+    path.write_bytes(content)
+    summary = prepare(path).summary
+    reason = f"damaged at byte {offset}: what follows cannot be read, download it again"
+    assert summary["refused"] == [{"id": "a.tar/archive.damaged", "reason": reason}]
+    assert summary["num_rows"] == 5
+
+
+def test_a_tar_file_that_is_none(tmp_path: Path) -> None:
+    for content in (b"", b"not a tar file" * 100):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"a.tar: cannot be read as an uncompressed tar file \(.*\): unpack it, or download it again"):
+            prepare(tmp_path / "a.tar")
+
+
+def test_pictures_of_a_tar_file_that_went_away(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    dataset = prepare(path)
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match=r"a.tar ends before this picture does: put it back"):
+        dataset.load_pixels(dataset.train[0])
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.tar cannot be read \(No such file or directory\)"):
+        dataset.load_pixels(dataset.train[0])
+    with pytest.raises(DataError, match=r"no such row in .*a.tar'"):
+        dataset.load_pixels(Example("elsewhere.tar/1.png@0+5", "a", "b", 1, 8, 8))

@@ -106,6 +106,10 @@ def study(
     return EXIT_DONE
 
 
+data_app = App(name="data", group=_STAGES)
+app.command(data_app)
+
+
 def _stage(name: str) -> Any:
     """Make the command of one stage."""
     text = {
@@ -151,11 +155,65 @@ def _stage(name: str) -> Any:
 
     command.__name__ = name
     command.__doc__ = text
-    return app.command(command, group=_STAGES)
+    return data_app.default(command) if name == "data" else app.command(command, group=_STAGES)
 
 
 for _name in ("data", "encode", "train", "sample", "score", "report"):
     _stage(_name)
+
+
+@data_app.command
+def check(
+    source: Annotated[str, Parameter(help="what data.source takes: a folder, Parquet, tar files, or a hub data set id")],
+    *,
+    resolution: Annotated[int, Parameter(help="side of the square in training, in pixels")] = 512,
+    buckets: Annotated[bool, Parameter(help="plan aspect-ratio buckets", negative="")] = False,
+    base: Annotated[str, Parameter(help="base whose tokenizer counts the captions' tokens; nothing else of it is loaded")] = "pocket",
+    overrides: Overrides = None,
+    out: Annotated[Path | None, Parameter(help="folder for contact-sheet.png and duplicates.png")] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="print nothing but faults", negative="")] = False,
+) -> int:
+    """Look at pictures and captions before a run: sizes, caption lengths, refusals, duplicates, a contact sheet.
+
+    Exit code 0: a run would start; 2: it would not, and the last lines say why.
+
+    Examples:
+
+    lorascope data check my-pictures --resolution 512 --buckets --out look
+
+    lorascope data check 'shards-{000..099}.tar' --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    """
+    _set_level(quiet, False)
+    settings = [
+        f"data.source={json.dumps(source, ensure_ascii=False)}",
+        f"data.resolution_px={resolution}",
+        f"data.buckets={json.dumps(buckets)}",
+    ]
+    config = load_study(
+        preset="pocket", overrides=[*settings, f"base.model={json.dumps(base, ensure_ascii=False)}", "data.num_train=", *(overrides or [])]
+    )
+
+    from lorascope.base import load_tokenizer
+    from lorascope.console import track
+    from lorascope.data import check_source
+    from lorascope.datacheck import check_data
+
+    tokenizer = load_tokenizer(config.base)
+    with track("check", 1, "pictures") as task:
+
+        def show(done: int, total: int) -> None:
+            task.set_total(total)
+            task.advance(done - task.completed)
+
+        checked = check_source(config.data, lambda caption: len(tokenizer(caption).input_ids), tokenizer.model_max_length, show)
+    result = check_data(checked, tokenizer.model_max_length)
+    sheets = result.draw(out) if out else []
+    if as_json:
+        print(json.dumps({**result.as_dict(), "sheets": [str(path) for path in sheets]}, indent=2))
+    elif not quiet:
+        print(result.as_text(), *(f"Drawn: {path}" for path in sheets), sep="\n")
+    return EXIT_DONE if result.dataset else EXIT_INPUT
 
 
 @app.command(group=_MORE)

@@ -33,6 +33,8 @@ from lorascope.store import digest_json
 
 _PENDING_PER_THREAD = 4
 _SHOWN_REFUSALS = 3
+Caption = tuple[str, list[str]]
+"""The text of a caption, and what was done to it."""
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -146,31 +148,31 @@ def check_source(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pictures that large are refused, with a reason
-        pending: deque[tuple[Row, Outcome | Future[tuple[Outcome, bool]]]] = deque()
+        pending: deque[tuple[Row, Caption, Outcome | Future[tuple[Outcome, bool]]]] = deque()
         row_ids = []
 
-        def start(row: Row) -> Outcome | Future[tuple[Outcome, bool]]:
+        def start(row: Row) -> tuple[Row, Caption, Outcome | Future[tuple[Outcome, bool]]]:
             try:
                 if row.problem is not None or row.stamp is None:
                     raise RefusedError(row.problem or "the picture is not there")
-                clean_caption(row.caption)
+                caption = clean_caption(row.caption)
             except RefusedError as error:
-                return error
-            return index.find(row.id, row.stamp) or pool.submit(_look_at, source, row.id)
+                return row, ("", []), error
+            return row, caption, index.find(row.id, row.stamp) or pool.submit(_look_at, source, row.id)
 
         def finish() -> None:
-            row, outcome = pending.popleft()
+            row, caption, outcome = pending.popleft()
             if isinstance(outcome, Future):
                 outcome, is_lasting = outcome.result()
                 if is_lasting and row.stamp is not None:
                     index.add(row.id, row.stamp, outcome)
-            _take(checked, row, outcome, count_tokens, max_tokens)
+            _take(checked, row, caption, outcome, count_tokens, max_tokens)
             row_ids.append(row.id)
             if progress is not None:
                 progress(len(row_ids), checked.num_rows)
 
         for row in source.rows():
-            pending.append((row, start(row)))
+            pending.append(start(row))
             if len(pending) > num_threads * _PENDING_PER_THREAD:
                 finish()
         while pending:
@@ -193,21 +195,19 @@ def _look_at(source: Source, row_id: str) -> tuple[Outcome, bool]:
         return error, not isinstance(error.__cause__, MemoryError)
 
 
-def _take(checked: Checked, row: Row, outcome: Outcome, count_tokens: Callable[[str], int], max_tokens: int) -> None:
+def _take(checked: Checked, row: Row, cleaned: Caption, outcome: Outcome, count_tokens: Callable[[str], int], max_tokens: int) -> None:
     """Add a row to what was checked, as a picture or as a refusal."""
     section = checked.section
     checked.splits.add(row.split)
     if isinstance(outcome, RefusedError):
         checked.refused.append({"id": row.id, "reason": str(outcome)})
         return
-    caption, treatments = clean_caption(row.caption)
-    caption = complete_caption(caption, section)
+    caption, treatments = complete_caption(cleaned[0], section), [*([row.note] if row.note else []), *cleaned[1], *outcome.treatments]
     if (num_tokens := count_tokens(caption)) > max_tokens:
         reason = f"the caption has {num_tokens} tokens, the text encoder takes at most {max_tokens}"
         checked.refused.append({"id": row.id, "reason": reason})
         return
     width, height = choose_bucket(outcome.width_px, outcome.height_px, checked.buckets)
-    treatments += outcome.treatments
     if outcome.width_px < width or outcome.height_px < height:
         if section.buckets:
             treatments.append(f"enlarged from {outcome.width_px} x {outcome.height_px} to {width} x {height} px")
@@ -215,7 +215,7 @@ def _take(checked: Checked, row: Row, outcome: Outcome, count_tokens: Callable[[
             treatments.append(f"enlarged from {min(outcome.width_px, outcome.height_px)} to {width} px")
     example = Example(row.id, caption, outcome.digest, section.repeats * row.repeats, width, height)
     checked.pictures.append(Picture(example, row.split, outcome, num_tokens))
-    checked.treated += [{"id": row.id, "treatment": treatment} for treatment in ([row.note] if row.note else []) + treatments]
+    checked.treated += [{"id": row.id, "treatment": treatment} for treatment in treatments]
 
 
 def _buckets_of(section: DataSection) -> list[tuple[int, int]]:
@@ -251,8 +251,9 @@ def split_pictures(checked: Checked) -> Dataset:
         split = f"{section.heldout_share:g} of the pictures, chosen by content digest, near duplicates together"
     duplicates += _describe_near(groups, leaked_ids)
     ordered = sorted(kept, key=lambda picture: picture.example.digest)
+    untrained_ids = heldout_ids | leaked_ids
     heldout = [picture.example for picture in ordered if picture.example.id in heldout_ids][: section.num_heldout]
-    train = [picture.example for picture in ordered if picture.example.id not in heldout_ids | leaked_ids][: section.num_train]
+    train = [picture.example for picture in ordered if picture.example.id not in untrained_ids][: section.num_train]
     if not heldout or not train:
         raise DataError(
             f"data.source = {section.source!r}: no pictures left to {'train on' if heldout else 'hold out'}: {len(kept)} distinct"
@@ -318,7 +319,7 @@ def _count_buckets(train: Sequence[Example], heldout: Sequence[Example]) -> list
 # Captions --------------------------------------------------------------------------------------------------------------
 
 
-def clean_caption(caption: object) -> tuple[str, list[str]]:
+def clean_caption(caption: object) -> Caption:
     """A caption as NFC text without control characters and outer space, and what was done to it.
 
     Line ends and tabs are no control characters here. Raises `RefusedError` for what is no text or holds none.

@@ -97,18 +97,16 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
     treatments = []
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise RefusedError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+            full = image.size
+            if full[0] * full[1] > MAX_PIXELS:
+                raise RefusedError(f"{full[0]} x {full[1]} pixels are more than the limit of {MAX_PIXELS}")
             if (num_frames := getattr(image, "n_frames", 1)) > 1:
                 treatments.append(f"first of {num_frames} frames used")
             declared = _orientation(image)
-            if reduced and image.format == "JPEG" and min(width, height) >= _REDUCED_JPEG_SIDE:
-                image.draft(None, (width // 8, height // 8))
+            if is_reduced := reduced and image.format == "JPEG" and min(full) >= _REDUCED_JPEG_SIDE:
+                image.draft(None, (full[0] // 8, full[1] // 8))
             image.load()
             orientation = _orientation(image)  # a TIFF is turned as it is loaded, and then says 1
-            if declared != orientation and declared in (5, 6, 7, 8):
-                width, height = height, width
             is_deep_png = image.format == "PNG" and content[24] == 16  # bits a channel, in the header
             if image.mode.startswith("I;16") or is_deep_png:
                 treatments.append("16 bits a channel scaled to 8")
@@ -133,9 +131,9 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
         treatments.append(f"turned upright (EXIF orientation {declared})")
     if orientation in _TURNS:
         picture = picture.transpose(_TURNS[orientation])
-        if orientation in (5, 6, 7, 8):
-            width, height = height, width
-    return picture, treatments, (width, height)
+    if not is_reduced:
+        return picture, treatments, picture.size
+    return picture, treatments, full if orientation < 5 else (full[1], full[0])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -183,13 +181,13 @@ def plan_buckets(resolution_px: int, step_px: int, max_ratio: float) -> list[tup
     """Widths and heights that pictures of different shapes are brought to, narrowest first; none if `step_px` is too large.
 
     Sides are multiples of `step_px`, the area is at most `resolution_px` squared, and the longer side at most `max_ratio`
-    times the shorter: for each width the greatest such height, and the same turned. With a ratio of 4 and sides up to
-    twice the resolution these are the sizes of kohya's sd-scripts (`make_bucket_resolutions` in library/model_util.py).
+    times the shorter: for each width the greatest such height, and the same turned. With a ratio of 4 these
+    are the sizes of kohya's sd-scripts (`make_bucket_resolutions` in library/model_util.py).
     """
     sizes = set()
-    for width in range(step_px, resolution_px + 1, step_px):
+    for width in range(step_px, int(resolution_px * max_ratio) + 1, step_px):
         height = resolution_px**2 // width // step_px * step_px
-        if height <= max_ratio * width:
+        if height and max(width, height) <= max_ratio * min(width, height):
             sizes |= {(width, height), (height, width)}
     square = resolution_px // step_px * step_px
     return sorted(sizes | ({(square, square)} if square else set()), key=lambda size: (size[0] / size[1], size))

@@ -5,6 +5,7 @@ Nothing is ever unpacked, and what cannot be used becomes a row with the reason.
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -16,7 +17,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ class FolderSource:
         self._folder = folder
         self._section = section
 
-    @cached_property
+    @functools.cached_property
     def _listed(self) -> list[tuple[Row, str | None]]:
         """Rows without the captions that stand in files of their own, and the names of those files."""
         stamps = dict(sorted(_walk(self._folder)))
@@ -181,11 +181,11 @@ class FolderSource:
         if metadata:
             return [(row, None) for row in self._metadata_rows(stamps, pictures, metadata)]
         captions = {picture: _caption_file(picture, stamps) for picture in pictures}
-        captioned = {_repeat_folder(picture) for picture, caption in captions.items() if caption}
+        captioned = {_repeat_folder(posixpath.dirname(picture)) for picture, caption in captions.items() if caption}
         rows = []
         for picture, caption_name in captions.items():
             row = self._picture_row(picture, stamps)
-            repeat_folder = _repeat_folder(picture)
+            repeat_folder = _repeat_folder(posixpath.dirname(picture))
             if caption_name is None and repeat_folder and repeat_folder not in captioned:
                 text = posixpath.basename(repeat_folder).partition("_")[2]
                 row = self._picture_row(picture, stamps, text, note="captioned by the name of its folder")
@@ -289,7 +289,7 @@ class TarSource:
         self._files = dict(files)
         self._section = section
 
-    @cached_property
+    @functools.cached_property
     def _listed(self) -> list[tuple[Row, str, _Member | None]]:
         """Rows without captions, the tar file of each and the file in it that holds its caption."""
         return [entry for file in self._files for entry in self._list_file(file)]
@@ -499,12 +499,13 @@ def _split_of_picture(name: str) -> str:
     return top if slash and top in SPLITS else "train"
 
 
-def _repeat_folder(picture: str) -> str | None:
-    """The innermost folder of a picture that is called such as `10_name`, with the folders above it.
+@functools.lru_cache(maxsize=4096)
+def _repeat_folder(folder: str) -> str | None:
+    """The innermost part of a path that is called such as `10_name`, with the folders above it.
 
     The number has at most 3 digits: `2023_holiday` is a year.
     """
-    parts = posixpath.dirname(picture).split("/")
+    parts = folder.split("/")
     for depth in range(len(parts), 0, -1):
         if re.fullmatch(r"0*[1-9]\d{0,2}_.*\w.*", parts[depth - 1]):
             return "/".join(parts[:depth])
@@ -512,7 +513,7 @@ def _repeat_folder(picture: str) -> str | None:
 
 
 def _repeats_of(picture: str) -> int:
-    folder = _repeat_folder(picture)
+    folder = _repeat_folder(posixpath.dirname(picture))
     return int(posixpath.basename(folder).partition("_")[0]) if folder else 1
 
 
