@@ -30,9 +30,9 @@ from lorascope.base import (
 )
 from lorascope.cache import Encoded
 from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, SampleSection, TrainSection, load_study
-from lorascope.data import Prompt
 from lorascope.errors import BaseModelError, HubError, WeightsError
 from lorascope.ldm import from_diffusers, list_pairs
+from lorascope.prompts import Prompt
 from lorascope.sample import Job, draw_pictures, latent_shape_of
 from lorascope.store import digest_file
 from lorascope.train import Trainer
