@@ -196,6 +196,19 @@ def test_the_old_names_of_the_vaes_attention_are_understood(own_copy: Path) -> N
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load(own_copy).vae.state_dict().items())
 
 
+def test_the_old_names_of_the_text_encoder_are_understood(own_copy: Path) -> None:
+    """As the hub's SD v1.5 has them: with a prefix, and with a buffer of positions."""
+    expected = load(own_copy).encode_text(["a cat"])
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors["text_model." + name.removeprefix("text_model.")] = tensors.pop(name)
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+
+    change_weights(own_copy / "text_encoder" / "model.safetensors", rename)
+    assert torch.equal(load(own_copy).encode_text(["a cat"]), expected)
+
+
 def test_pickled_weights_are_refused(own_copy: Path) -> None:
     base = load(own_copy)
     (own_copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -236,6 +249,9 @@ def test_configurations_of_a_boundless_model_are_refused(own_copy: Path) -> None
         change_json(config, layers_per_block=value)
         with pytest.raises(BaseModelError, match="unet: layers_per_block = .*must be at most 64"):
             load(own_copy)
+    change_json(config, layers_per_block=1, down_block_types=["DownBlock2D"] * 100)
+    with pytest.raises(BaseModelError, match="unet: down_block_types = .*must be at most 64"):
+        load(own_copy)
     config.write_text("[]")
     with pytest.raises(BaseModelError, match="cannot be read .it is not an object"):
         load(own_copy)
@@ -405,6 +421,10 @@ def test_a_checkpoint_that_predicts_v_must_be_said_to(checkpoint: Path) -> None:
         ('{"unet/config.json": 1}', "is no configuration"),
         ('{"unet/config.json": "{"}', "cannot be read"),
         ('{"unet/config.json": "{\\"layers_per_block\\": 1000000000}"}', "must be at most 64"),
+        (
+            '{"unet/config.json": "{\\"in_channels\\": 4, \\"cross_attention_dim\\": 768, \\"norm_num_groups\\": 7}"}',
+            "unet: no model can be built",
+        ),
         ('{"scheduler/other.json": "{}"}', "scheduler_config.json: cannot be read"),
     ],
 )

@@ -66,7 +66,14 @@ def test_there_and_back_is_bit_equal(base: Base, pipeline_folder: Path, change: 
 
 
 def test_harmless_extras_and_short_names_are_understood() -> None:
-    for name in ("betas", "model_ema.decay", "loss.logvar", "cond_stage_model.transformer.text_model.embeddings.position_ids"):
+    assert canonical_name("cond_stage_model.transformer.text_projection.weight") == "cond_stage_model.transformer.text_projection.weight"
+    for name in (
+        "betas",
+        "cond_stage_model.transformer.text_projection.weight",
+        "model_ema.decay",
+        "loss.logvar",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    ):
         assert is_harmless(name)
     assert not is_harmless("model.diffusion_model.out.2.bias")
     short, full = "cond_stage_model.transformer.final_layer_norm.bias", "cond_stage_model.transformer.text_model.final_layer_norm.bias"

@@ -43,8 +43,8 @@ _FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _CONFIGS_KEY = "lorascope.configs"  # metadata of our checkpoint files that are not SD v1.5's: {path in the diffusers layout: content}
 _CONFIG_FILE = re.compile(rf"({'|'.join(_COMPONENTS)})/[a-z_]+\.(json|txt)")
-# Numbers that a configuration may not set high, since models are built from them before their weights are looked at.
-_COUNTS = {"layers_per_block", "transformer_layers_per_block", "num_hidden_layers"}
+# Numbers and lists of a configuration that may not be long: models are built from them before their weights are looked at.
+_COUNTS = {"layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_hidden_layers"}
 _MAX_COUNT = 64
 _NO_EFFECT = {"sample_size", "architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _FLAGS = ("v_pred", "ztsnr")  # empty tensors by which some programs mark what a checkpoint predicts
@@ -350,10 +350,11 @@ def _complete(part: str, config: dict[str, Any]) -> dict[str, Any]:
 def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     configs = {component: _read_config(folder / component / "config.json") for component in _MODELS}
     for component, config in configs.items():
-        for key in _COUNTS & config.keys():
-            counts = config[key] if isinstance(config[key], list) else [config[key]]
-            if len(counts) > _MAX_COUNT or not all(type(count) is int and 0 < count <= _MAX_COUNT for count in counts):
-                raise BaseModelError(f"{folder / component}: {key} = {str(config[key])[:80]}: must be at most {_MAX_COUNT}: {_WANTED}")
+        for key, value in config.items():
+            items = value if isinstance(value, list) else [value]
+            counts = items if key in _COUNTS and value is not None else []
+            if len(items) > _MAX_COUNT or not all(type(count) is int and 0 < count <= _MAX_COUNT for count in counts):
+                raise BaseModelError(f"{folder / component}: {key} = {str(value)[:80]}: must be at most {_MAX_COUNT}: {_WANTED}")
     return configs
 
 

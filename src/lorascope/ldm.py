@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorascope.errors import BaseModelError
+from lorascope.errors import BaseModelError, first_line
 
 # Where the components stand in a checkpoint.
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer.text_model."}
@@ -27,8 +27,15 @@ _UNET_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# What original files hold besides the three models, or beside their weights: schedules, losses, averages, index buffers.
-_HARMLESS_PREFIXES = ("model_ema.", "loss.", "first_stage_model.loss.")
+# What original files hold besides the three models, or beside their weights: schedules, losses, averages, index buffers,
+# and the projection of the text encoder, which its hidden states do not pass.
+_HARMLESS_PREFIXES = (
+    "model_ema.",
+    "loss.",
+    "first_stage_model.loss.",
+    "cond_stage_model.logit_scale",
+    "cond_stage_model.transformer.text_projection.",
+)
 _HARMLESS_NAMES = {
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "scale_factor"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance", "logvar"),
@@ -49,12 +56,19 @@ class Pair:
 
 
 def build_component(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The `unet`, `vae` or `text_encoder` of this configuration with its own random initialization, on the current device."""
-    if component == "text_encoder":
-        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
-    module: nn.Module = kind.from_config(dict(config))
-    return module
+    """The `unet`, `vae` or `text_encoder` of this configuration with its own random initialization, on the current device.
+
+    Raises `BaseModelError` for a configuration that no model can be built from.
+    """
+    try:
+        if component == "text_encoder":
+            return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+        module: nn.Module = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component].from_config(dict(config))
+        return module
+    except Exception as error:  # the libraries raise anything here
+        raise BaseModelError(
+            f"{component}: no model can be built from its configuration ({first_line(error)}): get the base again"
+        ) from error
 
 
 def list_pairs(configs: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
@@ -140,9 +154,9 @@ def is_harmless(name: str) -> bool:
 
 def canonical_name(name: str) -> str:
     """The layout's own name of a tensor; some programs leave `text_model.` out of the text encoder's names."""
-    start, short = PREFIXES["text_encoder"], "cond_stage_model.transformer."
-    if name.startswith(short) and not name.startswith(start):
-        return start + name.removeprefix(short)
+    short = "cond_stage_model.transformer."
+    if name.startswith(tuple(short + module for module in ("embeddings.", "encoder.", "final_layer_norm."))):
+        return PREFIXES["text_encoder"] + name.removeprefix(short)
     return name
 
 
