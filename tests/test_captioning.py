@@ -304,6 +304,9 @@ def test_the_command(pictures: Path, blip_folder: Path, capsys: pytest.CaptureFi
     told = json.loads(capsys.readouterr().out)
     assert (told["num_kept"], told["skipped"]) == (7, [{"picture": "new.png", "reason": "the image file is empty"}])
     assert main(["caption", str(pictures), *options, "--batch-size", "0"]) == 2
+    capsys.readouterr()
+    assert main(["caption", "--help"]) == 0
+    assert lorascope.captioning.DEFAULT_MODEL in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_model_with_nothing_to_say(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
