@@ -463,7 +463,7 @@ def test_the_reference_study_adapts_what_the_arithmetic_says(preset: str, module
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
     targets = resolve_targets(unet, config.adapter.targets)
-    counts = [count_parameters(targets, rank) for rank in (16, 64)]
+    counts = [count_parameters(targets, arm) for arm in config.expand_arms()]
     assert len(targets) == modules
     assert [round(4 * count / 2**20, 2) for count in counts] == list(sizes)
     if preset == "paper":
@@ -485,7 +485,7 @@ def test_sd15_in_full_size_trains_and_samples_one_step_at_64_px() -> None:
     assert (base.prediction_type, base.latent_factor, base.vae.config.scaling_factor) == ("epsilon", 8, 0.18215)
     assert base.alphas_cumprod[[0, -1]].tolist() == pytest.approx([0.99915, 0.0046599], rel=1e-4)
     arms = [Arm(name="r16", rank=16, alpha=32, lr=1e-4, seed=0)]
-    bank = AdapterBank(base.unet, resolve_targets(base.unet, REFERENCE_TARGETS), arms).attach()
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms).attach()
     assert bank.parameters.shape == (1, 5_984_256)
     mean, std = base.encode_pixels(torch.rand(1, 3, 64, 64) * 2 - 1)
     encoded = Encoded(mean, std, torch.tensor([1]), base.encode_text(["", "a cat"]), ("picture",))
