@@ -518,6 +518,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns at import that torchvision, which is not needed, is missing
     signal.signal(signal.SIGTERM, _terminate)
     debug = os.environ.get("LORASCOPE_DEBUG") == "1"
     try:
