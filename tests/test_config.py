@@ -302,7 +302,7 @@ def test_a_preset_cannot_be_an_override() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    assert refusal(preset="pockett").endswith("smoke - did you mean 'pocket'?")
+    assert refusal(preset="pockett").endswith("smoke, style - did you mean 'pocket'?")
     path = write(tmp_path, 'preset = "papr"\n')
     assert refusal(path=path).startswith(f'{path}: preset = "papr": must be one of paper, ')
     assert refusal(path=path).endswith(" - did you mean 'paper'?")

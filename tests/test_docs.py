@@ -3,12 +3,18 @@
 import re
 import shlex
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from lorascope.adapter import resolve_section
+from lorascope.base import read_configs
 from lorascope.cli import app
-from lorascope.config import StudyConfig, preset_names
+from lorascope.config import AdapterSection, BaseSection, StudyConfig, preset_names
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -46,6 +52,19 @@ def test_every_study_file_in_a_document_is_valid(path: Path) -> None:
 def test_every_local_link_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_the_layers_of_the_example_are_stable_diffusions() -> None:
+    configs = read_configs(BaseSection(model=str(ROOT / "src" / "lorascope" / "sd15")))
+    with torch.device("meta"):
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
+        components = {"unet": UNet2DConditionModel.from_config(configs["unet"]), "text_encoder": text_encoder}
+    [section] = [
+        tomllib.loads(block)["adapter"] for block in blocks(ROOT / "docs" / "study-file.md", "toml") if "[[adapter.groups]]" in block
+    ]
+    targets = resolve_section(components, AdapterSection.model_validate(section))
+    sizes = Counter((target.component, target.group.targets[0] if target.group else "") for target in targets)
+    assert sizes == {("unet", ""): 160, ("unet", "proj_in"): 32 + 44, ("text_encoder", "q_proj"): 72}
 
 
 def test_the_readme_names_every_preset() -> None:

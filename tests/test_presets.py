@@ -52,9 +52,8 @@ def test_presets_named_in_the_documentation_exist(path: Path) -> None:
 
 def test_studies_in_the_document_can_be_loaded(tmp_path: Path) -> None:
     blocks = re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
     names = []
-    for block in blocks:
+    for block in (block for block in blocks if "[[arms]]" in block):
         (tmp_path / "my.toml").write_text(block, encoding="utf-8")
         names.append([arm.name for arm in load_study(tmp_path / "my.toml", environment={}).expand_arms()])
     seeds = [f"r{rank}-lr0.0001-s{seed}" for rank in (16, 64) for seed in (0, 1, 2)]

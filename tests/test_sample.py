@@ -107,6 +107,20 @@ def test_a_png_carries_its_origin_and_round_trips(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_a_prefix_comes_before_every_prompt_that_is_drawn_and_leaves_the_noise_alone(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
+    shape = latent_shape_of(base, 32)
+    prefixed = SampleSection(steps=2, prompt_prefix="sks, ")
+    bank.attach()
+    _, ours = draw_pictures(base, bank, [Slice(0)], plan_jobs(PROMPTS[:1], [3]), shape, prefixed)
+    text = base.encode_text(["", "sks, a rocket"])[None]
+    expected = denoise(base, initial_noise(plan_jobs(PROMPTS[:1], [3])[0], shape)[None], text, prefixed)
+    bank.detach()
+    torch.testing.assert_close(ours[0], expected, rtol=1e-5, atol=1e-6)
+    save_picture(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), plan_jobs(PROMPTS, [3])[0], "r4", prefixed)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text["prompt"] == "a rocket" and picture.text["prompt_prefix"] == "sks, "  # type: ignore[attr-defined]
+
+
 def test_a_trained_text_encoder_gives_each_slice_its_own_text(base: Base) -> None:
     """Strength 0 beside an adapter on the text encoder: the base's slice stays the base's, the other one differs."""
     jobs, shape, section = plan_jobs(PROMPTS, [3]), latent_shape_of(base, 32), SampleSection(steps=3)

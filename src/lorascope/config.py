@@ -226,6 +226,10 @@ class SampleSection(Section):
     prompts: Text = Field(
         default="pocket", description="`pocket`, `sd15`, or a text file with sections [normal] and [abstract], one prompt a line"
     )
+    prompt_prefix: Text | None = Field(
+        default=None,
+        description="text put before every prompt that is drawn, such as a trigger word; scores are against the prompt without it",
+    )
     num_prompts: Positive | None = Field(default=None, description="use the first so many prompts of each category; all when absent")
     steps: Whole = Field(default=30, ge=1, le=1000, description="denoising steps")
     guidance: Real = Field(default=7.5, ge=0, le=100, description="classifier-free guidance scale; 1 leaves guidance off")

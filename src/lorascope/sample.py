@@ -89,7 +89,7 @@ def draw_pictures(
     """
     bank.select(slices)
     noise = torch.stack([initial_noise(job, latent_shape) for job in jobs])
-    captions = ["", *[job.prompt.text for job in jobs]]
+    captions = ["", *[(section.prompt_prefix or "") + job.prompt.text for job in jobs]]
     text = base.encode_text(captions * len(slices)) if bank.adapts_text else base.encode_text(captions).repeat(len(slices), 1, 1)
     latents = denoise(base, noise, text.unflatten(0, (len(slices), -1)), section)
     if not latents.isfinite().all():
@@ -111,6 +111,7 @@ def save_picture(path: Path, pixels: np.ndarray, job: Job, arm: str, section: Sa
         "arm": arm,
         "steps": section.steps,
         "guidance": section.guidance,
+        **({"prompt_prefix": section.prompt_prefix} if section.prompt_prefix else {}),
         "scheduler": section.scheduler,
         "software": "lorascope",
     }
