@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from lorascope.study import Study
 
 _STAGES = Group("Stages of a run", sort_key=1)
-_MORE = Group("More", sort_key=2)
+_PICTURES = Group("Pictures", sort_key=2)
+_FILES = Group("Adapter files", sort_key=3)
+_MORE = Group("More", sort_key=4)
 
 app = App(
     name="lorascope",
@@ -106,8 +108,11 @@ def study(
     return EXIT_DONE
 
 
-data_app = App(name="data", group=_STAGES)
+data_app = App(name="data", group=_STAGES, sort_key=0)
 app.command(data_app)
+
+
+_STAGE_NAMES = ("data", "encode", "train", "sample", "score", "report")
 
 
 def _stage(name: str) -> Any:
@@ -155,10 +160,10 @@ def _stage(name: str) -> Any:
 
     command.__name__ = name
     command.__doc__ = text
-    return data_app.default(command) if name == "data" else app.command(command, group=_STAGES)
+    return data_app.default(command) if name == "data" else app.command(command, group=_STAGES, sort_key=_STAGE_NAMES.index(name))
 
 
-for _name in ("data", "encode", "train", "sample", "score", "report"):
+for _name in _STAGE_NAMES:
     _stage(_name)
 
 
@@ -216,7 +221,7 @@ def check(
     return EXIT_DONE if result.dataset else EXIT_INPUT
 
 
-@app.command(group=_MORE)
+@app.command(group=_FILES)
 def export(
     run: Run,
     *,
@@ -249,7 +254,7 @@ def export(
     return EXIT_DONE
 
 
-@app.command(group=_MORE)
+@app.command(group=_FILES)
 def convert(
     source: Annotated[Path, Parameter(help="adapter file or PEFT folder, of any program")],
     out: Annotated[Path, Parameter(help="file or folder to write")],
@@ -277,7 +282,7 @@ def convert(
     return EXIT_DONE
 
 
-@app.command(group=_MORE)
+@app.command(group=_PICTURES)
 def caption(
     folder: Annotated[Path, Parameter(help="folder with pictures, at any depth")],
     *,
@@ -405,7 +410,7 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
         print(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
 
 
-@app.command(name="inspect", group=_MORE)
+@app.command(name="inspect", group=_FILES)
 def inspect_adapter(
     file: Annotated[Path, Parameter(help="adapter file or PEFT folder, of any origin")],
     *,
@@ -427,7 +432,7 @@ def inspect_adapter(
     return EXIT_DONE if inspection.works_somewhere else EXIT_GATE_REJECTED
 
 
-@app.command(group=_MORE)
+@app.command(group=_FILES)
 def extract(
     base: Annotated[Path, Parameter(help="pipeline folder or checkpoint file that was tuned")],
     tuned: Annotated[Path, Parameter(help="what became of it")],
@@ -451,7 +456,7 @@ def extract(
     return EXIT_DONE
 
 
-@app.command(group=_MORE)
+@app.command(group=_FILES)
 def resize(
     source: Annotated[Path, Parameter(help="adapter file or PEFT folder, of any program")],
     out: Annotated[Path, Parameter(help="file or folder to write")],
