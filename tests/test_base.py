@@ -487,8 +487,9 @@ def test_sd15_in_full_size_trains_and_samples_one_step_at_64_px() -> None:
     arms = [Arm(name="r16", rank=16, alpha=32, lr=1e-4, seed=0)]
     bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms).attach()
     assert bank.parameters.shape == (1, 5_984_256)
-    mean, std = base.encode_pixels(torch.rand(1, 3, 64, 64) * 2 - 1)
-    encoded = Encoded(mean, std, torch.tensor([1]), base.encode_text(["", "a cat"]), ("picture",))
+    posterior = torch.stack(base.encode_pixels(torch.rand(1, 3, 64, 64) * 2 - 1), dim=1).clone()  # (picture, mean and std, c, h, w)
+    states = base.encode_text(["", "a cat"]).clone()
+    encoded = Encoded((posterior,), ("a cat",), ("picture",), (1,), torch.tensor([1]), states)
     [record] = Trainer(base, bank, encoded, TrainSection(epochs=1, batch_size=1)).run()
     assert record.step == 1 and not record.failed[0] and record.grad_norms[0] > 0
     job = Job(Prompt("normal", 0, "a cat"), seed=0)

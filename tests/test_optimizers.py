@@ -69,8 +69,6 @@ def test_torchs_own_adamw_over_the_matrices_moves_the_bank_as_ours_does(base: Ba
     ],
 )
 def test_any_optimizer_resumes_bit_for_bit_and_keeps_padding_zero(base: Base, name: str, arguments: dict[str, float]) -> None:
-    if name == "prodigy":
-        pytest.importorskip("prodigyopt")
     section = TrainSection(optimizer=name, optimizer_args=arguments)
     targets = resolve_targets(base.unet, ["to_q"])
     whole, first, second = (AdapterBank(base.components, targets, [R4, R8]) for _ in range(3))
@@ -131,7 +129,7 @@ def test_arguments_that_an_optimizer_refuses_are_told(bank: AdapterBank) -> None
 
 def test_prodigy_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
-    with pytest.raises(ConfigError, match="pip install prodigyopt"):
+    with pytest.raises(ConfigError, match=r"pip install 'lorascope\[prodigy\]'"):
         check_optimizer(TrainSection(optimizer="prodigy"))
 
 

@@ -186,7 +186,7 @@ class TrainSection(Section):
     batch_size: Positive = Field(default=4, description="pictures per step and arm")
     accumulation_steps: Positive = Field(default=1, description="batches whose gradients are averaged for one step")
     optimizer: Text = Field(
-        default="adamw", description="`adamw`, the name of a `torch.optim` class such as `SGD`, or `prodigy` (needs prodigyopt)"
+        default="adamw", description="`adamw`, the name of a `torch.optim` class such as `SGD`, or `prodigy` (with its extra)"
     )
     optimizer_args: dict[str, Any] = Field(default={}, description="further arguments of an optimizer other than `adamw`")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
