@@ -129,7 +129,7 @@ def test_arguments_that_an_optimizer_refuses_are_told(bank: AdapterBank) -> None
 
 def test_prodigy_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lorascope\[prodigy\]'"):
+    with pytest.raises(ConfigError, match=r'pip install "lorascope\[prodigy\]"'):
         check_optimizer(TrainSection(optimizer="prodigy"))
 
 

@@ -156,7 +156,7 @@ def _optimizer_class(name: str) -> Any:
         try:
             from prodigyopt import Prodigy
         except ImportError as error:
-            raise ConfigError('train.optimizer = "prodigy": its package is not installed: pip install 'lorascope[prodigy]'') from error
+            raise ConfigError('train.optimizer = "prodigy": its package is not installed: pip install "lorascope[prodigy]"') from error
         return Prodigy
     known = {
         item.__name__: item for item in vars(torch.optim).values() if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)
