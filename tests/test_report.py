@@ -11,15 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from lorascope import report as report_module
-from lorascope.config import load_study
+from lorascope.config import SampleSection, load_study
 from lorascope.drawing import MAX_LINES, looks_of
 from lorascope.errors import StorageError
 from lorascope.evidence import NOT_MEASURED, Facts, judge_conditions, list_warnings
 from lorascope.figures import build_figures, smooth, thin
+from lorascope.prompts import Prompt
 from lorascope.report import Album, Report, build_report, verdict_of
+from lorascope.sample import Job, save_picture
 from lorascope.score import ALL, BASE, choose_arm, paired_differences, planned_contrasts, read_scores, summary_table
 from lorascope.store import JsonLines, RunDir, read_json, write_json
 from lorascope.tables import build_arms_table, build_contrast_table
@@ -390,6 +393,35 @@ def test_leaks_are_found(copied: RunDir) -> None:
     assert state_of(copied, "Test prompts are not training captions") == "caution"
     copied.data_json.unlink()
     assert state_of(copied, "No training picture among the held-out ones") == NOT_MEASURED
+
+
+def test_an_earlier_epoch_that_was_better_is_told_with_where_its_adapter_lies(copied: RunDir) -> None:
+    path = copied.adapters_dir / "r64" / "training.json"
+    last = Facts(copied).config.train.epochs
+    for epoch, told in ((last, False), (2, True)):
+        write_json(path, {**read_json(path), "best": {"step": 1, "epoch": epoch, "heldout_loss": 0.1}})
+        facts = Facts(copied)
+        assert any("in r64 (epoch 2)" in warning and "best" in warning for warning in list_warnings(facts)) == told
+        [column] = [index for index, column in enumerate(build_arms_table(facts).columns) if column.name == "best epoch"]
+        cells = {row.cells[0].text: row.cells[column].text for row in build_arms_table(facts).rows}
+        assert (cells["r64"], cells["r16"], cells["base"]) == (str(epoch), NOT_MEASURED, "")
+
+
+def test_previews_stand_in_the_page_by_epoch_and_stay_out_of_the_comparison(copied: RunDir) -> None:
+    job = Job(Prompt("normal", 0, "a rocket"), 0)
+    for arm, epochs in ((BASE, [0]), ("r16", range(1, 10)), ("r64", [1, 2])):
+        for epoch in epochs:
+            pixels = np.full((64, 64, 3), 20 * epoch, np.uint8)
+            save_picture(copied.preview_path(arm, epoch, job.file_name), pixels, job, arm, SampleSection())
+    rows = {row.key: row for row in Album(Facts(copied)).previews(set())}
+    shown = {key: [picture.arm for picture in row.pictures] for key, row in rows.items()}
+    assert shown == {
+        "r16-normal-000": ["base", "epoch 2", "epoch 4", "epoch 5", "epoch 7", "epoch 9"],
+        "r64-normal-000": ["base", "epoch 1", "epoch 2"],
+    }
+    page = build_report(copied).html_path.read_text()
+    assert "During training: 2 rows of previews" in page and page.count('alt="r64, epoch 2: a rocket"') == 1
+    assert not re.search(r'alt="r64, epoch 2: a rocket"[^>]*data-arm', page)
 
 
 def test_merge_and_length_are_judged(copied: RunDir) -> None:

@@ -268,7 +268,8 @@ def _same_length(facts: Facts) -> Condition:
     name = "Same training length"
     steps = {arm: facts.training[arm].get("steps") for arm in facts.arms}
     if len(set(steps.values())) <= 1:
-        return Condition(name, "yes", f"{next(iter(steps.values()), 0):,} steps of {facts.config.train.batch_size} pictures each.")
+        pictures = facts.config.train.batch_size * facts.config.train.accumulation_steps
+        return Condition(name, "yes", f"{next(iter(steps.values()), 0):,} steps of {pictures} pictures each.")
     return Condition(name, "no", "Steps: " + ", ".join(f"{arm} {count}" for arm, count in steps.items()) + ".")
 
 
@@ -443,6 +444,14 @@ def list_warnings(facts: Facts) -> list[str]:
             )
     if facts.scores is not None and facts.scores.num_truncated:
         warnings.append(f"{count(facts.scores.num_truncated, 'text')} were longer than the scorer reads and were cut.")
+    early = {arm: training["best"]["epoch"] for arm, training in facts.training.items() if training.get("best")}
+    early = {arm: epoch for arm, epoch in early.items() if epoch < facts.config.train.epochs and arm not in facts.failed}
+    if early:
+        shown = ", ".join(f"{arm} (epoch {epoch})" for arm, epoch in list(early.items())[:5]) + (" and others" if len(early) > 5 else "")
+        warnings.append(
+            f"Held-out loss was lowest before the last of {facts.config.train.epochs} epochs in {shown}. Pictures and scores are of "
+            "the last; the earlier adapters lie in adapters/<arm>/best."
+        )
     if facts.merges:
         warnings += [
             f"Arm {arm}: merged and unmerged outputs differ by {r['relative_error']:.2g}." for arm, r in facts.merges.items() if not r["ok"]
