@@ -354,7 +354,7 @@ def test_what_original_files_carry_besides_is_ignored(base: Base, checkpoint: Pa
 @pytest.fixture
 def packaged(monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
     """The tiny base's configurations in place of SD v1.5's in the package."""
-    monkeypatch.setattr("lorascope.base._packaged_configs", lambda: pipeline_folder)
+    monkeypatch.setattr("lorascope.base.SD15_DIR", pipeline_folder)
 
 
 @pytest.mark.usefixtures("packaged")

@@ -8,7 +8,7 @@ import torch
 from lorascope.adapter import count_parameters, resolve_targets
 from lorascope.base import load_base
 from lorascope.config import REFERENCE_TARGETS, StudyConfig, load_study
-from lorascope.plan import plan_study
+from lorascope.plan import Plan, plan_study
 
 
 def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
@@ -31,9 +31,24 @@ def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
     assert "12 steps" in plan.as_text()
 
 
-@pytest.mark.parametrize("preset", ["paper", "recommended"])
-def test_what_a_hub_id_would_tell_stays_unknown(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "modules", "steps"), [("paper", 160, 3750), ("paper-as-run", 144, 3750), ("style", 160, None)])
+def test_a_hub_id_is_taken_for_stable_diffusion_v1_5(preset: str, modules: int, steps: int | None) -> None:
     plan = plan_study(load_study(preset=preset, environment={}))
-    assert plan.estimated_s is None
-    assert plan.modules is None
-    assert "known once" in plan.as_text()
+    assert (plan.modules, plan.steps) == (modules, steps)
+    assert (plan.estimated_s is None) == (steps is None) == ("known once the data is read" in plan.as_text())
+    if preset == "paper":
+        assert [arm["parameters"] for arm in plan.arms] == [5_984_256, 23_937_024]
+
+
+def test_repeats_accumulation_previews_and_copies_are_counted(pipeline_folder: Path) -> None:
+    def plan_of(*overrides: str) -> Plan:
+        base = ("base.model=" + str(pipeline_folder), "data.num_train=16", "data.resolution_px=32")
+        return plan_study(load_study(preset="smoke", overrides=[*base, *overrides], environment={}))
+
+    plain = plan_of()
+    assert plain.steps == 8
+    assert plan_of("data.repeats=3").steps == 24
+    assert plan_of("train.accumulation_steps=2").steps == 4
+    for more in ("sample.preview_every_epochs=1", 'export.formats=["kohya", "diffusers"]', 'export.dtype="fp32"', "data.flip=true"):
+        assert plan_of(more).estimated_bytes > plain.estimated_bytes, more
+    assert plan_of("train.keep_best=false").estimated_bytes < plain.estimated_bytes

@@ -39,6 +39,7 @@ _PATTERNS = [
     *(f"{part}/{stem}.safetensors.index.json" for part, stem in _STEMS.items()),
     *("tokenizer/*.json", "tokenizer/*.txt", "scheduler/scheduler_config.json"),
 ]
+SD15_DIR = Path(str(resources.files("lorascope") / "sd15"))  # Stable Diffusion v1.5's configurations and tokenizer, without weights
 _FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _CONFIGS_KEY = "lorascope.configs"  # metadata of our checkpoint files that are not SD v1.5's: {path in the diffusers layout: content}
@@ -221,7 +222,7 @@ def build_random_base(name: str, device: torch.device, precision: str = "fp32", 
     """
     if name != "sd15":
         raise BaseModelError(f"random base {name!r}: only 'sd15' has its configuration in the package")
-    folder = _packaged_configs()
+    folder = SD15_DIR
     configs, scheduler_config = _read_configs(folder), _scheduler_config(folder)
     dtype = _unet_dtype(device, precision)
     states: dict[str, dict[str, torch.Tensor]] = {component: {} for component in _MODELS}
@@ -297,7 +298,7 @@ def _config_folder(place: Path) -> Iterator[Path]:
         return
     own = read_header(place).metadata.get(_CONFIGS_KEY) if place.suffix.lower() not in PICKLE_SUFFIXES else None
     if own is None:
-        yield _packaged_configs()
+        yield SD15_DIR
         return
     try:
         files = json.loads(own)
@@ -306,7 +307,7 @@ def _config_folder(place: Path) -> Iterator[Path]:
     except (ValueError, AttributeError, RecursionError) as error:
         raise BaseModelError(f"{place}: its metadata {_CONFIGS_KEY} is damaged ({first_line(error)}): get the file again") from error
     with tempfile.TemporaryDirectory(prefix="lorascope-") as name:
-        folder = Path(shutil.copytree(_packaged_configs(), Path(name) / "configs"))
+        folder = Path(shutil.copytree(SD15_DIR, Path(name) / "configs"))
         for component in {path.split("/")[0] for path in files}:
             shutil.rmtree(folder / component)
             (folder / component).mkdir()
@@ -315,13 +316,9 @@ def _config_folder(place: Path) -> Iterator[Path]:
         yield folder
 
 
-def _packaged_configs() -> Path:
-    return Path(str(resources.files("lorascope") / "sd15"))
-
-
 def _own_configs(base: Base) -> dict[str, str]:
     """The configuration files of those parts of a base that are not SD v1.5's, by their path in the diffusers layout."""
-    packaged = _packaged_configs()
+    packaged = SD15_DIR
     theirs = {**_read_configs(packaged), "scheduler": _scheduler_config(packaged)}
     files = {}
     for part, config in {**base.configs, "scheduler": base.scheduler_config}.items():

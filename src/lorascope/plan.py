@@ -11,30 +11,31 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.adapter import Target, count_parameters, resolve_section
-from lorascope.base import choose_device, is_hub_id, read_configs
-from lorascope.config import StudyConfig
+from lorascope.base import SD15_DIR, choose_device, is_hub_id, read_configs
+from lorascope.config import BaseSection, StudyConfig
 from lorascope.console import duration, size
 from lorascope.prompts import load_prompts
 from lorascope.train import count_steps
 
 _TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
+_CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a study; what is not known before base or data are at hand is None."""
+    """The plan of a study; what is not known before the data is read is None."""
 
     name: str
     base: str
     arms: list[dict[str, Any]]  # every choice of each arm, with its scale and number of parameters
-    modules: int | None
+    modules: int
     num_train: int | None
     epochs: int
     batch_size: int
     steps: int | None
     stacked_arms: int
-    pictures: int
+    pictures: int  # previews not counted
     denoising_steps: int
     guidance: float
     estimated_s: float | None
@@ -42,21 +43,18 @@ class Plan:
 
     def as_text(self) -> str:
         """The plan for people, several lines."""
-        modules = f"{self.modules} adapted layers" if self.modules else "layers known once the base is loaded"
-        lines = [f"study {self.name}: {len(self.arms)} arms on {self.base}, {modules}"]
+        lines = [f"study {self.name}: {len(self.arms)} arms on {self.base}, {self.modules} adapted layers"]
         for arm in self.arms:
             count = arm["parameters"]
-            parameters = f"{count:,} parameters, {size(4 * count)}" if count else ""
+            parameters = f"{count:,} parameters, {size(4 * count)}"
             choices = f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr {arm['lr']:<8g} seed {arm['seed']}"
-            lines.append(f"  {arm['name']:<16} {choices}  {parameters}".rstrip())
+            lines.append(f"  {arm['name']:<16} {choices}  {parameters}")
         shown = f"{self.num_train:,} pictures" if self.num_train else "all pictures of the source"
         steps = f"{self.steps:,} steps" if self.steps else "steps known once the data is read"
         lines.append(f"training   {shown} x {self.epochs} epochs, batch {self.batch_size}: {steps}, {self.stacked_arms} arms in one pass")
         lines.append(f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}")
         known = self.estimated_s is not None
-        lines.append(
-            f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once base and data are at hand'}"
-        )
+        lines.append(f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}")
         lines.append(f"disk       about {size(self.estimated_bytes)}")
         return "\n".join(lines)
 
@@ -68,24 +66,29 @@ def plan_study(config: StudyConfig) -> Plan:
     """
     arms, train, sample = config.expand_arms(), config.train, config.sample
     num_pictures = len(load_prompts(sample.prompts, sample.num_prompts)) * len(sample.seeds) * (len(arms) + 1)
+    num_previews = (
+        sample.num_previews * (len(arms) * (train.epochs // sample.preview_every_epochs) + 1) if sample.preview_every_epochs else 0
+    )
     num_train = config.data.num_train
-    steps = count_steps(train, num_train) if num_train else None
+    steps = count_steps(train, num_train * config.data.repeats) if num_train else None
     flops, targets = _count_flops(config)
     seconds = None
-    if flops and steps:
+    if steps:
         device = choose_device(config.device)
-        training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * len(arms)
-        sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * num_pictures
+        training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * train.accumulation_steps * len(arms)
+        training *= _CHECKPOINTING_FLOPS if train.gradient_checkpointing else 1
+        sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * (num_pictures + num_previews)
         seconds = (training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
     counts = [count_parameters(targets, arm) for arm in arms]
-    latent_bytes = (num_train or 0) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
-    picture_bytes = num_pictures * 2 * config.data.resolution_px**2
+    latent_bytes = (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
+    picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
+    copy_bytes = 4 * (2 if train.keep_best else 1) + (4 if config.export.dtype == "fp32" else 2) * len(config.export.formats)
     checkpoint_bytes = 3 * 4 * max(counts) * min(len(arms), train.max_stacked_arms)
     return Plan(
         name=config.name,
         base=config.base.model,
-        arms=[{**arm.model_dump(), "scale": arm.scale, "parameters": count or None} for arm, count in zip(arms, counts, strict=True)],
-        modules=len(targets) or None,
+        arms=[{**arm.model_dump(), "scale": arm.scale, "parameters": count} for arm, count in zip(arms, counts, strict=True)],
+        modules=len(targets),
         num_train=num_train,
         epochs=train.epochs,
         batch_size=train.batch_size,
@@ -95,15 +98,13 @@ def plan_study(config: StudyConfig) -> Plan:
         denoising_steps=sample.steps,
         guidance=sample.guidance,
         estimated_s=seconds,
-        estimated_bytes=4 * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,
+        estimated_bytes=copy_bytes * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,
     )
 
 
 def _count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
-    """FLOPs of one U-Net forward pass and the adapted layers; nothing of either for a hub id, whose files are not fetched."""
-    if is_hub_id(config.base.model):
-        return 0, []
-    configs = read_configs(config.base)
+    """FLOPs of one U-Net forward pass, and the adapted layers; a hub id, whose files are not fetched, is taken for SD v1.5."""
+    configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
     side = config.data.resolution_px // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(configs["unet"])
