@@ -4,8 +4,10 @@ A program knows the model's layers by names of its own and looks for them among 
 passes over, at most with a line in a console: such a file loads and does nothing. A rule needs the keys, shapes and metadata of a file and
 no tensor. The rules were written from these sources; those of diffusers and PEFT are held by tests against the packages:
 
-- WebUI: AUTOMATIC1111/stable-diffusion-webui 1.10.1, extensions-builtin/Lora/networks.py, network.py and network_lora.py
-- ComfyUI: comfyanonymous/ComfyUI 0.3.64, comfy/lora.py and comfy/weight_adapter/lora.py
+- WebUI: AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/networks.py, network.py and network_lora.py, read in an earlier 1.x
+  and in the copy that Forge carries; what is said of 1.10.1 is what was tried with that version
+- ComfyUI: comfyanonymous/ComfyUI, comfy/lora.py and comfy/weight_adapter/lora.py, read in versions before and after 0.3.64; what
+  is said of 0.3.64 is what was tried with that version
 - Forge: lllyasviel/stable-diffusion-webui-forge dfdcbab6 (2.0.1), extensions-builtin/sd_forge_lora/networks.py and network.py,
   packages_3rdparty/comfyui_lora_collection/lora.py, backend/patcher/lora.py
 - sd-scripts: kohya-ss/sd-scripts 48d368fa, networks/lora.py (`create_network_from_weights`, then `load_state_dict`, not strict)
@@ -563,6 +565,8 @@ def _peft(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
         raise _Refusal("ValueError: can't find 'adapter_config.json': PEFT loads folders")
     if file.config.get("peft_type") != "LORA":
         raise _Refusal(f"peft_type is {str(file.config.get('peft_type'))!r}, not LORA")
+    if not isinstance(file.config.get("rank_pattern") or {}, dict):
+        raise _Refusal(f"AttributeError: rank_pattern is a {type(file.config['rank_pattern']).__name__}, not a table")
     names = {f"base_model.model.{rest}": path for path in layers for rest in _both(_parts_of(path)[1])}
     taken = {}
     for module in file.modules.values():
