@@ -28,8 +28,8 @@ MAX_RESIDENT_BYTES = 2 * 2**30
 """Latents up to this size are moved to the device, larger ones stay mapped files; text states beyond it are not kept at
 all, since encoding a caption costs little beside a step on its picture."""
 
-_BATCH_PIXELS = 16 * 512 * 512  # pictures encoded at once: as many as have this many pixels, at most 64
-_SHARD_ROWS = 512  # what an interrupted encoding goes on by: batches start anew at each shard, so they fall alike either way
+_BATCH_PIXELS = 8 * 512 * 512  # pictures encoded at once: as many as have this many pixels, at most 32
+_SHARD_ROWS = 512  # what an interrupted encoding goes on by
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,30 @@ def _find_latents(
     """What gives the latents of examples of one size, after encoding those that are not in the store, and their number."""
     missing = {example.digest: example for example in stored if example.digest not in store}
     progress(len(stored) - len(missing))
-    batch_size = max(1, min(64, _BATCH_PIXELS // (stored[0].width_px * stored[0].height_px)))
+    batch_size = max(1, min(32, _BATCH_PIXELS // (stored[0].width_px * stored[0].height_px)))
     queue = list(missing.values())
     for start in range(0, len(queue), _SHARD_ROWS):
         shard = queue[start : start + _SHARD_ROWS]
         parts = []
         for first in range(0, len(shard), batch_size):
             batch = shard[first : first + batch_size]
-            parts.append(_encode_pictures(batch, dataset, base, flip))
+            parts.append(_encode_pictures(batch, batch_size, dataset, base, flip))
             progress(len(batch))
         store.add([example.digest for example in shard], torch.cat(parts))
     return (lambda examples: (store.row(example.digest) for example in examples)), len(queue)
 
 
-def _encode_pictures(batch: Sequence[Example], dataset: Dataset, base: Base, flip: bool) -> torch.Tensor:
-    """Posterior mean and std of some pictures of one size: float32 [B, views, 2, c, h, w], on the CPU."""
-    pixels = torch.from_numpy(np.stack([dataset.load_pixels(example) for example in batch])).permute(0, 3, 1, 2)
+def _encode_pictures(batch: Sequence[Example], batch_size: int, dataset: Dataset, base: Base, flip: bool) -> torch.Tensor:
+    """Posterior mean and std of some pictures of one size: float32 [B, views, 2, c, h, w], on the CPU.
+
+    The batch is filled up to `batch_size`: libraries choose their kernels by it, and a picture's latents must be the same to the
+    last bit whichever pictures were encoded with it, today or by an earlier study.
+    """
+    pictures = np.stack([dataset.load_pixels(example) for example in batch])
+    filled = np.concatenate([pictures, np.zeros((batch_size - len(batch), *pictures.shape[1:]), np.uint8)])
+    pixels = torch.from_numpy(filled).permute(0, 3, 1, 2)
     views = [pixels, pixels.flip(-1)] if flip else [pixels]
-    posteriors = [torch.stack(base.encode_pixels(view.float() / 127.5 - 1), dim=1).cpu() for view in views]
+    posteriors = [torch.stack(base.encode_pixels(view.float() / 127.5 - 1), dim=1)[: len(batch)].cpu() for view in views]
     return torch.stack(posteriors, dim=1)
 
 
