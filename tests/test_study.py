@@ -272,6 +272,43 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
     assert "wild" in (tmp_path / "run" / "report.md").read_text()
 
 
+WILD = '{name="wild", rank=4, alpha=4, lr=1e30}'
+
+
+def test_an_arm_that_fails_in_a_group_of_its_own_leaves_the_others_to_their_groups(study_file: Path, tmp_path: Path) -> None:
+    arms = f'arms=[{WILD}, {{name="r4", rank=4, lr=1e-3}}]'
+    study = make_study(study_file, tmp_path / "run", arms, "train.max_stacked_arms=1", "sample.preview_every_epochs=1")
+    with pytest.raises(RunError, match=r"^arm wild failed: loss or gradient is not finite at step 2: lower its lr"):
+        study.run()
+    facts = read_json(tmp_path / "run" / "adapters" / "wild" / "training.json")
+    assert facts["steps"] == 2 and facts["best"] is None and "file_bytes" not in facts
+    assert read_json(tmp_path / "run" / "adapters" / "r4" / "training.json")["steps"] == 12
+    assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"base", "r4"}
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("stacked", (1, 2))
+def test_a_study_of_which_no_arm_is_left_stops(study_file: Path, tmp_path: Path, stacked: int) -> None:
+    arms = f"arms=[{WILD}, {WILD.replace('wild', 'worse').replace('rank=4', 'rank=2')}]"
+    study = make_study(study_file, tmp_path / "run", arms, f"train.max_stacked_arms={stacked}")
+    for _ in range(2):  # again from the last checkpoint
+        with pytest.raises(RunError, match=r"^no arm is left \(.*worse: loss or gradient is not finite at step 2\): lower arms.lr, or set"):
+            study.run()
+
+
+def test_an_arm_that_breaks_in_the_last_step_of_an_epoch_is_not_probed_drawn_or_kept(study_file: Path, tmp_path: Path) -> None:
+    study = make_study(
+        study_file, tmp_path / "run", f'arms=[{{name="r4", rank=4, lr=1e-3}}, {WILD}]', "train.epochs=1", "train.batch_size=16",
+        "sample.preview_every_epochs=1",
+    )  # fmt: skip
+    with pytest.raises(RunError, match="arm wild failed: loss is not finite after step 1:"):
+        study.run()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {record["arm"] for record in records if record["kind"] == "probe"} == {"base", "r4"}
+    assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"base", "r4"}
+    assert [path.name for path in (tmp_path / "run" / "adapters" / "wild").iterdir()] == ["training.json"]
+
+
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_merge(base: Base, adapter: Adapter) -> tuple[Base, MergeReport]:
         merged, report = merged_base(base, adapter)
