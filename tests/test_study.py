@@ -1,17 +1,22 @@
 """The study in its run folder: stages, resuming after a kill, failed arms, bad run folders."""
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 import torch
+from PIL import Image
 
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
@@ -123,8 +128,6 @@ def test_training_facts_match_the_files(finished: Path) -> None:
 
 
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
     for module_attribute in ("Group", "draw_pictures", "load_encoder", "prepare_data"):
@@ -263,6 +266,52 @@ def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path
         assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=1e-4)
 
 
+def test_tensorboard_gets_losses_and_previews_of_every_arm_of_every_group(study_file: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    choices = ("train.max_stacked_arms=1", "train.epochs=2", "sample.preview_every_epochs=1", "sample.num_previews=2")
+    study = make_study(study_file, run, 'trackers=["tensorboard"]', *choices)
+    with study.working("test"):
+        for stage in (study.prepare_data, study.encode, study.train):
+            stage()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {path.name for path in (run / "tensorboard").iterdir()} == {"r4", "r8"}
+    for arm in ("r4", "r8"):
+        events = EventAccumulator(str(run / "tensorboard" / arm)).Reload()
+        for name in ("loss", "grad_norm", "lr"):
+            expected = [(record["step"], record[name]) for record in records if record["kind"] == "train" and record["arm"] == arm]
+            found = [(event.step, event.value) for event in events.Scalars(name)]
+            assert len(found) == 8 and found == [(step, pytest.approx(value)) for step, value in expected]
+        assert [event.step for event in events.Scalars("heldout_loss")] == [4, 8]
+        for prompt, number in (("picture 1 of blocks", "normal-000"), ("luck", "abstract-000")):
+            images = events.Images(prompt)
+            assert len(images) == 2
+            for epoch, image in enumerate(images, start=1):
+                drawn = (run / "previews" / arm / f"epoch-{epoch:04}" / f"{number}-0.png").read_bytes()
+                assert image.step == 4 * epoch
+                assert Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == Image.open(io.BytesIO(drawn)).tobytes()
+
+
+def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    frozen = tomllib.loads((run / "study.toml").read_text())
+    for key in ("buckets", "bucket_step_px", "bucket_max_ratio", "flip", "repeats", "shuffle_tags", "keep_tags"):
+        del frozen["data"][key]
+    for key in ("optimizer", "optimizer_args", "accumulation_steps", "loss", "noise_offset", "gradient_checkpointing", "keep_best"):
+        del frozen["train"][key]
+    del frozen["trackers"], frozen["export"], frozen["adapter"], frozen["sample"]["num_previews"]
+    (run / "study.toml").write_text(tomli_w.dumps(frozen))
+    manifest = read_json(run / "manifest.json")
+    for stage in ("data", "sample", "score"):
+        del manifest["stages"][stage]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "images" / "r8" / "normal-001-0.png").unlink()
+    Study.open(run, cache_dir=study_file.parent / "cache").run()
+    make_study(study_file, run).run()
+    assert digests(run) == digests(finished)
+
+
 def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_path: Path) -> None:
     study = make_study(study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e30, lr=1e30}]')
     with pytest.raises(RunError, match=r"arm wild failed: loss or gradient is not finite at step"):
@@ -287,7 +336,7 @@ def test_an_arm_that_fails_in_a_group_of_its_own_leaves_the_others_to_their_grou
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("stacked", (1, 2))
+@pytest.mark.parametrize("stacked", [1, 2])
 def test_a_study_of_which_no_arm_is_left_stops(study_file: Path, tmp_path: Path, stacked: int) -> None:
     arms = f"arms=[{WILD}, {WILD.replace('wild', 'worse').replace('rank=4', 'rank=2')}]"
     study = make_study(study_file, tmp_path / "run", arms, f"train.max_stacked_arms={stacked}")
@@ -338,8 +387,6 @@ def test_a_stage_before_its_input_is_refused(study_file: Path, tmp_path: Path) -
 
 
 def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     manifest = read_json(run / "manifest.json")
     del manifest["stages"]["score"]
