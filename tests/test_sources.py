@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -16,14 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from lorascope import pictures, sources
 from lorascope.config import DataSection
 from lorascope.data import Example, load_dataset, prepare_data
 from lorascope.errors import DataError, HubError
 from samples import (
+    add_member,
     captions,
     count_words,
     encode,
@@ -31,8 +29,10 @@ from samples import (
     plain,
     prepare,
     section,
+    shard_of,
     write,
     write_pictures,
+    write_shard,
 )
 
 
@@ -454,21 +454,6 @@ def test_compressed_archives_are_not_read(tmp_path: Path, ending: str) -> None:
 # Tar files -------------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
-    """A tar file as the webdataset package writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path)) as writer:
-        for sample in samples:
-            writer.write(sample)
-    return path
-
-
-def shard_of(first: int, count: int = 4, **more: Any) -> list[dict[str, Any]]:
-    return [
-        {"__key__": f"{seed:05}", "png": encode(pixels(seed)), "txt": f"picture {seed}", **more} for seed in range(first, first + count)
-    ]
-
-
 def test_a_tar_file(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", shard_of(0, 6, json={"caption": "not this", "seed": 1}))
     dataset = prepare(path)
@@ -483,26 +468,11 @@ def test_a_tar_file(tmp_path: Path) -> None:
 def test_pixels_of_a_tar_file_are_found_without_reading_its_headers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_shard(tmp_path / "a.tar", shard_of(0))
     dataset = prepare(path)
-    monkeypatch.setattr(sources, "_read_headers", None)
+    monkeypatch.setattr(sources, "read_samples", None)
     again = load_dataset(section(path), dataset.summary)
     for example in again.train:
         np.testing.assert_array_equal(again.load_pixels(example), dataset.load_pixels(example))
     assert again.in_storage_order(again.train) == dataset.in_storage_order(dataset.train)
-
-
-def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
-    samples = [
-        *({"__key__": f"folder/0.{name}", "png": encode(pixels(seed)), "txt": name} for seed, name in enumerate("ab")),
-        {"__key__": "deep/er/c", "PNG": encode(pixels(2)), "Txt": "c"},
-        {"__key__": "d", "seg.png": encode(pixels(3)), "txt": "d"},
-    ]
-    path = write_shard(tmp_path / "a.tar", samples)
-    with path.open("rb") as file:
-        grouped = group_by_keys(dict(record, __url__="") for record in tar_file_iterator(file))
-        read = {sample["__key__"]: sorted(name for name in sample if name[0] != "_") for sample in grouped}
-    with path.open("rb") as file:
-        found = {key: sorted(member.ending for member in members) for key, members in sources._group_members(file, 10**9)}
-    assert found == read
 
 
 def test_a_folder_of_tar_files_with_splits(tmp_path: Path) -> None:
@@ -570,31 +540,23 @@ def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
     ]
 
 
-def add(archive: tarfile.TarFile, name: str, content: bytes = b"", **values: Any) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    for key, value in values.items():
-        setattr(member, key, value)
-    archive.addfile(member, io.BytesIO(content))
-
-
 def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None:
     picture = encode(pixels(60))
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for seed in range(4):
-            add(archive, f"{seed}.png", encode(pixels(seed)))
-            add(archive, f"{seed}.txt", b"fine")
-        add(archive, "folder.d", type=tarfile.DIRTYPE)
-        add(archive, "no-ending", picture)
-        add(archive, "__meta__/a.png", picture)
+            add_member(archive, f"{seed}.png", encode(pixels(seed)))
+            add_member(archive, f"{seed}.txt", b"fine")
+        add_member(archive, "folder.d", type=tarfile.DIRTYPE)
+        add_member(archive, "no-ending", picture)
+        add_member(archive, "__meta__/a.png", picture)
         for number, name in enumerate(("../../up.png", "/etc/absolute.png", "a/../../b.png", "caf\udce9.png")):
-            add(archive, name, picture + bytes(number))
-        add(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
+            add_member(archive, name, picture + bytes(number))
+        add_member(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
         for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
-            add(archive, f"device{number}.png", type=kind)
-        add(archive, "twice.png", picture)
-        add(archive, "twice.PNG", picture)
+            add_member(archive, f"device{number}.png", type=kind)
+        add_member(archive, "twice.png", picture)
+        add_member(archive, "twice.PNG", picture)
     refused = prepare(tmp_path / "a.tar").summary["refused"]
     assert [(entry["id"], entry["reason"]) for entry in refused] == [
         ("a.tar/../../up", "its name leads out of the archive"),
@@ -609,66 +571,11 @@ def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "cache"}
 
 
-def test_a_member_that_claims_more_than_there_is(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for seed in range(4):
-            add(archive, f"{seed}.png", encode(pixels(seed)))
-            add(archive, f"{seed}.txt", b"fine")
-        offset = archive.offset
-        add(archive, "huge.png")
-    content = bytearray((tmp_path / "a.tar").read_bytes())
-    header = tarfile.TarInfo("huge.png")
-    header.size = 2**40
-    content[offset : offset + 512] = header.tobuf()
-    (tmp_path / "a.tar").write_bytes(content)
-    assert prepare(tmp_path / "a.tar").summary["refused"] == [{"id": "a.tar/huge.png", "reason": "the archive ends before this file does"}]
-
-
 def test_a_member_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_shard(tmp_path / "a.tar", [*shard_of(0), {"__key__": "large", "png": b"a" * 3000, "txt": "large"}])
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 2000)
     reason = "the image file has 3000 bytes, more than the limit of 2000"
     assert prepare(path).summary["refused"] == [{"id": "a.tar/large.png", "reason": reason}]
-
-
-def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for seed in range(4):
-            add(archive, f"{seed}.png", encode(pixels(seed)))
-            add(archive, f"{seed}.txt", b"fine")
-        add(archive, "sparse.png", b"1\n0\n3\n" + bytes(506) + b"abc", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
-    assert prepare(tmp_path / "a.tar").summary["refused"] == [
-        {"id": "a.tar/sparse.png", "reason": "a sparse file: pack it again without --sparse"}
-    ]
-
-
-def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
-    header = tarfile.TarInfo("long")
-    header.type, header.size = tarfile.XHDTYPE, 2**32
-    (tmp_path / "a.tar").write_bytes(header.tobuf() + bytes(2048))
-    with pytest.raises(DataError, match=r"a.tar: cannot be read as an uncompressed tar file \(a header claims \d+ bytes\)"):
-        prepare(tmp_path / "a.tar")
-
-
-def test_a_tar_file_that_is_cut_short(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "a.tar", shard_of(0, 6))
-    with tarfile.open(path) as archive:
-        last = archive.getmember("00005.png")
-    os.truncate(path, last.offset_data + 20)
-    assert prepare(path).summary["refused"] == [{"id": "a.tar/00005.png", "reason": "the archive ends before this file does"}]
-
-
-def test_a_tar_file_that_is_damaged_inside(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "a.tar", shard_of(0, 6))
-    with tarfile.open(path) as archive:
-        offset = archive.getmember("00004.png").offset
-    content = bytearray(path.read_bytes())
-    content[offset : offset + 512] = b"\xff" * 512
-    path.write_bytes(content)
-    summary = prepare(path).summary
-    reason = f"damaged at byte {offset}: what follows cannot be read, download it again"
-    assert summary["refused"] == [{"id": "a.tar/archive.damaged", "reason": reason}]
-    assert summary["num_rows"] == 5
 
 
 def test_a_tar_file_that_is_none(tmp_path: Path) -> None:

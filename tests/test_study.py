@@ -1,7 +1,6 @@
 """The study in its run folder: stages, resuming after a kill, failed arms, bad run folders."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -16,38 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 import torch
-from PIL import Image
 
+from conftest import make_study
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
-from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.export import MergeReport, merged_base
 from lorascope.store import read_json
 from lorascope.study import Study
-
-
-@pytest.fixture(scope="session")
-def study_file(pipeline_folder: Path, scorer_folder: Path, picture_parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "prompts.txt").write_text("[normal]\npicture 1 of blocks\nred\nblue\n[abstract]\nluck\njoy\n")
-    path = folder / "tiny.toml"
-    path.write_text(
-        f"""
-        base.model = "{pipeline_folder}"
-        data = {{ source = "{picture_parquet}", resolution_px = 32, heldout_share = 0.2 }}
-        arms = [{{ rank = [4, 8], alpha_per_rank = 2, lr = 1e-3 }}]
-        train = {{ epochs = 3, checkpoint_every_steps = 2, num_probe = 4 }}
-        sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1], batch_size = 9 }}
-        score = {{ model = "{scorer_folder}", resamples = 200 }}
-        """
-    )
-    return path
-
-
-def make_study(study_file: Path, folder: Path, *overrides: str) -> Study:
-    config = load_study(study_file, overrides=overrides, environment={})
-    return Study(config, folder, cache_dir=study_file.parent / "cache")
 
 
 def digests(run: Path) -> dict[str, str]:
@@ -266,33 +241,6 @@ def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path
         assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=1e-4)
 
 
-def test_tensorboard_gets_losses_and_previews_of_every_arm_of_every_group(study_file: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = tmp_path / "run"
-    choices = ("train.max_stacked_arms=1", "train.epochs=2", "sample.preview_every_epochs=1", "sample.num_previews=2")
-    study = make_study(study_file, run, 'trackers=["tensorboard"]', *choices)
-    with study.working("test"):
-        for stage in (study.prepare_data, study.encode, study.train):
-            stage()
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {path.name for path in (run / "tensorboard").iterdir()} == {"r4", "r8"}
-    for arm in ("r4", "r8"):
-        events = EventAccumulator(str(run / "tensorboard" / arm)).Reload()
-        for name in ("loss", "grad_norm", "lr"):
-            expected = [(record["step"], record[name]) for record in records if record["kind"] == "train" and record["arm"] == arm]
-            found = [(event.step, event.value) for event in events.Scalars(name)]
-            assert len(found) == 8 and found == [(step, pytest.approx(value)) for step, value in expected]
-        assert [event.step for event in events.Scalars("heldout_loss")] == [4, 8]
-        for prompt, number in (("picture 1 of blocks", "normal-000"), ("luck", "abstract-000")):
-            images = events.Images(prompt)
-            assert len(images) == 2
-            for epoch, image in enumerate(images, start=1):
-                drawn = (run / "previews" / arm / f"epoch-{epoch:04}" / f"{number}-0.png").read_bytes()
-                assert image.step == 4 * epoch
-                assert Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == Image.open(io.BytesIO(drawn)).tobytes()
-
-
 def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(study_file: Path, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     frozen = tomllib.loads((run / "study.toml").read_text())
@@ -319,43 +267,6 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
     assert (tmp_path / "run" / "report.html").is_file()
     assert not (tmp_path / "run" / "images" / "wild").exists()
     assert "wild" in (tmp_path / "run" / "report.md").read_text()
-
-
-WILD = '{name="wild", rank=4, alpha=4, lr=1e30}'
-
-
-def test_an_arm_that_fails_in_a_group_of_its_own_leaves_the_others_to_their_groups(study_file: Path, tmp_path: Path) -> None:
-    arms = f'arms=[{WILD}, {{name="r4", rank=4, lr=1e-3}}]'
-    study = make_study(study_file, tmp_path / "run", arms, "train.max_stacked_arms=1", "sample.preview_every_epochs=1")
-    with pytest.raises(RunError, match=r"^arm wild failed: loss or gradient is not finite at step 2: lower its lr"):
-        study.run()
-    facts = read_json(tmp_path / "run" / "adapters" / "wild" / "training.json")
-    assert facts["steps"] == 2 and facts["best"] is None and "file_bytes" not in facts
-    assert read_json(tmp_path / "run" / "adapters" / "r4" / "training.json")["steps"] == 12
-    assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"base", "r4"}
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-@pytest.mark.parametrize("stacked", [1, 2])
-def test_a_study_of_which_no_arm_is_left_stops(study_file: Path, tmp_path: Path, stacked: int) -> None:
-    arms = f"arms=[{WILD}, {WILD.replace('wild', 'worse').replace('rank=4', 'rank=2')}]"
-    study = make_study(study_file, tmp_path / "run", arms, f"train.max_stacked_arms={stacked}")
-    for _ in range(2):  # again from the last checkpoint
-        with pytest.raises(RunError, match=r"^no arm is left \(.*worse: loss or gradient is not finite at step 2\): lower arms.lr, or set"):
-            study.run()
-
-
-def test_an_arm_that_breaks_in_the_last_step_of_an_epoch_is_not_probed_drawn_or_kept(study_file: Path, tmp_path: Path) -> None:
-    study = make_study(
-        study_file, tmp_path / "run", f'arms=[{{name="r4", rank=4, lr=1e-3}}, {WILD}]', "train.epochs=1", "train.batch_size=16",
-        "sample.preview_every_epochs=1",
-    )  # fmt: skip
-    with pytest.raises(RunError, match="arm wild failed: loss is not finite after step 1:"):
-        study.run()
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {record["arm"] for record in records if record["kind"] == "probe"} == {"base", "r4"}
-    assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"base", "r4"}
-    assert [path.name for path in (tmp_path / "run" / "adapters" / "wild").iterdir()] == ["training.json"]
 
 
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

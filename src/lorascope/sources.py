@@ -28,6 +28,7 @@ from lorascope.config import DataSection
 from lorascope.errors import DataError, first_line
 from lorascope.hub import fetch_snapshot
 from lorascope.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
+from lorascope.tars import Member, read_samples
 
 SPLITS = ("train", "test", "validation")
 MAX_CAPTION_BYTES = 2**16
@@ -41,7 +42,6 @@ _HUB_PATTERNS = (
     *(f"*{suffix}" for suffix in sorted(SUFFIXES)),
 )
 _ROW_GROUP_CACHE_BYTES = 256 * 2**20
-_MAX_HEADER_BYTES = 2**20
 _MAX_SHARDS = 100_000
 
 Stamp = tuple[int, int]
@@ -266,16 +266,6 @@ class FolderSource:
         return content
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A file in a tar file: its ending, and where its bytes stand."""
-
-    ending: str
-    offset: int
-    size: int
-    problem: str | None
-
-
 class TarSource:
     """Samples of WebDataset tar files, uncompressed: files that share the name up to the first dot and follow each other.
 
@@ -290,23 +280,23 @@ class TarSource:
         self._section = section
 
     @functools.cached_property
-    def _listed(self) -> list[tuple[Row, str, _Member | None]]:
+    def _listed(self) -> list[tuple[Row, str, Member | None]]:
         """Rows without captions, the tar file of each and the file in it that holds its caption."""
         return [entry for file in self._files for entry in self._list_file(file)]
 
-    def _list_file(self, file: str) -> Iterator[tuple[Row, str, _Member | None]]:
+    def _list_file(self, file: str) -> Iterator[tuple[Row, str, Member | None]]:
         path = self._files[file]
         try:
             stamp = stamp_of(os.stat(path))
             with path.open("rb") as archive:
-                for key, members in _group_members(archive, stamp[0]):
+                for key, members in read_samples(archive, stamp[0]):
                     row, caption = self._sample(file, stamp, key, members)
                     yield row, file, caption
         except (OSError, tarfile.TarError) as error:
             reason = first_line(error)
             raise DataError(f"{path}: cannot be read as an uncompressed tar file ({reason}): unpack it, or download it again") from error
 
-    def _sample(self, file: str, stamp: Stamp, key: str, members: Sequence[_Member]) -> tuple[Row, _Member | None]:
+    def _sample(self, file: str, stamp: Stamp, key: str, members: Sequence[Member]) -> tuple[Row, Member | None]:
         """The row of one sample, and its caption's place."""
         split = _split_of_file(posixpath.basename(file))
 
@@ -609,70 +599,3 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise DataError(f"{path}: line {line}: not a JSON object: give one object with file_name and text a line")
         yield line, record
-
-
-# Tar files -------------------------------------------------------------------------------------------------------------
-
-
-class _HeaderFile:
-    """A tar file of which only headers are read: a header that claims to be larger than any is refused before allocating."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self.seek, self.tell = file.seek, file.tell
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        if size > _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        return self._file.read(size)
-
-
-def _group_members(file: io.BufferedReader, num_bytes: int) -> Iterator[tuple[str, list[_Member]]]:
-    """Key and members of each sample, as WebDataset's `base_plus_ext` and `group_by_keys` make them.
-
-    The key is the name up to the first dot of its last part, and the ending, in lower case, what follows. Names without a
-    dot and hidden ones belong to no sample.
-    """
-    key, members = "", list[_Member]()
-    for name, offset, size, problem in _read_headers(file, num_bytes):
-        found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
-        if found is None or re.match(r"__[^/]*__(/|$)", name):
-            continue
-        if found[1] != key and members:
-            yield key, members
-            members = []
-        key = found[1]
-        members.append(_Member(found[2].lower(), offset, size, problem))
-    if members:
-        yield key, members
-
-
-def _read_headers(file: io.BufferedReader, num_bytes: int) -> Iterator[tuple[str, int, int, str | None]]:
-    """Name, offset, size in bytes and problem of everything in a tar file but folders; reads no contents.
-
-    Where a damaged header hides the rest, the last entry has the name `archive.damaged` and says so: `tarfile` would end
-    there in silence. Raises `tarfile.ReadError` if the very first header is none.
-    """
-    with tarfile.TarFile(fileobj=_HeaderFile(file), errorlevel=2) as archive:  # type: ignore[arg-type]
-        while True:
-            try:
-                member = archive.next()
-            except tarfile.ReadError:
-                if not archive.offset:
-                    raise
-                break  # a file that the archive is too short for: its own entry says so
-            if member is None:
-                break
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-            problem = None
-            if not member.isreg():
-                problem = "a link, which is not followed" if member.issym() or member.islnk() else "a device, not a file"
-            elif member.sparse is not None:
-                problem = "a sparse file: pack it again without --sparse"
-            elif member.offset_data + member.size > num_bytes:
-                problem = "the archive ends before this file does"
-            if not member.isdir():
-                yield member.name, member.offset_data, member.size, problem
-        file.seek(archive.offset)
-        if archive.offset < num_bytes and any(file.read(tarfile.BLOCKSIZE)):
-            yield "archive.damaged", 0, 0, f"damaged at byte {archive.offset}: what follows cannot be read, download it again"
