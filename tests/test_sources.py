@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorascope import pictures, sources
 from lorascope.config import DataSection
-from lorascope.data import Example, load_dataset, prepare_data
+from lorascope.data import Example, check_source, load_dataset, prepare_data
 from lorascope.errors import DataError, HubError
+from lorascope.sources import open_source
 from samples import (
     add_member,
     captions,
@@ -180,8 +184,8 @@ def test_a_source_given_through_parent_folders(tmp_path: Path, monkeypatch: pyte
     [
         ("metadata.jsonl", b'{"file_name": "1.png", "text": "a"}\n{oops\n', "metadata.jsonl: line 2: not JSON"),
         ("metadata.jsonl", b"[1]\n", "metadata.jsonl: line 1: not a JSON object"),
-        ("metadata.jsonl", b'{"name": "1.png", "text": "a"}\n', "needs columns file_name and text; line 1 has name, text"),
-        ("metadata.csv", b"file_name,label\n1.png,a\n", "needs columns file_name and text; line 2 has file_name, label"),
+        ("metadata.jsonl", b'{"name": "1.png", "text": "a"}\n', "needs columns file_name and text; line 1 has 'name', 'text'"),
+        ("metadata.csv", b"file_name,label\n1.png,a\n", "needs columns file_name and text; line 2 has 'file_name', 'label'"),
         ("metadata.csv", b"file_name,text\n1.png,caf\xe9\n", "metadata.csv: not UTF-8"),
         ("metadata.csv", b"file_name,text\n1.png," + b"a" * 140_000 + b"\n", "metadata.csv: line 2: not CSV"),
     ],
@@ -298,7 +302,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["image_column", "caption_column"])
 def test_missing_column(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.parquet", plain(3))
-    with pytest.raises(DataError, match=rf"no column 'nothing'; columns present: image, text: set data.{key}"):
+    with pytest.raises(DataError, match=rf"no column 'nothing'; columns present: 'image', 'text': set data.{key}"):
         prepare(path, **{key: "nothing"})
 
 
@@ -345,7 +349,7 @@ def test_columns_that_may_each_be_meant_are_an_error(tmp_path: Path) -> None:
         prepare(columns(tmp_path / "a.parquet", "image", "caption", "prompt"))
     with pytest.raises(DataError, match=r"img, jpg may each be meant: set data.image_column"):
         prepare(columns(tmp_path / "a.parquet", "img", "jpg", "text"))
-    with pytest.raises(DataError, match=r"no column 'text'; columns present: image, url: set data.caption_column"):
+    with pytest.raises(DataError, match=r"no column 'text'; columns present: 'image', 'url': set data.caption_column"):
         prepare(columns(tmp_path / "a.parquet", "image", "url"))
 
 
@@ -596,3 +600,109 @@ def test_pictures_of_a_tar_file_that_went_away(tmp_path: Path) -> None:
         dataset.load_pixels(dataset.train[0])
     with pytest.raises(DataError, match=r"no such row in .*a.tar'"):
         dataset.load_pixels(Example("elsewhere.tar/1.png@0+5", "a", "b", 1, 8, 8))
+
+
+# Files that change while they are read, and damaged metadata ------------------------------------------------------------
+
+
+def test_a_parquet_file_that_goes_away_or_changes_after_it_was_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", plain(6), row_group_size=2)
+    source = open_source(section(path))
+    write(path, plain(6), row_group_size=3)
+    for read in (lambda: list(source.rows()), lambda: source.read("a.parquet#3")):
+        with pytest.raises(DataError, match=r"a.parquet: row group \d is not what it was: the file changed after it was listed: run"):
+            read()
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read any more \(No such file or directory\): put it back$"):
+        list(source.rows())
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read as Parquet \(.*No such file or directory\)"):
+        source.read("a.parquet#3")
+
+
+def test_a_tar_file_that_goes_away_after_it_was_listed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    source = open_source(section(path))
+    assert source.num_rows == 4
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.tar: cannot be read any more \(No such file or directory\): put it back$"):
+        list(source.rows())
+
+
+def test_metadata_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    (tmp_path / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"metadata.jsonl: cannot be read \(No such file or directory\): put it back, or correct"):
+        prepare(tmp_path)
+    (tmp_path / "below").mkdir()
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(path if path != tmp_path / "below/" else tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"gone: cannot be read \(No such file or directory\): put it back, or correct its permissions"):
+        prepare(tmp_path)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    write(tmp_path / "parquet" / "a.parquet", plain(4)).rename(tmp_path / "parquet" / f"{odd}.parquet")
+    write_shard(tmp_path / "tar" / f"{odd}.tar", shard_of(0))
+    for kind in ("parquet", "tar"):
+        with pytest.raises(DataError, match=rf"{kind}: the file name caf\\xe9.{kind} is not UTF-8: rename the file"):
+            prepare(tmp_path / kind)
+    with_captions(tmp_path / "folder", ["1.png", "2.png"])
+    write_pictures(tmp_path / "folder" / odd, ["3.png"])
+    (tmp_path / "folder" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "text": "b"}\n')
+    (tmp_path / "folder" / odd / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a"}\n{"file_name": "/4.png", "text": "a"}\n')
+    assert [entry["id"] for entry in prepare(tmp_path / "folder").summary["refused"]] == [r"caf\xe9/3.png", r"caf\xe9/metadata.jsonl#2"]
+
+
+def test_nested_json_is_no_crash(tmp_path: Path) -> None:
+    samples = [{"__key__": "a", "png": encode(pixels(9)), "json": b"[" * 60_000}, *shard_of(0)]
+    path = write_shard(tmp_path / "a.tar", samples)
+    assert [entry["reason"] for entry in prepare(path).summary["refused"]] == ["its .json file is not JSON"]
+    write_pictures(tmp_path / "folder", ["1.png"])
+    (tmp_path / "folder" / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"metadata.jsonl: line 1: not JSON \(maximum recursion depth exceeded"):
+        prepare(tmp_path / "folder")
+
+
+LETTERS = st.text(st.sampled_from('ab1.png/\\",:{}[]\n\r\t\0\ufeff\ud800\u0301é日') | st.characters(), max_size=12)
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | LETTERS | st.lists(LETTERS, max_size=2)
+NAMES = st.sampled_from(["1.png", "2.png", "./1.png", "a/../1.png", "../1.png", "/1.png", "", ".", "1.txt"]) | LETTERS
+RECORDS = st.fixed_dictionaries({"file_name": NAMES | VALUES, "text": VALUES}) | st.dictionaries(LETTERS, VALUES, max_size=3)
+
+
+def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows([["file_name", "text"], *([str(value).replace("\0", "") for value in row] for row in rows)])
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+CONTENTS = {
+    "metadata.jsonl": st.lists(RECORDS.map(json.dumps), max_size=4).map(lambda lines: "\n".join(lines).encode()),
+    "metadata.csv": st.lists(st.tuples(NAMES | VALUES, VALUES), max_size=4).map(as_csv),
+    "1.txt": LETTERS.map(lambda text: text.encode(errors="surrogatepass")),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_any_metadata_and_captions_are_used_refused_or_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "2.txt").write_text("fine")
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(CONTENTS[name] | st.binary(max_size=40))
+    def check(content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        try:
+            checked = check_source(section(tmp_path), count_words)
+        except DataError as error:
+            message = str(error)
+            assert len(message.splitlines()) == 1, message
+            return
+        used = [picture.example.id for picture in checked.pictures]
+        refused = [entry["id"] for entry in checked.refused]
+        assert set(used) <= {"1.png", "2.png"} and len(set(used)) == len(used) and len(used) + len(refused) == checked.num_rows
+        assert {"1.png", "2.png"} <= {*used, *refused}
+        assert all(picture.example.caption.strip() for picture in checked.pictures)
+        json.dumps([checked.refused, checked.treated], ensure_ascii=False).encode()
+
+    check()

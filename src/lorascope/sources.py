@@ -105,17 +105,24 @@ class ParquetSource:
         return names[0], names[1]
 
     def _read_group(self, file: str, group: int, column: str) -> Any:
+        where = f"{self._files[file]}: row group {group}"
+        first_rows = self._first_rows[file]
         with self._open(file) as parquet:
             try:
-                return parquet.read_row_group(group, columns=[column]).column(0)
+                table = parquet.read_row_group(group, columns=[column])
             except (OSError, pa.ArrowException) as error:
-                where = f"{self._files[file]}: row group {group}"
                 raise DataError(f"{where} cannot be read ({first_line(error)}): download or export the file again") from error
+        if table.shape != (first_rows[group + 1] - first_rows[group], 1):
+            raise DataError(f"{where} is not what it was: the file changed after it was listed: run the data stage again")
+        return table.column(0)
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the files; reads the captions alone."""
         for file, first_rows in self._first_rows.items():
-            split, stamp = _split_of_file(file), stamp_of(os.stat(self._files[file]))
+            try:
+                split, stamp = _split_of_file(file), stamp_of(os.stat(self._files[file]))
+            except OSError as error:
+                raise DataError(f"{self._files[file]}: cannot be read any more ({error.strerror}): put it back") from error
             for group, first_row in enumerate(first_rows[:-1]):
                 captions = self._read_group(file, group, self._columns[file][1])
                 for index in range(len(captions)):
@@ -170,7 +177,10 @@ class FolderSource:
     @functools.cached_property
     def _listed(self) -> list[tuple[Row, str | None]]:
         """Rows without the captions that stand in files of their own, and the names of those files."""
-        stamps = dict(sorted(_walk(self._folder)))
+        try:
+            stamps = dict(sorted(_walk(self._folder)))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}): put it back, or correct its permissions") from error
         pictures = [name for name in stamps if posixpath.splitext(name)[1].lower() in SUFFIXES]
         metadata = [name for name in stamps if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
         if not pictures:
@@ -199,8 +209,7 @@ class FolderSource:
 
     def _picture_row(self, picture: str, stamps: Mapping[str, Stamp | None], caption: object = None, note: str | None = None) -> Row:
         if not _is_unicode(picture):
-            shown = os.fsencode(picture).decode(errors="backslashreplace")
-            return Row(shown, "train", None, None, problem="the file name is not UTF-8")
+            return Row(_shown(picture), "train", None, None, problem="the file name is not UTF-8")
         stamp = stamps.get(picture)
         problem = None if stamp else "the picture is not there"
         if stamp and stamp[0] > MAX_FILE_BYTES:
@@ -216,14 +225,13 @@ class FolderSource:
             columns = list(dict.fromkeys(str(key) for _, record in records for key in record))
             if records and ("file_name" not in columns or not {self._section.caption_column, *_CAPTION_NAMES} & set(columns)):
                 line, record = records[0]
-                raise DataError(
-                    f"{path}: needs columns file_name and {self._section.caption_column}; line {line} has {', '.join(map(str, record))}"
-                )
+                found = ", ".join(map(repr, record)) or "none"
+                raise DataError(f"{path}: needs columns file_name and {self._section.caption_column}; line {line} has {found}")
             column = _find_column("caption_column", self._section.caption_column, _CAPTION_NAMES, columns, str(path)) if records else ""
             for line, record in records:
                 file_name = record.get("file_name")
                 picture = posixpath.normpath(posixpath.join(posixpath.dirname(name), str(file_name)))
-                row_id = f"{name}#{line}"
+                row_id = f"{_shown(name)}#{line}"
                 if not isinstance(file_name, str) or not _is_unicode(file_name) or "\0" in file_name or not _is_inside(picture):
                     yield Row(row_id, "train", None, None, problem=f"file_name = {file_name!r} does not name a file in this folder")
                 elif picture in named:
@@ -301,9 +309,7 @@ class TarSource:
         split = _split_of_file(posixpath.basename(file))
 
         def refuse(problem: str, ending: str = "") -> tuple[Row, None]:
-            name = f"{key}.{ending}" if ending else key
-            shown = name if _is_unicode(name) else os.fsencode(name).decode(errors="backslashreplace")
-            return Row(f"{file}/{shown}", split, None, None, problem=problem), None
+            return Row(f"{file}/{_shown(f'{key}.{ending}' if ending else key)}", split, None, None, problem=problem), None
 
         where = f"{self._files[file]}: {key}"
         by_ending = {member.ending: member for member in members}
@@ -338,19 +344,22 @@ class TarSource:
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the files; captions are read as they come."""
         for file, entries in itertools.groupby(self._listed, key=lambda entry: entry[1]):
-            with self._files[file].open("rb") as archive:
-                for row, _, caption in entries:
-                    if row.problem or caption is None:
-                        yield row
-                        continue
-                    archive.seek(caption.offset)
-                    found = _with_caption(row, archive.read(min(caption.size, MAX_CAPTION_BYTES + 1)), f"its .{caption.ending} file")
-                    yield self._take_from_json(found) if caption.ending == "json" and not found.problem else found
+            try:
+                with self._files[file].open("rb") as archive:
+                    for row, _, caption in entries:
+                        yield row if row.problem or caption is None else self._read_caption(archive, row, caption)
+            except OSError as error:
+                raise DataError(f"{self._files[file]}: cannot be read any more ({error.strerror}): put it back") from error
+
+    def _read_caption(self, archive: io.BufferedReader, row: Row, caption: Member) -> Row:
+        archive.seek(caption.offset)
+        found = _with_caption(row, archive.read(min(caption.size, MAX_CAPTION_BYTES + 1)), f"its .{caption.ending} file")
+        return self._take_from_json(found) if caption.ending == "json" and not found.problem else found
 
     def _take_from_json(self, row: Row) -> Row:
         try:
             record = json.loads(str(row.caption))
-        except ValueError:
+        except (ValueError, RecursionError):
             return _with_problem(row, "its .json file is not JSON")
         keys = [str(key) for key in record] if isinstance(record, dict) else []
         if not {self._section.caption_column, *_CAPTION_NAMES} & set(keys):
@@ -434,6 +443,8 @@ def _files_in(folder: Path, pattern: str) -> dict[str, Path]:
     """Files of the folder that match, or else of its data folder, by name."""
     for place in (folder, folder / "data"):
         if files := sorted(path for path in place.glob(pattern) if not path.name.startswith(".")):
+            if odd := next((path.name for path in files if not _is_unicode(path.name)), None):
+                raise DataError(f"{folder}: the file name {_shown(odd)} is not UTF-8: rename the file")
             return {path.name: path for path in files}
     return {}
 
@@ -474,7 +485,7 @@ def _find_column(
             return found[0]
         if found:
             raise DataError(f"{where}: {', '.join(found)} may each be meant: set data.{key}")
-    raise DataError(f"{where}: no column {wanted!r}; columns present: {', '.join(present or fitting)}: set data.{key}")
+    raise DataError(f"{where}: no column {wanted!r}; columns present: {', '.join(map(repr, present or fitting))}: set data.{key}")
 
 
 def _split_of_file(name: str) -> str:
@@ -554,6 +565,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _shown(name: str) -> str:
+    """A file name as text that can be written as UTF-8."""
+    return name if _is_unicode(name) else os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _is_inside(name: str) -> bool:
     """Whether a normalised name stays within its folder."""
     return not name.startswith(("/", "../")) and name not in (".", "..")
@@ -575,10 +591,12 @@ def _with_problem(row: Row, problem: str) -> Row:
 
 def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and record of each line."""
-    if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
-        raise DataError(f"{path}: {num_bytes} bytes, more than the limit of {MAX_METADATA_BYTES}: split the folder and its metadata")
     try:
+        if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
+            raise DataError(f"{path}: {num_bytes} bytes, more than the limit of {MAX_METADATA_BYTES}: split the folder and its metadata")
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): put it back, or correct its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
     if path.suffix == ".csv":
@@ -594,7 +612,7 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: line {line}: not JSON ({error}): correct the line") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}: line {line}: not a JSON object: give one object with file_name and text a line")
