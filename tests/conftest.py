@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from lorascope.base import Base, load_base
-from lorascope.config import BaseSection
+from lorascope.config import BaseSection, load_study
+from lorascope.study import Study
 
 torch.set_num_threads(1)
 
@@ -123,6 +124,11 @@ def write_parquet(path: Path, rows: list[tuple[bytes, str]]) -> Path:
     return path
 
 
+def make_study(study_file: Path, folder: Path, *overrides: str) -> Study:
+    config = load_study(study_file, overrides=overrides, environment={})
+    return Study(config, folder, cache_dir=study_file.parent / "cache")
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion folder; never write into it."""
@@ -145,6 +151,24 @@ def base(pipeline_folder: Path) -> Base:
 def picture_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty captioned pictures in one Parquet file."""
     return write_parquet(tmp_path_factory.mktemp("pictures") / "pictures.parquet", make_pictures(20))
+
+
+@pytest.fixture(scope="session")
+def study_file(pipeline_folder: Path, scorer_folder: Path, picture_parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "prompts.txt").write_text("[normal]\npicture 1 of blocks\nred\nblue\n[abstract]\nluck\njoy\n")
+    path = folder / "tiny.toml"
+    path.write_text(
+        f"""
+        base.model = "{pipeline_folder}"
+        data = {{ source = "{picture_parquet}", resolution_px = 32, heldout_share = 0.2 }}
+        arms = [{{ rank = [4, 8], alpha_per_rank = 2, lr = 1e-3 }}]
+        train = {{ epochs = 3, checkpoint_every_steps = 2, num_probe = 4 }}
+        sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1], batch_size = 9 }}
+        score = {{ model = "{scorer_folder}", resamples = 200 }}
+        """
+    )
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Small pictures, rows and sources for the tests of data."""
 
 import io
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import webdataset
 from PIL import Image, ImageDraw
 
 from lorascope.config import DataSection
@@ -62,6 +64,29 @@ def write_pictures(folder: Path, names: Sequence[str]) -> None:
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(encode(pixels(seed), {".jpg": "JPEG"}.get(Path(name).suffix.lower(), "PNG")))
+
+
+def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
+    """A tar file as the webdataset package writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+def shard_of(first: int, count: int = 4, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"__key__": f"{seed:05}", "png": encode(pixels(seed)), "txt": f"picture {seed}", **more} for seed in range(first, first + count)
+    ]
+
+
+def add_member(archive: tarfile.TarFile, name: str, content: bytes = b"", **values: Any) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in values.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def drawing(seed: int, side: int = 128, number_of_shapes: int = 6) -> Image.Image:

@@ -16,14 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorascope import pictures, sources
 from lorascope.config import DataSection
-from lorascope.data import Example, load_dataset, prepare_data
+from lorascope.data import Example, check_source, load_dataset, prepare_data
 from lorascope.errors import DataError, HubError
+from lorascope.sources import open_source
 from samples import (
+    add_member,
     captions,
     count_words,
     encode,
@@ -31,8 +33,10 @@ from samples import (
     plain,
     prepare,
     section,
+    shard_of,
     write,
     write_pictures,
+    write_shard,
 )
 
 
@@ -180,8 +184,8 @@ def test_a_source_given_through_parent_folders(tmp_path: Path, monkeypatch: pyte
     [
         ("metadata.jsonl", b'{"file_name": "1.png", "text": "a"}\n{oops\n', "metadata.jsonl: line 2: not JSON"),
         ("metadata.jsonl", b"[1]\n", "metadata.jsonl: line 1: not a JSON object"),
-        ("metadata.jsonl", b'{"name": "1.png", "text": "a"}\n', "needs columns file_name and text; line 1 has name, text"),
-        ("metadata.csv", b"file_name,label\n1.png,a\n", "needs columns file_name and text; line 2 has file_name, label"),
+        ("metadata.jsonl", b'{"name": "1.png", "text": "a"}\n', "needs columns file_name and text; line 1 has 'name', 'text'"),
+        ("metadata.csv", b"file_name,label\n1.png,a\n", "needs columns file_name and text; line 2 has 'file_name', 'label'"),
         ("metadata.csv", b"file_name,text\n1.png,caf\xe9\n", "metadata.csv: not UTF-8"),
         ("metadata.csv", b"file_name,text\n1.png," + b"a" * 140_000 + b"\n", "metadata.csv: line 2: not CSV"),
     ],
@@ -298,7 +302,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["image_column", "caption_column"])
 def test_missing_column(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.parquet", plain(3))
-    with pytest.raises(DataError, match=rf"no column 'nothing'; columns present: image, text: set data.{key}"):
+    with pytest.raises(DataError, match=rf"no column 'nothing'; columns present: 'image', 'text': set data.{key}"):
         prepare(path, **{key: "nothing"})
 
 
@@ -345,7 +349,7 @@ def test_columns_that_may_each_be_meant_are_an_error(tmp_path: Path) -> None:
         prepare(columns(tmp_path / "a.parquet", "image", "caption", "prompt"))
     with pytest.raises(DataError, match=r"img, jpg may each be meant: set data.image_column"):
         prepare(columns(tmp_path / "a.parquet", "img", "jpg", "text"))
-    with pytest.raises(DataError, match=r"no column 'text'; columns present: image, url: set data.caption_column"):
+    with pytest.raises(DataError, match=r"no column 'text'; columns present: 'image', 'url': set data.caption_column"):
         prepare(columns(tmp_path / "a.parquet", "image", "url"))
 
 
@@ -454,21 +458,6 @@ def test_compressed_archives_are_not_read(tmp_path: Path, ending: str) -> None:
 # Tar files -------------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
-    """A tar file as the webdataset package writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path)) as writer:
-        for sample in samples:
-            writer.write(sample)
-    return path
-
-
-def shard_of(first: int, count: int = 4, **more: Any) -> list[dict[str, Any]]:
-    return [
-        {"__key__": f"{seed:05}", "png": encode(pixels(seed)), "txt": f"picture {seed}", **more} for seed in range(first, first + count)
-    ]
-
-
 def test_a_tar_file(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", shard_of(0, 6, json={"caption": "not this", "seed": 1}))
     dataset = prepare(path)
@@ -483,26 +472,11 @@ def test_a_tar_file(tmp_path: Path) -> None:
 def test_pixels_of_a_tar_file_are_found_without_reading_its_headers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_shard(tmp_path / "a.tar", shard_of(0))
     dataset = prepare(path)
-    monkeypatch.setattr(sources, "_read_headers", None)
+    monkeypatch.setattr(sources, "read_samples", None)
     again = load_dataset(section(path), dataset.summary)
     for example in again.train:
         np.testing.assert_array_equal(again.load_pixels(example), dataset.load_pixels(example))
     assert again.in_storage_order(again.train) == dataset.in_storage_order(dataset.train)
-
-
-def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
-    samples = [
-        *({"__key__": f"folder/0.{name}", "png": encode(pixels(seed)), "txt": name} for seed, name in enumerate("ab")),
-        {"__key__": "deep/er/c", "PNG": encode(pixels(2)), "Txt": "c"},
-        {"__key__": "d", "seg.png": encode(pixels(3)), "txt": "d"},
-    ]
-    path = write_shard(tmp_path / "a.tar", samples)
-    with path.open("rb") as file:
-        grouped = group_by_keys(dict(record, __url__="") for record in tar_file_iterator(file))
-        read = {sample["__key__"]: sorted(name for name in sample if name[0] != "_") for sample in grouped}
-    with path.open("rb") as file:
-        found = {key: sorted(member.ending for member in members) for key, members in sources._group_members(file, 10**9)}
-    assert found == read
 
 
 def test_a_folder_of_tar_files_with_splits(tmp_path: Path) -> None:
@@ -570,31 +544,23 @@ def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
     ]
 
 
-def add(archive: tarfile.TarFile, name: str, content: bytes = b"", **values: Any) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    for key, value in values.items():
-        setattr(member, key, value)
-    archive.addfile(member, io.BytesIO(content))
-
-
 def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None:
     picture = encode(pixels(60))
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for seed in range(4):
-            add(archive, f"{seed}.png", encode(pixels(seed)))
-            add(archive, f"{seed}.txt", b"fine")
-        add(archive, "folder.d", type=tarfile.DIRTYPE)
-        add(archive, "no-ending", picture)
-        add(archive, "__meta__/a.png", picture)
+            add_member(archive, f"{seed}.png", encode(pixels(seed)))
+            add_member(archive, f"{seed}.txt", b"fine")
+        add_member(archive, "folder.d", type=tarfile.DIRTYPE)
+        add_member(archive, "no-ending", picture)
+        add_member(archive, "__meta__/a.png", picture)
         for number, name in enumerate(("../../up.png", "/etc/absolute.png", "a/../../b.png", "caf\udce9.png")):
-            add(archive, name, picture + bytes(number))
-        add(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
+            add_member(archive, name, picture + bytes(number))
+        add_member(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
         for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
-            add(archive, f"device{number}.png", type=kind)
-        add(archive, "twice.png", picture)
-        add(archive, "twice.PNG", picture)
+            add_member(archive, f"device{number}.png", type=kind)
+        add_member(archive, "twice.png", picture)
+        add_member(archive, "twice.PNG", picture)
     refused = prepare(tmp_path / "a.tar").summary["refused"]
     assert [(entry["id"], entry["reason"]) for entry in refused] == [
         ("a.tar/../../up", "its name leads out of the archive"),
@@ -609,66 +575,11 @@ def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "cache"}
 
 
-def test_a_member_that_claims_more_than_there_is(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for seed in range(4):
-            add(archive, f"{seed}.png", encode(pixels(seed)))
-            add(archive, f"{seed}.txt", b"fine")
-        offset = archive.offset
-        add(archive, "huge.png")
-    content = bytearray((tmp_path / "a.tar").read_bytes())
-    header = tarfile.TarInfo("huge.png")
-    header.size = 2**40
-    content[offset : offset + 512] = header.tobuf()
-    (tmp_path / "a.tar").write_bytes(content)
-    assert prepare(tmp_path / "a.tar").summary["refused"] == [{"id": "a.tar/huge.png", "reason": "the archive ends before this file does"}]
-
-
 def test_a_member_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_shard(tmp_path / "a.tar", [*shard_of(0), {"__key__": "large", "png": b"a" * 3000, "txt": "large"}])
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 2000)
     reason = "the image file has 3000 bytes, more than the limit of 2000"
     assert prepare(path).summary["refused"] == [{"id": "a.tar/large.png", "reason": reason}]
-
-
-def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for seed in range(4):
-            add(archive, f"{seed}.png", encode(pixels(seed)))
-            add(archive, f"{seed}.txt", b"fine")
-        add(archive, "sparse.png", b"1\n0\n3\n" + bytes(506) + b"abc", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
-    assert prepare(tmp_path / "a.tar").summary["refused"] == [
-        {"id": "a.tar/sparse.png", "reason": "a sparse file: pack it again without --sparse"}
-    ]
-
-
-def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
-    header = tarfile.TarInfo("long")
-    header.type, header.size = tarfile.XHDTYPE, 2**32
-    (tmp_path / "a.tar").write_bytes(header.tobuf() + bytes(2048))
-    with pytest.raises(DataError, match=r"a.tar: cannot be read as an uncompressed tar file \(a header claims \d+ bytes\)"):
-        prepare(tmp_path / "a.tar")
-
-
-def test_a_tar_file_that_is_cut_short(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "a.tar", shard_of(0, 6))
-    with tarfile.open(path) as archive:
-        last = archive.getmember("00005.png")
-    os.truncate(path, last.offset_data + 20)
-    assert prepare(path).summary["refused"] == [{"id": "a.tar/00005.png", "reason": "the archive ends before this file does"}]
-
-
-def test_a_tar_file_that_is_damaged_inside(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "a.tar", shard_of(0, 6))
-    with tarfile.open(path) as archive:
-        offset = archive.getmember("00004.png").offset
-    content = bytearray(path.read_bytes())
-    content[offset : offset + 512] = b"\xff" * 512
-    path.write_bytes(content)
-    summary = prepare(path).summary
-    reason = f"damaged at byte {offset}: what follows cannot be read, download it again"
-    assert summary["refused"] == [{"id": "a.tar/archive.damaged", "reason": reason}]
-    assert summary["num_rows"] == 5
 
 
 def test_a_tar_file_that_is_none(tmp_path: Path) -> None:
@@ -689,3 +600,109 @@ def test_pictures_of_a_tar_file_that_went_away(tmp_path: Path) -> None:
         dataset.load_pixels(dataset.train[0])
     with pytest.raises(DataError, match=r"no such row in .*a.tar'"):
         dataset.load_pixels(Example("elsewhere.tar/1.png@0+5", "a", "b", 1, 8, 8))
+
+
+# Files that change while they are read, and damaged metadata ------------------------------------------------------------
+
+
+def test_a_parquet_file_that_goes_away_or_changes_after_it_was_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", plain(6), row_group_size=2)
+    source = open_source(section(path))
+    write(path, plain(6), row_group_size=3)
+    for read in (lambda: list(source.rows()), lambda: source.read("a.parquet#3")):
+        with pytest.raises(DataError, match=r"a.parquet: row group \d is not what it was: the file changed after it was listed: run"):
+            read()
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read any more \(No such file or directory\): put it back$"):
+        list(source.rows())
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read as Parquet \(.*No such file or directory\)"):
+        source.read("a.parquet#3")
+
+
+def test_a_tar_file_that_goes_away_after_it_was_listed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    source = open_source(section(path))
+    assert source.num_rows == 4
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.tar: cannot be read any more \(No such file or directory\): put it back$"):
+        list(source.rows())
+
+
+def test_metadata_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    (tmp_path / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"metadata.jsonl: cannot be read \(No such file or directory\): put it back, or correct"):
+        prepare(tmp_path)
+    (tmp_path / "below").mkdir()
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(path if path != tmp_path / "below/" else tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"gone: cannot be read \(No such file or directory\): put it back, or correct its permissions"):
+        prepare(tmp_path)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    write(tmp_path / "parquet" / "a.parquet", plain(4)).rename(tmp_path / "parquet" / f"{odd}.parquet")
+    write_shard(tmp_path / "tar" / f"{odd}.tar", shard_of(0))
+    for kind in ("parquet", "tar"):
+        with pytest.raises(DataError, match=rf"{kind}: the file name caf\\xe9.{kind} is not UTF-8: rename the file"):
+            prepare(tmp_path / kind)
+    with_captions(tmp_path / "folder", ["1.png", "2.png"])
+    write_pictures(tmp_path / "folder" / odd, ["3.png"])
+    (tmp_path / "folder" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "text": "b"}\n')
+    (tmp_path / "folder" / odd / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a"}\n{"file_name": "/4.png", "text": "a"}\n')
+    assert [entry["id"] for entry in prepare(tmp_path / "folder").summary["refused"]] == [r"caf\xe9/3.png", r"caf\xe9/metadata.jsonl#2"]
+
+
+def test_nested_json_is_no_crash(tmp_path: Path) -> None:
+    samples = [{"__key__": "a", "png": encode(pixels(9)), "json": b"[" * 60_000}, *shard_of(0)]
+    path = write_shard(tmp_path / "a.tar", samples)
+    assert [entry["reason"] for entry in prepare(path).summary["refused"]] == ["its .json file is not JSON"]
+    write_pictures(tmp_path / "folder", ["1.png"])
+    (tmp_path / "folder" / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"metadata.jsonl: line 1: not JSON \(maximum recursion depth exceeded"):
+        prepare(tmp_path / "folder")
+
+
+LETTERS = st.text(st.sampled_from('ab1.png/\\",:{}[]\n\r\t\0\ufeff\ud800\u0301é日') | st.characters(), max_size=12)
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | LETTERS | st.lists(LETTERS, max_size=2)
+NAMES = st.sampled_from(["1.png", "2.png", "./1.png", "a/../1.png", "../1.png", "/1.png", "", ".", "1.txt"]) | LETTERS
+RECORDS = st.fixed_dictionaries({"file_name": NAMES | VALUES, "text": VALUES}) | st.dictionaries(LETTERS, VALUES, max_size=3)
+
+
+def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows([["file_name", "text"], *([str(value).replace("\0", "") for value in row] for row in rows)])
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+CONTENTS = {
+    "metadata.jsonl": st.lists(RECORDS.map(json.dumps), max_size=4).map(lambda lines: "\n".join(lines).encode()),
+    "metadata.csv": st.lists(st.tuples(NAMES | VALUES, VALUES), max_size=4).map(as_csv),
+    "1.txt": LETTERS.map(lambda text: text.encode(errors="surrogatepass")),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_any_metadata_and_captions_are_used_refused_or_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "2.txt").write_text("fine")
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(CONTENTS[name] | st.binary(max_size=40))
+    def check(content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        try:
+            checked = check_source(section(tmp_path), count_words)
+        except DataError as error:
+            message = str(error)
+            assert len(message.splitlines()) == 1, message
+            return
+        used = [picture.example.id for picture in checked.pictures]
+        refused = [entry["id"] for entry in checked.refused]
+        assert set(used) <= {"1.png", "2.png"} and len(set(used)) == len(used) and len(used) + len(refused) == checked.num_rows
+        assert {"1.png", "2.png"} <= {*used, *refused}
+        assert all(picture.example.caption.strip() for picture in checked.pictures)
+        json.dumps([checked.refused, checked.treated], ensure_ascii=False).encode()
+
+    check()

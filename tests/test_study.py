@@ -3,46 +3,26 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 import torch
 
+from conftest import make_study
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
-from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.export import MergeReport, merged_base
 from lorascope.store import read_json
 from lorascope.study import Study
-
-
-@pytest.fixture(scope="session")
-def study_file(pipeline_folder: Path, scorer_folder: Path, picture_parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "prompts.txt").write_text("[normal]\npicture 1 of blocks\nred\nblue\n[abstract]\nluck\njoy\n")
-    path = folder / "tiny.toml"
-    path.write_text(
-        f"""
-        base.model = "{pipeline_folder}"
-        data = {{ source = "{picture_parquet}", resolution_px = 32, heldout_share = 0.2 }}
-        arms = [{{ rank = [4, 8], alpha_per_rank = 2, lr = 1e-3 }}]
-        train = {{ epochs = 3, checkpoint_every_steps = 2, num_probe = 4 }}
-        sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1], batch_size = 9 }}
-        score = {{ model = "{scorer_folder}", resamples = 200 }}
-        """
-    )
-    return path
-
-
-def make_study(study_file: Path, folder: Path, *overrides: str) -> Study:
-    config = load_study(study_file, overrides=overrides, environment={})
-    return Study(config, folder, cache_dir=study_file.parent / "cache")
 
 
 def digests(run: Path) -> dict[str, str]:
@@ -123,8 +103,6 @@ def test_training_facts_match_the_files(finished: Path) -> None:
 
 
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
     for module_attribute in ("Group", "draw_pictures", "load_encoder", "prepare_data"):
@@ -263,6 +241,25 @@ def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path
         assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=1e-4)
 
 
+def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    frozen = tomllib.loads((run / "study.toml").read_text())
+    for key in ("buckets", "bucket_step_px", "bucket_max_ratio", "flip", "repeats", "shuffle_tags", "keep_tags"):
+        del frozen["data"][key]
+    for key in ("optimizer", "optimizer_args", "accumulation_steps", "loss", "noise_offset", "gradient_checkpointing", "keep_best"):
+        del frozen["train"][key]
+    del frozen["trackers"], frozen["export"], frozen["adapter"], frozen["sample"]["num_previews"]
+    (run / "study.toml").write_text(tomli_w.dumps(frozen))
+    manifest = read_json(run / "manifest.json")
+    for stage in ("data", "sample", "score"):
+        del manifest["stages"][stage]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "images" / "r8" / "normal-001-0.png").unlink()
+    Study.open(run, cache_dir=study_file.parent / "cache").run()
+    make_study(study_file, run).run()
+    assert digests(run) == digests(finished)
+
+
 def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_path: Path) -> None:
     study = make_study(study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e30, lr=1e30}]')
     with pytest.raises(RunError, match=r"arm wild failed: loss or gradient is not finite at step"):
@@ -301,8 +298,6 @@ def test_a_stage_before_its_input_is_refused(study_file: Path, tmp_path: Path) -
 
 
 def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     manifest = read_json(run / "manifest.json")
     del manifest["stages"]["score"]

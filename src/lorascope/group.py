@@ -15,12 +15,13 @@ from lorascope.base import Base
 from lorascope.cache import Encoded
 from lorascope.config import Arm, StudyConfig
 from lorascope.console import duration, log, size, track
+from lorascope.errors import RunError
 from lorascope.export import write_study_files
 from lorascope.prompts import Prompt
 from lorascope.sample import Job, draw_pictures, latent_shape_of, plan_jobs, save_picture
-from lorascope.store import JsonLines, RunDir, digest_json, write_json
+from lorascope.store import JsonLines, RunDir, digest_json, read_json, write_json
 from lorascope.trackers import Trackers
-from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records, require_any_active
+from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records
 
 
 class Group:
@@ -57,7 +58,11 @@ class Group:
         return self.arms[0] == self.config.expand_arms()[0]
 
     def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the end; a first Ctrl-C ends a step whole and keeps a checkpoint."""
+        """Train from the last checkpoint, or from the start, to the end; a first Ctrl-C ends a step whole and keeps a checkpoint.
+
+        An arm whose loss or gradient is not finite has failed and stands still from there on. Raises `RunError` where that
+        leaves no arm of the whole study.
+        """
         trainer, section = self.trainer, self.config.train
         self._log_plan()
         self.bank.attach()
@@ -70,10 +75,16 @@ class Group:
                     self._record_step(record)
                     if record.step in epoch_ends:
                         self._end_epoch(record.step, epoch_ends[record.step], base_losses)
+                    if len(self.failures) == len(self.arms):
+                        self._require_another_group()
+                        break
                     if interrupted() or (record.step % section.checkpoint_every_steps == 0 and record.step < trainer.num_steps):
                         self._save_checkpoint()
                     rate = section.batch_size * section.accumulation_steps * len(self.arms) / record.seconds
-                    losses = "  ".join(f"{arm.name} {loss:.4f}" for arm, loss in zip(self.arms, record.losses, strict=True))
+                    losses = "  ".join(
+                        f"{arm.name} failed" if arm.name in self.failures else f"{arm.name} {loss:.4f}"
+                        for arm, loss in zip(self.arms, record.losses, strict=True)
+                    )
                     task.advance(1, f"{rate:.0f} pictures/s  {losses}")
                     if interrupted():
                         log.info("train    stopped after step %d; the same command goes on from here", record.step)
@@ -118,15 +129,24 @@ class Group:
         for arm, loss, norm, lr, failed in zip(self.arms, record.losses, record.grad_norms, record.lrs, record.failed, strict=True):
             if failed:
                 if arm.name not in self.failures:
-                    self.failures[arm.name] = f"loss or gradient is not finite at step {record.step}"
-                    log.warning("train    %s failed: %s; the other arms go on", arm.name, self.failures[arm.name])
+                    self._fail(arm.name, f"loss or gradient is not finite at step {record.step}")
                 continue
             values = {"loss": loss, "grad_norm": norm, "lr": lr}
             self.metrics.append({"kind": "train", "step": record.step, "epoch": round(record.epoch, 6), "arm": arm.name, **values})
             self.trackers.log(arm.name, record.step, values)
             if record.step > self.trainer.num_steps - self.trainer.num_steps / self.config.train.epochs:
                 self.last_epoch[arm.name].append(loss)
-        require_any_active(record, [arm.name for arm in self.arms])
+
+    def _fail(self, name: str, reason: str) -> None:
+        self.failures[name] = reason
+        log.warning("train    %s failed: %s; other arms go on", name, reason)
+
+    def _require_another_group(self) -> None:
+        """Raise `RunError` if all arms of all groups have failed: this one's, and those before it."""
+        others = [self.run_dir.adapters_dir / arm.name / "training.json" for arm in self.config.expand_arms() if arm not in self.arms]
+        if all(path.exists() and read_json(path)["failed"] for path in others):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
+            raise RunError(f"no arm is left ({reasons}): lower arms.lr, or set train.precision = 'fp32'")
 
     def _probe(self, slices: Sequence[Slice]) -> dict[tuple[str, bool], torch.Tensor]:
         """The denoising loss of each slice by split and whether captions were given: float32 [S, pictures, bands] each."""
@@ -148,17 +168,23 @@ class Group:
 
     def _end_epoch(self, step: int, epoch: int, base_losses: Mapping[tuple[str, bool], torch.Tensor]) -> None:
         slices = {arm.name: Slice(index) for index, arm in enumerate(self.arms) if arm.name not in self.failures}
+        if not slices:
+            return
         losses = self._probe(list(slices.values()))
         for row, (name, item) in enumerate(slices.items()):
+            if not all(values[row].isfinite().all() for values in losses.values()):
+                self._fail(name, f"loss is not finite after step {step}")
+                self.trainer.active[item.adapter] = False
+                continue
             for key, values in losses.items():
-                if values[row].isfinite().all():
-                    self._record_probe(name, step, epoch, key, values[row], base_losses[key])
+                self._record_probe(name, step, epoch, key, values[row], base_losses[key])
             heldout = float(losses["heldout", True][row].double().mean())
             self.trackers.log(name, step, {"heldout_loss": heldout, "train_probe_loss": float(losses["train", True][row].double().mean())})
             if self.config.train.keep_best and heldout < self.best.get(name, {"heldout_loss": float("inf")})["heldout_loss"]:
                 self.best[name] = {"step": step, "epoch": epoch, "heldout_loss": heldout}
                 save_adapter(self.bank.adapter(item.adapter), self.run_dir.adapters_dir / name / "best", "peft", "fp32")
-        if self.previews and epoch % (self.config.sample.preview_every_epochs or 1) == 0:
+        slices = {name: item for name, item in slices.items() if name not in self.failures}
+        if slices and self.previews and epoch % (self.config.sample.preview_every_epochs or 1) == 0:
             self._draw_previews(slices, step, epoch)
         self.bank.select_all()
 
@@ -186,12 +212,12 @@ class Group:
         folder = self.run_dir.adapters_dir / arm.name
         memory, memory_kind = peak_memory(self.base.device)
         failure = self.failures.get(arm.name)
-        pictures = trainer.num_steps * section.batch_size * section.accumulation_steps * len(self.arms)
+        pictures = trainer.step * section.batch_size * section.accumulation_steps * len(self.arms)
         facts: dict[str, Any] = {
             **arm.model_dump(),
             "arm": arm.name,
             "scale": arm.scale,
-            "steps": trainer.num_steps,
+            "steps": trainer.step,
             "epochs": section.epochs,
             "modules": len(self.bank.targets),
             "parameters": count_parameters(self.bank.targets, arm),

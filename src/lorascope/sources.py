@@ -28,6 +28,7 @@ from lorascope.config import DataSection
 from lorascope.errors import DataError, first_line
 from lorascope.hub import fetch_snapshot
 from lorascope.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
+from lorascope.tars import Member, read_samples
 
 SPLITS = ("train", "test", "validation")
 MAX_CAPTION_BYTES = 2**16
@@ -41,7 +42,6 @@ _HUB_PATTERNS = (
     *(f"*{suffix}" for suffix in sorted(SUFFIXES)),
 )
 _ROW_GROUP_CACHE_BYTES = 256 * 2**20
-_MAX_HEADER_BYTES = 2**20
 _MAX_SHARDS = 100_000
 
 Stamp = tuple[int, int]
@@ -105,17 +105,24 @@ class ParquetSource:
         return names[0], names[1]
 
     def _read_group(self, file: str, group: int, column: str) -> Any:
+        where = f"{self._files[file]}: row group {group}"
+        first_rows = self._first_rows[file]
         with self._open(file) as parquet:
             try:
-                return parquet.read_row_group(group, columns=[column]).column(0)
+                table = parquet.read_row_group(group, columns=[column])
             except (OSError, pa.ArrowException) as error:
-                where = f"{self._files[file]}: row group {group}"
                 raise DataError(f"{where} cannot be read ({first_line(error)}): download or export the file again") from error
+        if table.shape != (first_rows[group + 1] - first_rows[group], 1):
+            raise DataError(f"{where} is not what it was: the file changed after it was listed: run the data stage again")
+        return table.column(0)
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the files; reads the captions alone."""
         for file, first_rows in self._first_rows.items():
-            split, stamp = _split_of_file(file), stamp_of(os.stat(self._files[file]))
+            try:
+                split, stamp = _split_of_file(file), stamp_of(os.stat(self._files[file]))
+            except OSError as error:
+                raise DataError(f"{self._files[file]}: cannot be read any more ({error.strerror}): put it back") from error
             for group, first_row in enumerate(first_rows[:-1]):
                 captions = self._read_group(file, group, self._columns[file][1])
                 for index in range(len(captions)):
@@ -170,7 +177,10 @@ class FolderSource:
     @functools.cached_property
     def _listed(self) -> list[tuple[Row, str | None]]:
         """Rows without the captions that stand in files of their own, and the names of those files."""
-        stamps = dict(sorted(_walk(self._folder)))
+        try:
+            stamps = dict(sorted(_walk(self._folder)))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}): put it back, or correct its permissions") from error
         pictures = [name for name in stamps if posixpath.splitext(name)[1].lower() in SUFFIXES]
         metadata = [name for name in stamps if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
         if not pictures:
@@ -199,8 +209,7 @@ class FolderSource:
 
     def _picture_row(self, picture: str, stamps: Mapping[str, Stamp | None], caption: object = None, note: str | None = None) -> Row:
         if not _is_unicode(picture):
-            shown = os.fsencode(picture).decode(errors="backslashreplace")
-            return Row(shown, "train", None, None, problem="the file name is not UTF-8")
+            return Row(_shown(picture), "train", None, None, problem="the file name is not UTF-8")
         stamp = stamps.get(picture)
         problem = None if stamp else "the picture is not there"
         if stamp and stamp[0] > MAX_FILE_BYTES:
@@ -216,14 +225,13 @@ class FolderSource:
             columns = list(dict.fromkeys(str(key) for _, record in records for key in record))
             if records and ("file_name" not in columns or not {self._section.caption_column, *_CAPTION_NAMES} & set(columns)):
                 line, record = records[0]
-                raise DataError(
-                    f"{path}: needs columns file_name and {self._section.caption_column}; line {line} has {', '.join(map(str, record))}"
-                )
+                found = ", ".join(map(repr, record)) or "none"
+                raise DataError(f"{path}: needs columns file_name and {self._section.caption_column}; line {line} has {found}")
             column = _find_column("caption_column", self._section.caption_column, _CAPTION_NAMES, columns, str(path)) if records else ""
             for line, record in records:
                 file_name = record.get("file_name")
                 picture = posixpath.normpath(posixpath.join(posixpath.dirname(name), str(file_name)))
-                row_id = f"{name}#{line}"
+                row_id = f"{_shown(name)}#{line}"
                 if not isinstance(file_name, str) or not _is_unicode(file_name) or "\0" in file_name or not _is_inside(picture):
                     yield Row(row_id, "train", None, None, problem=f"file_name = {file_name!r} does not name a file in this folder")
                 elif picture in named:
@@ -266,16 +274,6 @@ class FolderSource:
         return content
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A file in a tar file: its ending, and where its bytes stand."""
-
-    ending: str
-    offset: int
-    size: int
-    problem: str | None
-
-
 class TarSource:
     """Samples of WebDataset tar files, uncompressed: files that share the name up to the first dot and follow each other.
 
@@ -290,30 +288,28 @@ class TarSource:
         self._section = section
 
     @functools.cached_property
-    def _listed(self) -> list[tuple[Row, str, _Member | None]]:
+    def _listed(self) -> list[tuple[Row, str, Member | None]]:
         """Rows without captions, the tar file of each and the file in it that holds its caption."""
         return [entry for file in self._files for entry in self._list_file(file)]
 
-    def _list_file(self, file: str) -> Iterator[tuple[Row, str, _Member | None]]:
+    def _list_file(self, file: str) -> Iterator[tuple[Row, str, Member | None]]:
         path = self._files[file]
         try:
             stamp = stamp_of(os.stat(path))
             with path.open("rb") as archive:
-                for key, members in _group_members(archive, stamp[0]):
+                for key, members in read_samples(archive, stamp[0]):
                     row, caption = self._sample(file, stamp, key, members)
                     yield row, file, caption
         except (OSError, tarfile.TarError) as error:
             reason = first_line(error)
             raise DataError(f"{path}: cannot be read as an uncompressed tar file ({reason}): unpack it, or download it again") from error
 
-    def _sample(self, file: str, stamp: Stamp, key: str, members: Sequence[_Member]) -> tuple[Row, _Member | None]:
+    def _sample(self, file: str, stamp: Stamp, key: str, members: Sequence[Member]) -> tuple[Row, Member | None]:
         """The row of one sample, and its caption's place."""
         split = _split_of_file(posixpath.basename(file))
 
         def refuse(problem: str, ending: str = "") -> tuple[Row, None]:
-            name = f"{key}.{ending}" if ending else key
-            shown = name if _is_unicode(name) else os.fsencode(name).decode(errors="backslashreplace")
-            return Row(f"{file}/{shown}", split, None, None, problem=problem), None
+            return Row(f"{file}/{_shown(f'{key}.{ending}' if ending else key)}", split, None, None, problem=problem), None
 
         where = f"{self._files[file]}: {key}"
         by_ending = {member.ending: member for member in members}
@@ -348,19 +344,22 @@ class TarSource:
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the files; captions are read as they come."""
         for file, entries in itertools.groupby(self._listed, key=lambda entry: entry[1]):
-            with self._files[file].open("rb") as archive:
-                for row, _, caption in entries:
-                    if row.problem or caption is None:
-                        yield row
-                        continue
-                    archive.seek(caption.offset)
-                    found = _with_caption(row, archive.read(min(caption.size, MAX_CAPTION_BYTES + 1)), f"its .{caption.ending} file")
-                    yield self._take_from_json(found) if caption.ending == "json" and not found.problem else found
+            try:
+                with self._files[file].open("rb") as archive:
+                    for row, _, caption in entries:
+                        yield row if row.problem or caption is None else self._read_caption(archive, row, caption)
+            except OSError as error:
+                raise DataError(f"{self._files[file]}: cannot be read any more ({error.strerror}): put it back") from error
+
+    def _read_caption(self, archive: io.BufferedReader, row: Row, caption: Member) -> Row:
+        archive.seek(caption.offset)
+        found = _with_caption(row, archive.read(min(caption.size, MAX_CAPTION_BYTES + 1)), f"its .{caption.ending} file")
+        return self._take_from_json(found) if caption.ending == "json" and not found.problem else found
 
     def _take_from_json(self, row: Row) -> Row:
         try:
             record = json.loads(str(row.caption))
-        except ValueError:
+        except (ValueError, RecursionError):
             return _with_problem(row, "its .json file is not JSON")
         keys = [str(key) for key in record] if isinstance(record, dict) else []
         if not {self._section.caption_column, *_CAPTION_NAMES} & set(keys):
@@ -444,6 +443,8 @@ def _files_in(folder: Path, pattern: str) -> dict[str, Path]:
     """Files of the folder that match, or else of its data folder, by name."""
     for place in (folder, folder / "data"):
         if files := sorted(path for path in place.glob(pattern) if not path.name.startswith(".")):
+            if odd := next((path.name for path in files if not _is_unicode(path.name)), None):
+                raise DataError(f"{folder}: the file name {_shown(odd)} is not UTF-8: rename the file")
             return {path.name: path for path in files}
     return {}
 
@@ -484,7 +485,7 @@ def _find_column(
             return found[0]
         if found:
             raise DataError(f"{where}: {', '.join(found)} may each be meant: set data.{key}")
-    raise DataError(f"{where}: no column {wanted!r}; columns present: {', '.join(present or fitting)}: set data.{key}")
+    raise DataError(f"{where}: no column {wanted!r}; columns present: {', '.join(map(repr, present or fitting))}: set data.{key}")
 
 
 def _split_of_file(name: str) -> str:
@@ -564,6 +565,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _shown(name: str) -> str:
+    """A file name as text that can be written as UTF-8."""
+    return name if _is_unicode(name) else os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _is_inside(name: str) -> bool:
     """Whether a normalised name stays within its folder."""
     return not name.startswith(("/", "../")) and name not in (".", "..")
@@ -585,10 +591,12 @@ def _with_problem(row: Row, problem: str) -> Row:
 
 def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and record of each line."""
-    if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
-        raise DataError(f"{path}: {num_bytes} bytes, more than the limit of {MAX_METADATA_BYTES}: split the folder and its metadata")
     try:
+        if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
+            raise DataError(f"{path}: {num_bytes} bytes, more than the limit of {MAX_METADATA_BYTES}: split the folder and its metadata")
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): put it back, or correct its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
     if path.suffix == ".csv":
@@ -604,75 +612,8 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: line {line}: not JSON ({error}): correct the line") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}: line {line}: not a JSON object: give one object with file_name and text a line")
         yield line, record
-
-
-# Tar files -------------------------------------------------------------------------------------------------------------
-
-
-class _HeaderFile:
-    """A tar file of which only headers are read: a header that claims to be larger than any is refused before allocating."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self.seek, self.tell = file.seek, file.tell
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        if size > _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        return self._file.read(size)
-
-
-def _group_members(file: io.BufferedReader, num_bytes: int) -> Iterator[tuple[str, list[_Member]]]:
-    """Key and members of each sample, as WebDataset's `base_plus_ext` and `group_by_keys` make them.
-
-    The key is the name up to the first dot of its last part, and the ending, in lower case, what follows. Names without a
-    dot and hidden ones belong to no sample.
-    """
-    key, members = "", list[_Member]()
-    for name, offset, size, problem in _read_headers(file, num_bytes):
-        found = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
-        if found is None or re.match(r"__[^/]*__(/|$)", name):
-            continue
-        if found[1] != key and members:
-            yield key, members
-            members = []
-        key = found[1]
-        members.append(_Member(found[2].lower(), offset, size, problem))
-    if members:
-        yield key, members
-
-
-def _read_headers(file: io.BufferedReader, num_bytes: int) -> Iterator[tuple[str, int, int, str | None]]:
-    """Name, offset, size in bytes and problem of everything in a tar file but folders; reads no contents.
-
-    Where a damaged header hides the rest, the last entry has the name `archive.damaged` and says so: `tarfile` would end
-    there in silence. Raises `tarfile.ReadError` if the very first header is none.
-    """
-    with tarfile.TarFile(fileobj=_HeaderFile(file), errorlevel=2) as archive:  # type: ignore[arg-type]
-        while True:
-            try:
-                member = archive.next()
-            except tarfile.ReadError:
-                if not archive.offset:
-                    raise
-                break  # a file that the archive is too short for: its own entry says so
-            if member is None:
-                break
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-            problem = None
-            if not member.isreg():
-                problem = "a link, which is not followed" if member.issym() or member.islnk() else "a device, not a file"
-            elif member.sparse is not None:
-                problem = "a sparse file: pack it again without --sparse"
-            elif member.offset_data + member.size > num_bytes:
-                problem = "the archive ends before this file does"
-            if not member.isdir():
-                yield member.name, member.offset_data, member.size, problem
-        file.seek(archive.offset)
-        if archive.offset < num_bytes and any(file.read(tarfile.BLOCKSIZE)):
-            yield "archive.damaged", 0, 0, f"damaged at byte {archive.offset}: what follows cannot be read, download it again"

@@ -19,7 +19,7 @@ from lorascope.base import Base
 from lorascope.cache import Encoded
 from lorascope.config import DataSection, TrainSection
 from lorascope.data import shuffled_caption
-from lorascope.errors import RunError, StorageError
+from lorascope.errors import StorageError
 from lorascope.objective import (
     add_noise,
     batch_indices,
@@ -42,7 +42,7 @@ class StepRecord:
     """One optimizer step of all arms of a group."""
 
     step: int  # from 1
-    epoch: float
+    epoch: float  # passes over the pictures so far, at most all there will be
     losses: tuple[float, ...]  # training loss of the step's pictures, per arm
     grad_norms: tuple[float, ...]  # before clipping
     lrs: tuple[float, ...]
@@ -95,6 +95,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.seconds += seconds
             epoch = self.step * section.batch_size * section.accumulation_steps / self.train.num_entries
+            epoch = min(epoch, section.epochs)  # the last batch may be filled up with pictures of a further pass
             yield StepRecord(self.step, epoch, losses=shown[0], grad_norms=shown[1], lrs=shown[2], failed=shown[3], seconds=seconds)
 
     def batch_losses(self, number: int) -> torch.Tensor:
@@ -244,12 +245,3 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rss"
-
-
-def require_any_active(record: StepRecord, names: Sequence[str]) -> None:
-    """Raise `RunError` when no arm of the group is left."""
-    if all(record.failed):
-        raise RunError(
-            f"step {record.step}: loss or gradient of every arm ({', '.join(names)}) is not finite: "
-            'lower arms.lr, or set train.precision = "fp32"'
-        )
