@@ -1,6 +1,5 @@
 """Cuts in rank: exact where they can be, the best approximation where not, and honest about the energy."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,12 @@ from diffusers import UNet2DConditionModel
 
 from conftest import make_pipeline_folder
 from lorascope.adapter_files import Adapter, LoraModule, load_adapter, save_adapter
+from lorascope.base import Base, save_ldm
 from lorascope.cli import main
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, AdapterError
 from lorascope.export import kohya_metadata
-from lorascope.ldm import list_pairs
+from lorascope.layers import ldm_path, stable_diffusion_layers
 from lorascope.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
-from lorascope.readers import ldm_path, stable_diffusion_layers
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -207,14 +206,10 @@ def test_single_files_in_the_original_layout(tmp_path: Path) -> None:
     assert close(cut.adapter.modules[Q].update(), module.update(), 1e-5)
 
 
-def test_the_original_names_are_those_of_the_layout() -> None:
-    folder = Path(__file__).parents[1] / "src" / "lorascope" / "sd15"
-    configs = {part: json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")}
-    table = {pair.diffusers: pair.ldm for pair in list_pairs(configs) if pair.component == "unet"}
-    for path in stable_diffusion_layers():
-        if path.startswith("unet."):
-            name = path.removeprefix("unet.")
-            assert table[f"{name}.weight"] == f"model.diffusion_model.{ldm_path(name)}.weight"
+def test_a_checkpoint_file_of_other_blocks_has_the_names_of_its_folder(base: Base, pipeline_folder: Path, tmp_path: Path) -> None:
+    save_ldm(base, path := tmp_path / "base.safetensors", torch.float32)
+    folder, file = Checkpoint(pipeline_folder), Checkpoint(path)
+    assert file.shapes == folder.shapes and all(torch.equal(file.tensor(name), folder.tensor(name)) for name in folder.shapes)
 
 
 def test_resize_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 
 from lorascope.adapter_files import Adapter, LoraModule
+from lorascope.base import read_configs
+from lorascope.config import BaseSection
 from lorascope.errors import AdapterError
 from lorascope.family import family_of_folder, family_of_tensors
-from lorascope.readers import ldm_path, stable_diffusion_layers
+from lorascope.ldm import PREFIXES, canonical_name, list_pairs
 from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header
 
 _FOLDER_WEIGHTS = {  # a pipeline's weights; the first that is there
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
     "text_encoder": ("model.safetensors", "model.fp16.safetensors"),
 }
-_LDM_UNET, _LDM_TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,14 @@ class Checkpoint:
             shapes = {name: info.shape for name, info in read_header(file).tensors.items()}
         if family := family_of_tensors(shapes):
             raise AdapterError(f"{file}: is {family}: give a Stable Diffusion v1 pipeline folder or checkpoint file")
-        ours = {
-            f"{_LDM_UNET}{ldm_path(path.removeprefix('unet.'))}": path for path in stable_diffusion_layers() if path.startswith("unet.")
-        }
-        for name, shape in shapes.items():
-            layer, _, ending = name.rpartition(".")
-            if name.startswith(_LDM_UNET):
-                self._add(f"{ours.get(layer, 'unet.' + layer)}.{ending}", file, name, shape)
-            elif name.startswith(_LDM_TEXT):
-                own = name.removeprefix(_LDM_TEXT)
-                self._add(f"text_encoder.{own if own.startswith('text_model.') else 'text_model.' + own}", file, name, shape)
+        # Where the file carries no configuration of its own, it has the layers of SD v1.5, of whatever widths.
+        ours = {pair.ldm: pair.diffusers for pair in list_pairs(read_configs(BaseSection(model=str(file)))) if pair.component == "unet"}
+        for stored, shape in shapes.items():
+            name = canonical_name(stored)
+            if name.startswith(PREFIXES["unet"]):
+                self._add(f"unet.{ours.get(name, name)}", file, stored, shape)
+            elif name.startswith(PREFIXES["text_encoder"]):
+                self._add(f"text_encoder.text_model.{name.removeprefix(PREFIXES['text_encoder'])}", file, stored, shape)
 
     def _add(self, path: str, file: Path, name: str, shape: tuple[int, ...]) -> None:
         if "position_ids" not in name:
@@ -199,7 +198,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, target: Target) -> Cut:
     """
     if unlike := [path for path in base.shapes if tuned.shapes.get(path) != base.shapes[path]]:
         raise AdapterError(
-            f"{tuned.path}: {unlike[0]} has shape {_shape(tuned, unlike[0])}, in {base.path} it has {_shape(base, unlike[0])}: "
+            f"{tuned.path}: {unlike[0]} is {_shape(tuned, unlike[0])}, in {base.path} it is {_shape(base, unlike[0])}: "
             "the two are not the same architecture"
         )
     layers = [path for path in base.layers if not path.endswith("embedding.weight")]
@@ -223,7 +222,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, target: Target) -> Cut:
 
 
 def _shape(checkpoint: Checkpoint, path: str) -> str:
-    return str(list(checkpoint.shapes[path])) if path in checkpoint.shapes else "no such tensor"
+    return f"of shape {list(checkpoint.shapes[path])}" if path in checkpoint.shapes else "not there"
 
 
 def _difference(base: Checkpoint, tuned: Checkpoint, path: str) -> torch.Tensor:
