@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lorascope.adapter_files import Adapter, LoraModule, sd15_modules
+from lorascope.adapter_files import Adapter, LoraModule
+from lorascope.layers import stable_diffusion_layers
 
 RANK = 4
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -48,4 +49,4 @@ def shapes_of(pipeline: StableDiffusionPipeline) -> dict[str, tuple[int, ...]]:
 
 def plain_lora_modules() -> dict[str, tuple[int, ...]]:
     """The modules that plain LoRA adapts in Stable Diffusion v1.5."""
-    return {path: shape for path, shape in sd15_modules().items() if ".attentions." in path or path.startswith("text_encoder.")}
+    return {path: shape for path, shape in stable_diffusion_layers().items() if ".attentions." in path or path.startswith("text_encoder.")}

@@ -27,9 +27,9 @@ from lorascope.adapter_files import (
     load_adapter,
     parse_adapter,
     save_adapter,
-    sd15_modules,
 )
 from lorascope.errors import AdapterError, WeightsError
+from lorascope.layers import stable_diffusion_layers
 from random_adapters import ATTENTION, RANK, layers_of, load_pipeline, plain_lora_modules, random_adapter, random_module, shapes_of
 
 Tensors = dict[str, torch.Tensor]
@@ -170,7 +170,7 @@ def test_stable_diffusion_has_192_and_72_modules() -> None:
 
 def test_every_name_comes_back_and_diffusers_reads_each_as_we_do() -> None:
     """Our names of all layers, LoCon's too, through our parser and through diffusers' converter of kohya files."""
-    paths = list(sd15_modules())
+    paths = list(stable_diffusion_layers())
     assert len(paths) == len({kohya_name(path) for path in paths})
     adapter = parse_adapter(small_tensors(paths), {})
     assert set(adapter.modules) == set(paths) and not adapter.leftover and not adapter.faults
@@ -218,12 +218,12 @@ def test_round_trips_lose_nothing(pipeline: StableDiffusionPipeline, tmp_path: P
 @given(data=st.data())
 def test_any_ranks_alphas_and_modules_survive_every_layout(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("any")
-    paths = data.draw(st.lists(st.sampled_from(list(sd15_modules())), min_size=1, max_size=6, unique=True))
+    paths = data.draw(st.lists(st.sampled_from(list(stable_diffusion_layers())), min_size=1, max_size=6, unique=True))
     modules = {}
     for path in paths:
         rank = data.draw(st.integers(1, 5))
         alpha = data.draw(st.none() | st.floats(0, 1e4, width=32))
-        shape = (3, 2, *sd15_modules()[path][2:])
+        shape = (3, 2, *stable_diffusion_layers()[path][2:])
         modules[path] = random_module(shape, rank, alpha, torch.Generator().manual_seed(rank))
     adapter = Adapter(modules, "kohya", {})
     for layout in get_args(Layout):
@@ -252,7 +252,7 @@ def test_half_precision_tells_its_rounding_and_refuses_what_it_cannot_hold(tmp_p
 def test_hashes_are_those_that_the_programs_compute(tmp_path: Path) -> None:
     """sd-scripts' definition, from the file: the legacy hash is taken where the header has the `ss_` metadata alone."""
     metadata = {"ss_v2": "False", "ss_output_name": "größe", "modelspec.title": "style", "note": "x" * 5000}
-    paths = [path for path, shape in sd15_modules().items() if "attn1.to_q" in path]
+    paths = [path for path, shape in stable_diffusion_layers().items() if "attn1.to_q" in path]
     adapter = random_adapter(dict.fromkeys(paths, (320, 320)), rank=32)  # 1.3 MB: beyond where the legacy hash begins
     save_adapter(adapter, tmp_path / "a.safetensors", "kohya", "fp32", metadata)
     content = (tmp_path / "a.safetensors").read_bytes()

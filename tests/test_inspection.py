@@ -16,7 +16,7 @@ from lorascope.errors import EXIT_DONE, EXIT_GATE_REJECTED, EXIT_INPUT, WeightsE
 from lorascope.export import kohya_metadata
 from lorascope.inspection import Inspection, inspect_file
 from lorascope.inspection_text import as_text
-from lorascope.readers import stable_diffusion_layers
+from lorascope.layers import stable_diffusion_layers
 
 State = dict[str, torch.Tensor]
 LAYERS = stable_diffusion_layers()

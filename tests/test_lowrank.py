@@ -1,7 +1,5 @@
 """Cuts in rank: exact where they can be, the best approximation where not, and honest about the energy."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,12 @@ from diffusers import UNet2DConditionModel
 
 from conftest import make_pipeline_folder
 from lorascope.adapter_files import Adapter, LoraModule, load_adapter, save_adapter
-from lorascope.base import load_base, save_ldm
+from lorascope.base import Base, save_ldm
 from lorascope.cli import main
-from lorascope.config import BaseSection
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, AdapterError
 from lorascope.export import kohya_metadata
-from lorascope.ldm import list_pairs
+from lorascope.layers import ldm_path, stable_diffusion_layers
 from lorascope.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
-from lorascope.readers import ldm_path, stable_diffusion_layers
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -191,30 +187,13 @@ def test_models_that_cannot_be_compared(pipeline_folder: Path, tmp_path: Path) -
         Checkpoint(tmp_path / "lora.safetensors")
 
 
-def test_single_files_in_the_original_layout_against_a_folder_and_each_other(pipeline_folder: Path, tmp_path: Path) -> None:
-    modules = updates_for(pipeline_folder)
-    tuned = tuned_copy(pipeline_folder, tmp_path / "tuned", {path: module.update() for path, module in modules.items()})
-    cpu = torch.device("cpu")
-    for name, folder in (("base", pipeline_folder), ("tuned", tuned)):
-        if name == "tuned":
-            shutil.copytree(
-                pipeline_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("diffusion_pytorch_model*", "model.safetensors")
-            )
-            shutil.copy(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae")
-        save_ldm(load_base(BaseSection(model=str(folder)), cpu), tmp_path / f"{name}.safetensors", torch.float32)
-    for base in (pipeline_folder, tmp_path / "base.safetensors"):
-        cut = extract(Checkpoint(base), Checkpoint(tmp_path / "tuned.safetensors"), Target(rank=3))
-        assert set(cut.adapter.modules) == set(modules)
-        assert all(close(module.update(), modules[path].update(), 1e-5) for path, module in cut.adapter.modules.items())
-
-
-def test_a_pickled_file_without_text_model_in_its_names(tmp_path: Path) -> None:
+def test_single_files_in_the_original_layout(tmp_path: Path) -> None:
     layers = stable_diffusion_layers(channels=(8, 8, 16, 16), text_width=8, text_hidden=16)
     state = {"first_stage_model.encoder.conv_in.weight": torch.ones(1)}
     for path, shape in layers.items():
         part, _, rest = path.partition(".")
         name = f"model.diffusion_model.{ldm_path(rest)}" if part == "unet" else f"cond_stage_model.transformer.{rest}"
-        state[f"{name.replace('text_model.', '')}.weight"] = torch.randn(shape, generator=generator())
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator())
     module = linear(2, size=layers[Q])  # type: ignore[arg-type]
     name = f"model.diffusion_model.{ldm_path(Q.removeprefix('unet.'))}.weight"
     safetensors.torch.save_file(state, tmp_path / "base.safetensors")
@@ -227,14 +206,10 @@ def test_a_pickled_file_without_text_model_in_its_names(tmp_path: Path) -> None:
     assert close(cut.adapter.modules[Q].update(), module.update(), 1e-5)
 
 
-def test_the_original_names_are_those_of_the_layout() -> None:
-    folder = Path(__file__).parents[1] / "src" / "lorascope" / "sd15"
-    configs = {part: json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")}
-    table = {pair.diffusers: pair.ldm for pair in list_pairs(configs) if pair.component == "unet"}
-    for path in stable_diffusion_layers():
-        if path.startswith("unet."):
-            name = path.removeprefix("unet.")
-            assert table[f"{name}.weight"] == f"model.diffusion_model.{ldm_path(name)}.weight"
+def test_a_checkpoint_file_of_other_blocks_has_the_names_of_its_folder(base: Base, pipeline_folder: Path, tmp_path: Path) -> None:
+    save_ldm(base, path := tmp_path / "base.safetensors", torch.float32)
+    folder, file = Checkpoint(pipeline_folder), Checkpoint(path)
+    assert file.shapes == folder.shapes and all(torch.equal(file.tensor(name), folder.tensor(name)) for name in folder.shapes)
 
 
 def test_resize_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

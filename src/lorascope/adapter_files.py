@@ -8,7 +8,6 @@ Dimensions: r rank, in and out the channels of the adapted layer, kh and kw a co
 """
 
 import collections
-import functools
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ import safetensors.torch
 import torch
 
 from lorascope.errors import AdapterError, first_line
+from lorascope.layers import stable_diffusion_layers
 from lorascope.store import write_json
 from lorascope.weights import load_tensors, read_header, require_finite, save_tensors
 
@@ -213,29 +213,9 @@ def _place(name: str) -> tuple[str, str] | None:
     return layout, f"{component}.{rest}"
 
 
-@functools.cache
-def sd15_modules() -> dict[str, tuple[int, ...]]:
-    """Every Linear and convolution of Stable Diffusion v1.5's U-Net and text encoder that adapters reach: path to weight shape.
-
-    From diffusers' own model class on the meta device, without weights: 192 attention, feed-forward and projection layers
-    and 72 of the text encoder, which plain LoRA adapts, besides the convolutions and time embeddings of LoCon.
-    """
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    shapes = {f"unet.{path}": tuple(module.weight.shape) for path, module in unet.named_modules() if isinstance(module, kinds)}
-    for layer in range(12):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
-            shape = {"mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}.get(name, (768, 768))
-            shapes[f"text_encoder.text_model.encoder.layers.{layer}.{name}"] = shape
-    return shapes
-
-
 def misfits(adapter: Adapter) -> list[str]:
     """The paths of modules that Stable Diffusion v1.5 does not have, or has in another shape."""
-    shapes = sd15_modules()
+    shapes = stable_diffusion_layers()
     return [path for path, module in adapter.modules.items() if shapes.get(path) != module.weight_shape]
 
 

@@ -14,8 +14,9 @@ import torch
 from lorascope.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule, foreign_kind, parse_adapter
 from lorascope.errors import WeightsError, first_line
 from lorascope.family import family_of_folder, family_of_tensors
+from lorascope.layers import Shape, stable_diffusion_layers
 from lorascope.lowrank import effective_rank, singular_values
-from lorascope.readers import FileModule, Reading, Shape, file_modules, read_by_all, stable_diffusion_layers
+from lorascope.readers import FileModule, Reading, file_modules, read_by_all
 from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the base's weights

@@ -15,17 +15,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.errors import BaseModelError, first_line
+from lorascope.layers import renamed, unet_names
 
 # Where the components stand in a checkpoint.
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer.text_model."}
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # What original files hold besides the three models, or beside their weights: schedules, losses, averages, index buffers,
 # and the projection of the text encoder, which its hidden states do not pass.
@@ -80,51 +73,14 @@ def list_pairs(configs: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
     for component, prefix in PREFIXES.items():
         with torch.device("meta"):
             model: Any = build_component(component, configs[component])
-        modules = {"unet": _unet_modules, "vae": _vae_modules}.get(component)  # the text encoder's names are the same in both
+        modules = {"unet": unet_names, "vae": _vae_modules}.get(component)  # the text encoder's names are the same in both
         table = dict(modules(model.config)) if modules else None
         for name, tensor in model.state_dict().items():
             shape = tuple(tensor.shape)
             is_conv = component == "vae" and ".attentions." in name and len(shape) == 2
-            ldm = name if table is None else _renamed(name, table)
+            ldm = name if table is None else renamed(name, table)
             pairs.append(Pair(component, name, prefix + ldm, shape, (*shape, 1, 1) if is_conv else shape))
     return pairs
-
-
-def _renamed(name: str, table: Mapping[str, str]) -> str:
-    """`name` with the longest module path that stands in `table` replaced."""
-    parts = name.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        if (ldm := table.get(".".join(parts[:length]))) is not None:
-            return ".".join((ldm, *parts[length:]))
-    raise BaseModelError(f"{name}: has no name in the original layout: give a base of Stable Diffusion v1's architecture")
-
-
-def _unet_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Module paths in the U-Net: input and output blocks are counted through, one for each resnet or downsampler."""
-    yield from {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}.items()
-    yield from {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}.items()
-    num_layers, num_blocks = config["layers_per_block"], len(config["block_out_channels"])
-    for block in range(num_blocks):
-        index = 1 + block * (num_layers + 1)
-        for layer in range(num_layers):
-            yield from _resnet(f"down_blocks.{block}.resnets.{layer}", f"input_blocks.{index + layer}.0")
-            yield f"down_blocks.{block}.attentions.{layer}", f"input_blocks.{index + layer}.1"
-        yield f"down_blocks.{block}.downsamplers.0.conv", f"input_blocks.{index + num_layers}.0.op"
-    yield from _resnet("mid_block.resnets.0", "middle_block.0")
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield from _resnet("mid_block.resnets.1", "middle_block.2")
-    for block, kind in enumerate(config["up_block_types"]):
-        index = block * (num_layers + 1)
-        for layer in range(num_layers + 1):
-            yield from _resnet(f"up_blocks.{block}.resnets.{layer}", f"output_blocks.{index + layer}.0")
-            yield f"up_blocks.{block}.attentions.{layer}", f"output_blocks.{index + layer}.1"
-        upsampler = 2 if "Attn" in kind else 1  # it stands after the attention, where there is one
-        yield f"up_blocks.{block}.upsamplers.0.conv", f"output_blocks.{index + num_layers}.{upsampler}.conv"
-
-
-def _resnet(diffusers: str, ldm: str) -> Iterator[tuple[str, str]]:
-    for ours, theirs in _UNET_RESNET.items():
-        yield f"{diffusers}.{ours}", f"{ldm}.{theirs}"
 
 
 def _vae_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from lorascope.base import read_configs
 from lorascope.config import BaseSection
 from lorascope.errors import AdapterError
 from lorascope.family import family_of_folder, family_of_tensors
-from lorascope.ldm import canonical_name, list_pairs
+from lorascope.ldm import PREFIXES, canonical_name, list_pairs
 from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header
 
 _FOLDER_WEIGHTS = {  # a pipeline's weights; the first that is there
@@ -170,11 +170,14 @@ class Checkpoint:
             shapes = {name: info.shape for name, info in read_header(file).tensors.items()}
         if family := family_of_tensors(shapes):
             raise AdapterError(f"{file}: is {family}: give a Stable Diffusion v1 pipeline folder or checkpoint file")
-        pairs = {pair.ldm: pair for pair in list_pairs(read_configs(BaseSection(model=str(file)))) if pair.component in _FOLDER_WEIGHTS}
-        for name, shape in shapes.items():
-            if (pair := pairs.get(canonical_name(name))) is not None:
-                own = pair.diffusers if pair.component == "unet" else f"text_model.{pair.diffusers}"
-                self._add(f"{pair.component}.{own}", file, name, shape)
+        # Where the file carries no configuration of its own, it has the layers of SD v1.5, of whatever widths.
+        ours = {pair.ldm: pair.diffusers for pair in list_pairs(read_configs(BaseSection(model=str(file)))) if pair.component == "unet"}
+        for stored, shape in shapes.items():
+            name = canonical_name(stored)
+            if name.startswith(PREFIXES["unet"]):
+                self._add(f"unet.{ours.get(name, name)}", file, stored, shape)
+            elif name.startswith(PREFIXES["text_encoder"]):
+                self._add(f"text_encoder.text_model.{name.removeprefix(PREFIXES['text_encoder'])}", file, stored, shape)
 
     def _add(self, path: str, file: Path, name: str, shape: tuple[int, ...]) -> None:
         if "position_ids" not in name:
@@ -195,7 +198,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, target: Target) -> Cut:
     """
     if unlike := [path for path in base.shapes if tuned.shapes.get(path) != base.shapes[path]]:
         raise AdapterError(
-            f"{tuned.path}: {unlike[0]} {_shape(tuned, unlike[0])}, in {base.path} it {_shape(base, unlike[0])}: "
+            f"{tuned.path}: {unlike[0]} is {_shape(tuned, unlike[0])}, in {base.path} it is {_shape(base, unlike[0])}: "
             "the two are not the same architecture"
         )
     layers = [path for path in base.layers if not path.endswith("embedding.weight")]
@@ -219,7 +222,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, target: Target) -> Cut:
 
 
 def _shape(checkpoint: Checkpoint, path: str) -> str:
-    return f"has shape {list(checkpoint.shapes[path])}" if path in checkpoint.shapes else "is missing"
+    return f"of shape {list(checkpoint.shapes[path])}" if path in checkpoint.shapes else "not there"
 
 
 def _difference(base: Checkpoint, tuned: Checkpoint, path: str) -> torch.Tensor:

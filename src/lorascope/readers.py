@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-Shape = tuple[int, ...]
-Layers = Mapping[str, Shape]  # weight shape by path: "unet.<diffusers path>" or "text_encoder.text_model.<path>"
+from lorascope.layers import Layers, Shape, ldm_path, stable_diffusion_layers
 
 FORGE_LIMIT = 12  # keys without a match that Forge puts up with
 SAYS = {  # what a user sees of a module that is passed over
@@ -35,100 +34,6 @@ SAYS = {  # what a user sees of a module that is passed over
     "sd-scripts": "with a line in its console",
 }
 
-
-@cache
-def stable_diffusion_layers(channels: Shape = (320, 640, 1280, 1280), text_width: int = 768, text_hidden: int = 3072) -> Layers:
-    """The Linear and convolution layers of Stable Diffusion v1.5, 282 in the U-Net and 72 in the text encoder.
-
-    `channels` are the U-Net's widths, `text_width` and `text_hidden` the text encoder's and its MLP's: other numbers
-    give a smaller model of the same names.
-    """
-    layers: dict[str, Shape] = {}
-
-    def resnet(path: str, inside: int, outside: int) -> None:
-        layers[f"{path}.conv1"] = (outside, inside, 3, 3)
-        layers[f"{path}.time_emb_proj"] = (outside, 4 * channels[0])
-        layers[f"{path}.conv2"] = (outside, outside, 3, 3)
-        if inside != outside:
-            layers[f"{path}.conv_shortcut"] = (outside, inside, 1, 1)
-
-    def attention(path: str, width: int) -> None:
-        layers[f"{path}.proj_in"] = layers[f"{path}.proj_out"] = (width, width, 1, 1)
-        block = f"{path}.transformer_blocks.0"
-        for name, context in (("attn1", width), ("attn2", text_width)):
-            layers[f"{block}.{name}.to_q"] = layers[f"{block}.{name}.to_out.0"] = (width, width)
-            layers[f"{block}.{name}.to_k"] = layers[f"{block}.{name}.to_v"] = (width, context)
-        layers[f"{block}.ff.net.0.proj"] = (8 * width, width)
-        layers[f"{block}.ff.net.2"] = (width, 4 * width)
-
-    first, last = channels[0], channels[-1]
-    layers["unet.conv_in"] = (first, 4, 3, 3)
-    layers["unet.time_embedding.linear_1"] = layers["unet.time_embedding.linear_2"] = (4 * first, 4 * first)
-    layers["unet.time_embedding.linear_1"] = (4 * first, first)
-    skips = [first]
-    for block, width in enumerate(channels):
-        for index in range(2):
-            resnet(f"unet.down_blocks.{block}.resnets.{index}", skips[-1], width)
-            if block < 3:
-                attention(f"unet.down_blocks.{block}.attentions.{index}", width)
-            skips.append(width)
-        if block < 3:
-            layers[f"unet.down_blocks.{block}.downsamplers.0.conv"] = (width, width, 3, 3)
-            skips.append(width)
-    resnet("unet.mid_block.resnets.0", last, last)
-    attention("unet.mid_block.attentions.0", last)
-    resnet("unet.mid_block.resnets.1", last, last)
-    inside = last
-    for block, width in enumerate(reversed(channels)):
-        for index in range(3):
-            resnet(f"unet.up_blocks.{block}.resnets.{index}", inside + skips.pop(), width)
-            if block > 0:
-                attention(f"unet.up_blocks.{block}.attentions.{index}", width)
-            inside = width
-        if block < 3:
-            layers[f"unet.up_blocks.{block}.upsamplers.0.conv"] = (width, width, 3, 3)
-    layers["unet.conv_out"] = (4, first, 3, 3)
-    for index in range(12):
-        path = f"text_encoder.text_model.encoder.layers.{index}"
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            layers[f"{path}.self_attn.{name}"] = (text_width, text_width)
-        layers[f"{path}.mlp.fc1"] = (text_hidden, text_width)
-        layers[f"{path}.mlp.fc2"] = (text_width, text_hidden)
-    return layers
-
-
-def ldm_path(path: str) -> str:
-    """The original (LDM) name of a U-Net layer that diffusers calls `path`.
-
-    `down_blocks.0.resnets.0.conv1` is `input_blocks.1.0.in_layers.2`.
-    """
-    if path in _LDM_ALONE:
-        return _LDM_ALONE[path]
-    kind, *parts = path.split(".")
-    block = 0 if kind == "mid_block" else int(parts.pop(0))
-    list_name, index, rest = parts[0], int(parts[1]), ".".join(parts[2:])
-    if list_name == "downsamplers":
-        return f"input_blocks.{3 + 3 * block}.0.op"
-    if list_name == "upsamplers":
-        return f"output_blocks.{2 + 3 * block}.{2 if block else 1}.conv"
-    column = 1 if list_name == "attentions" else 0
-    rest = _LDM_RESNET.get(rest, rest) if list_name == "resnets" else rest
-    match kind:
-        case "down_blocks":
-            return f"input_blocks.{1 + 3 * block + index}.{column}.{rest}"
-        case "mid_block":
-            return f"middle_block.{1 if column else 2 * index}.{rest}"
-        case _:
-            return f"output_blocks.{3 * block + index}.{column}.{rest}"
-
-
-_LDM_ALONE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-}
-_LDM_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 
 # How a file may spell the two factors of a module: the ends of their keys, A (down) before B (up).
 _KOHYA = (".lora_down.weight", ".lora_up.weight")
@@ -488,8 +393,8 @@ def _diffusers_kohya(file: _File, layers: Layers) -> dict[str, str]:
         part, rest = _parts_of(path)
         if part == "unet":
             names[f"lora_unet_{_flat(rest)}"] = path
-            if rest in _LDM_ALONE:
-                names[f"lora_unet_{_flat(_LDM_ALONE[rest])}"] = path
+            if rest.startswith(("conv_", "time_embedding.")):  # the only layers that it knows by their original names too
+                names[f"lora_unet_{_flat(ldm_path(rest))}"] = path
         else:  # transformers 5 has no text_model in its names, and diffusers takes either
             names.update({f"{prefix}{_flat(name)}": path for prefix in ("lora_te_", "lora_te1_") for name in (rest, _short(rest))})
     taken = {name: names[name] for name in file.modules if name in names}
