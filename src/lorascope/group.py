@@ -96,7 +96,8 @@ class Group:
         for index in range(len(self.arms)):
             self._finish_arm(index)
         self.checkpoint.unlink(missing_ok=True)
-        log.info("train    done in %s", duration(trainer.seconds))
+        if len(self.failures) < len(self.arms):
+            log.info("train    done in %s", duration(trainer.seconds))
 
     def _log_plan(self) -> None:
         counts = {arm.name: count_parameters(self.bank.targets, arm) for arm in self.arms}
