@@ -255,6 +255,7 @@ def test_a_folder_that_does_not_go(tmp_path: Path, pictures: Path) -> None:
     [
         (b"\xff\xfe", "cannot be read as UTF-8 .*: correct it, or move it away"),
         (b'{"file_name": "0.png"}\n{"file_na', "line 2: not JSON .*: correct the line"),
+        (b"[" * 100_000, "line 1: not JSON .*recursion.*: correct the line"),
         (b"[1]\n", "line 1: no object with file_name: correct the line"),
         (b'{"file_name": 1}\n', "line 1: no object with file_name: correct the line"),
     ],

@@ -274,7 +274,7 @@ class _Metadata:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{self._path}: line {index + 1}: not JSON ({error}): correct the line") from error
             if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
                 raise DataError(f"{self._path}: line {index + 1}: no object with file_name: correct the line")

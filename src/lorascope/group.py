@@ -75,9 +75,6 @@ class Group:
                     self._record_step(record)
                     if record.step in epoch_ends:
                         self._end_epoch(record.step, epoch_ends[record.step], base_losses)
-                    if len(self.failures) == len(self.arms):
-                        self._require_another_group()
-                        break
                     if interrupted() or (record.step % section.checkpoint_every_steps == 0 and record.step < trainer.num_steps):
                         self._save_checkpoint()
                     rate = section.batch_size * section.accumulation_steps * len(self.arms) / record.seconds
@@ -89,6 +86,9 @@ class Group:
                     if interrupted():
                         log.info("train    stopped after step %d; the same command goes on from here", record.step)
                         raise KeyboardInterrupt
+                    if len(self.failures) == len(self.arms):
+                        break
+            self._require_an_arm()
             self.metrics.sync()
         finally:
             self.metrics.close()
@@ -96,7 +96,8 @@ class Group:
         for index in range(len(self.arms)):
             self._finish_arm(index)
         self.checkpoint.unlink(missing_ok=True)
-        log.info("train    done in %s", duration(trainer.seconds))
+        if len(self.failures) < len(self.arms):
+            log.info("train    done in %s", duration(trainer.seconds))
 
     def _log_plan(self) -> None:
         counts = {arm.name: count_parameters(self.bank.targets, arm) for arm in self.arms}
@@ -141,8 +142,10 @@ class Group:
         self.failures[name] = reason
         log.warning("train    %s failed: %s; other arms go on", name, reason)
 
-    def _require_another_group(self) -> None:
+    def _require_an_arm(self) -> None:
         """Raise `RunError` if all arms of all groups have failed: this one's, and those before it."""
+        if len(self.failures) < len(self.arms):
+            return
         others = [self.run_dir.adapters_dir / arm.name / "training.json" for arm in self.config.expand_arms() if arm not in self.arms]
         if all(path.exists() and read_json(path)["failed"] for path in others):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
