@@ -123,6 +123,7 @@ _KILL_AT = {
     "before the first checkpoint": ("lorascope.train.Trainer.load_batch", 2),
     "between checkpoints": ("lorascope.train.Trainer.load_batch", 7),
     "while adapters are written": ("lorascope.group.Group._finish_arm", 2),
+    "before an arm's files for other programs": ("lorascope.study.write_study_files", 2),
     "in the middle of sampling": ("lorascope.study.save_picture", 13),
     "while scoring": ("lorascope.score.write_scores", 1),
 }
@@ -161,6 +162,8 @@ def test_a_killed_run_started_again_ends_in_the_same_bytes(study_file: Path, fin
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     make_study(study_file, run).run()
     assert digests(run) == digests(finished)
+    assert sorted(path.name for path in run.glob("adapters/*/tiny-*")) == ["tiny-r4.safetensors", "tiny-r8.safetensors"]
+    assert not list((run / "checkpoints").iterdir())
 
 
 def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(study_file: Path, finished: Path, tmp_path: Path) -> None:

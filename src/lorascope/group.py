@@ -16,7 +16,6 @@ from lorascope.cache import Encoded
 from lorascope.config import Arm, StudyConfig
 from lorascope.console import duration, log, size, track
 from lorascope.errors import RunError
-from lorascope.export import write_study_files
 from lorascope.prompts import Prompt
 from lorascope.sample import Job, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, read_json, write_json
@@ -95,7 +94,6 @@ class Group:
             self.bank.detach()
         for index in range(len(self.arms)):
             self._finish_arm(index)
-        self.checkpoint.unlink(missing_ok=True)
         if len(self.failures) < len(self.arms):
             log.info("train    done in %s", duration(trainer.seconds))
 
@@ -236,8 +234,6 @@ class Group:
             facts["file_bytes"] = save_adapter(self.bank.adapter(index), folder, "peft", "fp32").num_bytes
             facts["final_loss"] = float(np.mean(self.last_epoch[arm.name]))
         write_json(folder / "training.json", facts)
-        if failure is None:
-            write_study_files(self.run_dir, self.config, arm)
 
 
 def preview_jobs(prompts: Sequence[Prompt], count: int) -> list[Job]:

@@ -26,7 +26,7 @@ from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_base
+from lorascope.export import merged_base, write_study_files
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group
 from lorascope.optimizers import check_optimizer
@@ -232,6 +232,10 @@ class Study:
             for group in groups:
                 if not all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group):
                     Group(config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts, trackers, inputs).run()
+                (self.run_dir.checkpoints_dir / f"{group[0].name}.safetensors").unlink(missing_ok=True)
+                for arm in group:
+                    if self._training(arm)["failed"] is None:
+                        write_study_files(self.run_dir, config, arm)
             note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
 
     def _train_inputs(self) -> str:
