@@ -432,6 +432,12 @@ def without(tensors: Tensors, ending: str) -> Tensors:
         ({**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_up.weight": torch.ones(6, 5)}, r"down \[2, 6\] and up \[6, 5\] do not fit together"),
         ({**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_up.weight": torch.ones(6)}, r"up is \[6\]: expected"),
         ({**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_down.weight": torch.ones(0, 6)}, r"down is \[0, 6\]"),
+        (
+            {**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_mid.weight": torch.ones(4, 4)},
+            r"the core lora_mid is \[4, 4\] and down \[2, 6\]: expected \[r, r, kh, kw\]",
+        ),
+        (kohya(dora_scale=torch.ones(7)), r"dora_scale is \[7\]: expected one number for each of 6 outputs or 6 inputs"),
+        ({key: tensor.to(torch.int8) for key, tensor in kohya().items()}, r"down holds int8, not floating-point weights"),
         (kohya(alpha=torch.ones(2)), r"alpha must be one finite number, is of shape \[2\]"),
         ({**kohya(), **kohya(f"{KOHYA_ATTENTION}_to_out"), **kohya(f"{KOHYA_ATTENTION}_to_out_0")}, r"two modules of one name: '.*to_out"),
         (

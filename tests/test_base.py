@@ -241,16 +241,39 @@ def test_parts_that_do_not_belong_together_are_refused(own_copy: Path) -> None:
     change_json(own_copy / "text_encoder" / "config.json", vocab_size=100)
     with pytest.raises(BaseModelError, match="the tokenizer has 514 tokens and the text encoder knows 100"):
         load(own_copy)
+    change_json(own_copy / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
+    with pytest.raises(BaseModelError, match="model_max_length is 10+ and the text encoder has 77 positions: parts of two bases"):
+        load(own_copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("vae/config.json", "scaling_factor", None, "scaling_factor = None of the VAE: must be a number above 0"),
+        (
+            "scheduler/scheduler_config.json",
+            "num_train_timesteps",
+            10**12,
+            "num_train_timesteps = 10+ of the scheduler: must be",
+        ),
+        ("scheduler/scheduler_config.json", "beta_start", "low", "gives no noise schedule"),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.1, 0.2], "give no schedule of 1000 finite steps"),
+    ],
+)
+def test_numbers_that_no_base_has_are_refused(own_copy: Path, file: str, key: str, value: object, message: str) -> None:
+    change_json(own_copy / file, **{key: value})
+    with pytest.raises(BaseModelError, match=message):
+        load(own_copy)
 
 
 def test_configurations_of_a_boundless_model_are_refused(own_copy: Path) -> None:
     config = own_copy / "unet" / "config.json"
     for value in (10**9, 0, [10**9], [1] * 99, "2"):
         change_json(config, layers_per_block=value)
-        with pytest.raises(BaseModelError, match="unet: layers_per_block = .*must be at most 64"):
+        with pytest.raises(BaseModelError, match="unet: 'layers_per_block' = .*must be at most 64"):
             load(own_copy)
     change_json(config, layers_per_block=1, down_block_types=["DownBlock2D"] * 100)
-    with pytest.raises(BaseModelError, match="unet: down_block_types = .*must be at most 64"):
+    with pytest.raises(BaseModelError, match="unet: 'down_block_types' = .*must be at most 64"):
         load(own_copy)
     config.write_text("[]")
     with pytest.raises(BaseModelError, match="cannot be read .it is not an object"):

@@ -96,6 +96,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(pipeline_folder: Pat
 
 def test_architectures_without_a_name_in_the_layout_are_refused(pipeline_folder: Path) -> None:
     configs = read_configs(pipeline_folder)
+    depths = [1] * len(configs["unet"]["block_out_channels"])
+    with pytest.raises(BaseModelError, match="unet: has blocks of different depths"):
+        list_pairs({**configs, "unet": {**configs["unet"], "layers_per_block": depths}})
     configs["unet"]["class_embed_type"] = "timestep"
     with pytest.raises(BaseModelError, match=r"class_embedding.linear_1.weight: has no name in the original layout"):
         list_pairs(configs)

@@ -288,7 +288,7 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_are_counted(dtype: torch.dtype) -> None:
     good, bad = torch.ones(5), torch.tensor([1.0, float("nan"), float("inf"), 0])
     require_finite({"good": good.to(dtype), "counts": torch.ones(2, dtype=torch.int64)}, Path("file"))
-    with pytest.raises(WeightsError, match="file: bad has 2 of 4 values that are NaN or infinite"):
+    with pytest.raises(WeightsError, match="file: 'bad' has 2 of 4 values that are NaN or infinite"):
         require_finite({"good": good.to(dtype), "bad": bad.to(dtype), "worse": bad}, Path("file"))
 
 

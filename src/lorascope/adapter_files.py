@@ -284,7 +284,7 @@ def parse_adapter(
             layout = "diffusers attention processors" if ".processor." in key else "diffusers lora.down/up"
         layouts[layout] = None
         if other := names.get((path, field)):
-            faults.append(f"two modules of one name: {other!r} and {key!r} are both {path}")
+            faults.append(f"two modules of one name: {other[:200]!r} and {key[:200]!r} are both {path[:200]}")
             continue
         names[path, field] = key
         parts.setdefault(path, {})[field] = tensors[key]
@@ -301,18 +301,28 @@ def parse_adapter(
 
 def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
     """What keeps the tensors of one module from being an adapter, or None."""
+    if other := [field for field, tensor in found.items() if not tensor.is_floating_point()]:
+        return f"{path}: {other[0]} holds {str(found[other[0]].dtype).removeprefix('torch.')}, not floating-point weights"
     if missing := [field for field in ("down", "up") if field not in found]:
         return f"{path}: has {', '.join(sorted(found))} without {' and '.join(missing)}: the file is incomplete"
     down, up, alpha = found["down"], found["up"], found.get("alpha")
     if down.ndim not in (2, 4) or up.ndim not in (2, 4) or 0 in (*down.shape, *up.shape):
         return f"{path}: down is {list(down.shape)} and up is {list(up.shape)}: expected [r, in(, kh, kw)] and [out, r(, 1, 1)]"
     mid = found.get("mid")
-    inner = mid.shape[0] if mid is not None and mid.ndim == 4 else down.shape[0]
-    if up.shape[1] != inner or up.shape[2:].numel() != 1 or (mid is not None and mid.shape[:2] != (inner, down.shape[0])):
+    if mid is not None and (mid.ndim != 4 or 0 in mid.shape or down.shape[2:].numel() != 1):
+        return f"{path}: the core lora_mid is {list(mid.shape)} and down {list(down.shape)}: expected [r, r, kh, kw] and [r, in, 1, 1]"
+    inner = down.shape[0] if mid is None else mid.shape[0]
+    if up.shape[1] != inner or up.shape[2:].numel() != 1 or (mid is not None and mid.shape[1] != down.shape[0]):
         core = "" if mid is None else f" with a core {list(mid.shape)}"
         return f"{path}: down {list(down.shape)} and up {list(up.shape)}{core} do not fit together: their ranks must be equal"
     if alpha is not None and (alpha.numel() != 1 or not alpha.float().isfinite().all()):
         return f"{path}: alpha must be one finite number, is of shape {list(alpha.shape)}"
+    magnitudes = found.get("dora_scale")
+    if magnitudes is not None and (
+        magnitudes.numel() != max(magnitudes.shape, default=1) or magnitudes.numel() not in (up.shape[0], down.shape[1])
+    ):
+        expected = f"{up.shape[0]} outputs or {down.shape[1]} inputs"
+        return f"{path}: dora_scale is {list(magnitudes.shape)}: expected one number for each of {expected}"
     return None
 
 
@@ -374,19 +384,27 @@ def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
     kind, init = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
     pattern = config.get("alpha_pattern") or {}
     if kind != "LORA":
-        faults.append(f"peft_type = {kind!r}: only LORA can be converted")
+        faults.append(f"peft_type = {repr(kind)[:80]}: only LORA can be converted")
     elif isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         # These subtract the adapter's first state from the base, so the file means something only on that changed base.
         faults.append(
-            f"init_lora_weights = {init!r} changes the base's weights: save it again with PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights = {init[:80]!r} changes the base's weights: "
+            "save it again with PEFT's path_initial_model_for_weight_conversion"
         )
     elif not isinstance(pattern, dict) or any(_literal(name) is None for name in pattern):
         faults.append("alpha_pattern must map plain module names to numbers: regular expressions are not read")
-    elif not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in (config.get("lora_alpha", 0), *pattern.values())):
-        faults.append(f"lora_alpha = {config.get('lora_alpha')!r} or a value of alpha_pattern is not a finite number")
+    elif not all(map(_is_finite_number, (config.get("lora_alpha", 0), *pattern.values()))):
+        faults.append(f"lora_alpha = {repr(config.get('lora_alpha'))[:80]} or a value of alpha_pattern is not a finite number")
     else:
         return True
     return False
+
+
+def _is_finite_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -419,7 +437,7 @@ def load_adapter(path: Path) -> Adapter:
         more = f" (and {len(adapter.faults) - 1} more)" if len(adapter.faults) > 1 else ""
         raise AdapterError(f"{path}: {adapter.faults[0]}{more}")
     if not adapter.modules:
-        raise AdapterError(f"{path}: none of its {len(tensors)} keys names a module, the first is {adapter.leftover[0]!r}")
+        raise AdapterError(f"{path}: none of its {len(tensors)} keys names a module, the first is {adapter.leftover[0][:200]!r}")
     return adapter
 
 
@@ -464,7 +482,7 @@ def save_adapter(
     """
     notes = []
     if adapter.leftover:
-        notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
+        notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0][:200]!r}")
     modules, rounding = _rounded(adapter.modules, dtype)
     if rounding.num_lost > rounding.num_values / 1000:
         notes.append(f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0")

@@ -47,6 +47,7 @@ _CONFIG_FILE = re.compile(rf"({'|'.join(_COMPONENTS)})/[a-z_]+\.(json|txt)")
 # Numbers and lists of a configuration that may not be long: models are built from them before their weights are looked at.
 _COUNTS = {"layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_hidden_layers"}
 _MAX_COUNT = 64
+_MAX_TIMESTEPS = 100_000
 _NO_EFFECT = {"sample_size", "architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _FLAGS = ("v_pred", "ztsnr")  # empty tensors by which some programs mark what a checkpoint predicts
 _WANTED = "give a base of Stable Diffusion v1, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -351,7 +352,7 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
             items = value if isinstance(value, list) else [value]
             counts = items if key in _COUNTS and value is not None else []
             if len(items) > _MAX_COUNT or not all(type(count) is int and 0 < count <= _MAX_COUNT for count in counts):
-                raise BaseModelError(f"{folder / component}: {key} = {str(value)[:80]}: must be at most {_MAX_COUNT}: {_WANTED}")
+                raise BaseModelError(f"{folder / component}: {key[:80]!r} = {repr(value)[:80]}: must be at most {_MAX_COUNT}: {_WANTED}")
     return configs
 
 
@@ -374,8 +375,17 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
-    """The noise schedule of the base, by diffusers' own scheduler: float32 [T]."""
-    return DDPMScheduler.from_config(config).alphas_cumprod.float()
+    """The noise schedule of the base, by diffusers' own scheduler: float32 [T]; raises `BaseModelError` for one that is none."""
+    steps = config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 0 < steps <= _MAX_TIMESTEPS:
+        raise BaseModelError(f"num_train_timesteps = {repr(steps)[:80]} of the scheduler: must be 1 to {_MAX_TIMESTEPS:,}: {_WANTED}")
+    try:
+        alphas_cumprod = DDPMScheduler.from_config(config).alphas_cumprod.float()
+    except Exception as error:  # the library raises anything on other types than it expects
+        raise BaseModelError(f"the scheduler's configuration gives no noise schedule ({first_line(error)}): {_WANTED}") from error
+    if alphas_cumprod.shape != (steps,) or not alphas_cumprod.isfinite().all():
+        raise BaseModelError(f"the scheduler's betas give no schedule of {steps} finite steps: {_WANTED}")
+    return alphas_cumprod
 
 
 def _check_fit(configs: Mapping[str, Mapping[str, Any]], tokenizer: CLIPTokenizer, place: Path) -> None:
@@ -389,10 +399,20 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], tokenizer: CLIPTokenize
     )
     for what, taken, given in fits:
         if taken != given:
-            raise BaseModelError(f"{place}: {what.format(taken, given)}: {_WANTED}")
+            raise BaseModelError(f"{place}: {what.format(repr(taken)[:80], repr(given)[:80])}: {_WANTED}")
+    length, positions = tokenizer.model_max_length, text.get("max_position_embeddings", 77)
+    if not (type(length) is int and type(positions) is int and 0 < length <= positions):
+        raise BaseModelError(
+            f"{place}: the tokenizer's model_max_length is {repr(length)[:80]} and the text encoder has {repr(positions)[:80]} positions: "
+            "parts of two bases"
+        )
+    factor = vae.get("scaling_factor", 0.18215)
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise BaseModelError(f"{place}: scaling_factor = {repr(factor)[:80]} of the VAE: must be a number above 0: {_WANTED}")
     if len(tokenizer) != text.get("vocab_size"):
         raise BaseModelError(
-            f"{place}: the tokenizer has {len(tokenizer)} tokens and the text encoder knows {text.get('vocab_size')}: parts of two bases"
+            f"{place}: the tokenizer has {len(tokenizer)} tokens and the text encoder knows {repr(text.get('vocab_size'))[:80]}: "
+            "parts of two bases"
         )
 
 

@@ -355,7 +355,7 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
         part.to(DTYPES[dtype])
     notes = [f"{report.num_modules} modules merged in float32; {dtype} then cost {report.rounding:.2g} of the update"]
     if adapter.leftover:
-        notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0]!r}")
+        notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0][:200]!r}")
     save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
     return Written(out, save(merged, out, name, [*before, digest]), report.rounding, tuple(notes))
 

@@ -119,9 +119,9 @@ def family_of_folder(folder: Path) -> str | None:
     if (kind := str(own.get("_class_name"))) in _COMPONENT_CLASSES:
         return _COMPONENT_CLASSES[kind]
     if "model_type" in own:
-        return f"a single model of type {own['model_type']!r}"
+        return f"a single model of type {str(own['model_type'])[:80]!r}"
     if (folder / "transformer").is_dir() and not (folder / "unet").exists():
-        return f"a model with a transformer in place of the U-Net ({pipeline or 'no model_index.json'})"
+        return f"a model with a transformer in place of the U-Net ({repr(pipeline[:80]) if pipeline else 'no model_index.json'})"
     return family_of_unet(_read(folder / "unet" / "config.json"))
 
 

@@ -17,7 +17,7 @@ from lorascope.family import family_of_folder, family_of_tensors
 from lorascope.layers import Shape, stable_diffusion_layers
 from lorascope.lowrank import effective_rank, singular_values
 from lorascope.readers import FileModule, Reading, file_modules, read_by_all
-from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header
+from lorascope.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the base's weights
 # at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds such an update away.
@@ -403,8 +403,10 @@ def _groups(modules: Iterable[FileModule]) -> Iterator[list[FileModule]]:
 
 
 def _measure(facts: ModuleFacts, module: FileModule, tensors: Mapping[str, torch.Tensor], content: _Content) -> ModuleFacts:
-    bad = sum(int((~tensor.float().isfinite()).sum()) for tensor in tensors.values())
+    bad = sum(map(count_not_finite, tensors.values()))
     facts = replace(facts, num_not_finite=bad)
+    if any(tensor.is_complex() for tensor in tensors.values()):
+        return replace(facts, fault="it holds complex numbers")
     if facts.kind != "LoRA":
         factors = [tensor for ending, tensor in tensors.items() if re.match(r"\.(hada_w|lokr_w|diff$|w_norm$|oft_|b[12]\.)", ending)]
         return replace(facts, is_zero=any(not tensor.float().any() for tensor in factors) and not facts.is_dora)

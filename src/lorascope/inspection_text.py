@@ -252,6 +252,6 @@ def _tags(text: str) -> str:
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        return ", ".join(f"{clean(tag, 40)} ({count})" for tag, count in counts.most_common(10))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return ""
-    return ", ".join(f"{clean(tag, 40)} ({count})" for tag, count in counts.most_common(10))

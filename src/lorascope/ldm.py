@@ -74,7 +74,10 @@ def list_pairs(configs: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
         with torch.device("meta"):
             model: Any = build_component(component, configs[component])
         modules = {"unet": unet_names, "vae": _vae_modules}.get(component)  # the text encoder's names are the same in both
-        table = dict(modules(model.config)) if modules else None
+        try:
+            table = dict(modules(model.config)) if modules else None
+        except TypeError as error:  # a list in place of a number: blocks of different depths
+            raise BaseModelError(f"{component}: has blocks of different depths, which the original layout has no names for") from error
         for name, tensor in model.state_dict().items():
             shape = tuple(tensor.shape)
             is_conv = component == "vae" and ".attentions." in name and len(shape) == 2

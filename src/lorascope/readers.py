@@ -496,9 +496,10 @@ def _is_target(path: str, config: Mapping[str, Any]) -> bool:
 
 
 def _peft_fits(module: FileModule, name: str, layer: Shape, config: Mapping[str, Any]) -> bool:
-    patterns = config.get("rank_pattern") or {}
+    patterns = config.get("rank_pattern")
     path = name.removeprefix("base_model.model.")
-    rank = next((value for key, value in patterns.items() if path == key or path.endswith(f".{key}")), config.get("r"))
+    pairs = patterns.items() if isinstance(patterns, dict) else ()
+    rank = next((value for key, value in pairs if path == key or path.endswith(f".{key}")), config.get("r"))
     return module.factors is not None and module.factors[0][:1] == (rank,) and module.fits(layer, strict=True)
 
 
@@ -506,6 +507,6 @@ def adapter_metadata(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """diffusers' `lora_adapter_metadata` of a file, empty where there is none or it cannot be parsed."""
     try:
         content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -121,7 +121,7 @@ def _checked_tensors(header: dict[str, Any], data_bytes: int) -> dict[str, Tenso
         if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(_is_count(extent) for extent in shape):
             raise ValueError(f"{shown} has no valid shape")
         if not (_is_count(start) and _is_count(stop) and start <= stop <= data_bytes):
-            raise ValueError(f"{shown} lies outside the file (bytes {start} to {stop} of {data_bytes})")
+            raise ValueError(f"{shown} lies outside the file (bytes {repr(start)[:20]} to {repr(stop)[:20]} of {data_bytes})")
         if 8 * (stop - start) != (bits := math.prod(shape) * _BITS[dtype]):
             raise ValueError(f"{shown} has {stop - start} bytes, but {dtype} {shape} needs {bits / 8:g}")
         spans.append((start, stop, name, TensorInfo(dtype, tuple(shape), stop - start)))
@@ -177,7 +177,9 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, to
     wanted = list(header.tensors) if names is None else list(names)
     _require_names(wanted, header.tensors, path)
     if packed := [name for name in wanted if header.tensors[name].dtype in _UNREADABLE]:
-        raise WeightsError(f"{path}: {packed[0]} is stored as {header.tensors[packed[0]].dtype}, which cannot be read: get the fp16 file")
+        raise WeightsError(
+            f"{path}: {packed[0][:200]!r} is stored as {header.tensors[packed[0]].dtype}, which cannot be read: get the fp16 file"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in wanted}
@@ -187,7 +189,7 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, to
 
 def _require_names(wanted: Iterable[str], found: Mapping[str, object], path: Path) -> None:
     if missing := [name for name in wanted if name not in found]:
-        raise WeightsError(f"{path}: lacks {len(missing)} of the tensors asked for, the first is {missing[0]!r}")
+        raise WeightsError(f"{path}: lacks {len(missing)} of the tensors asked for, the first is {missing[0][:200]!r}")
 
 
 def _load_archive(path: Path) -> dict[str, torch.Tensor]:
@@ -245,15 +247,21 @@ def _check_archive(path: Path) -> int:
     return size
 
 
+def count_not_finite(tensor: torch.Tensor) -> int:
+    """How many values of a tensor of any dtype are NaN or infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch tests no 8-bit floats
+    return int((~values.isfinite()).sum())
+
+
 def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Raise `WeightsError` that names the first tensor with NaN or infinity, and how many values are such."""
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch tests no 8-bit floats
-        if not (finite := values.isfinite()).all():
-            count = int((~finite).sum())
-            raise WeightsError(f"{path}: {name} has {count:,} of {tensor.numel():,} values that are NaN or infinite: get the file again")
+        if count := count_not_finite(tensor):
+            raise WeightsError(
+                f"{path}: {name[:200]!r} has {count:,} of {tensor.numel():,} values that are NaN or infinite: get the file again"
+            )
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
