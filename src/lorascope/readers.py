@@ -7,7 +7,7 @@ others by nothing but reading, and for WebUI and ComfyUI not of the text of one 
 
 - WebUI: AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/networks.py, network.py and network_lora.py: an older text
   of 1.x and the copy that Forge carries, held against what others report of trials with 1.10.1
-- ComfyUI: comfyanonymous/ComfyUI, comfy/weight_adapter/lora.py of a commit of 2025 or later, and an older comfy/lora.py
+- ComfyUI: comfyanonymous/ComfyUI, comfy/weight_adapter/lora.py of a commit after 0.3.64, comfy/lora.py of one before it
 - Forge: lllyasviel/stable-diffusion-webui-forge dfdcbab6 (2.0.1), extensions-builtin/sd_forge_lora/networks.py and network.py,
   packages_3rdparty/comfyui_lora_collection/lora.py, backend/patcher/lora.py
 - sd-scripts: kohya-ss/sd-scripts 48d368fa, networks/lora.py (`create_network_from_weights`, then `load_state_dict`, not strict)
