@@ -345,6 +345,6 @@ def test_one_checkpoint_file_holds_the_merged_model(run: tuple[RunDir, StudyConf
     assert {key.split(".")[0] for key in tensors} == {"model", "first_stage_model", "cond_stage_model"}
     base = load_base(BaseSection(model=str(written.path)), torch.device("cpu"))
     torch.testing.assert_close(base.unet.get_submodule(f"{ATTENTION}.to_q").weight, tensors[name], rtol=0, atol=0)
-    save_adapter(load_adapter(run_dir.adapters_dir / "r4"), tmp_path / "a.safetensors", "kohya", "fp32")
+    save_adapter(load_adapter(run_dir.adapters_dir / "r4"), tmp_path / "a.safetensors", "kohya", "fp16")
     with pytest.raises(AdapterError, match="has this adapter merged in already"):
         convert(tmp_path / "a.safetensors", tmp_path / "twice.safetensors", "merged-ldm", base=str(written.path))

@@ -368,11 +368,11 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
 
 
 def adapter_digest(adapter: Adapter) -> str:
-    """SHA-256 over names, alphas and weights in float32: the same for every layout and lossless dtype of one adapter."""
+    """SHA-256 over names, alphas and weights rounded to fp16: the same for every layout of one adapter, in fp32 and fp16."""
     parts = []
     for path, module in sorted(adapter.modules.items()):
         parts += [path.encode(), repr(torch.tensor(module.effective_alpha).item()).encode()]
-        parts += [tensor.float().contiguous().numpy().tobytes() for tensor in module.tensors().values()]
+        parts += [tensor.half().contiguous().numpy().tobytes() for tensor in module.tensors().values()]
     return digest_bytes(*parts)
 
 

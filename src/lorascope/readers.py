@@ -1,9 +1,9 @@
 """What the programs that read adapter files would do with one: each program's own rule, applied to Stable Diffusion v1.5.
 
 A program knows the model's layers by names of its own and looks for them among the keys of a file. What it does not find it
-passes over, at most with a line in a console: such a file loads and does nothing. A rule needs the keys, shapes and metadata of a file and
-no tensor. The rules were written from these sources; those of diffusers and PEFT are held by tests against the packages, the
-others by nothing but reading, and for WebUI and ComfyUI not of the text of one release:
+passes over, at most with a line in a console: such a file loads and does nothing. A rule needs the keys, shapes and
+metadata of a file and no tensor. The rules were written from these sources; those of diffusers and PEFT are held by tests
+against the packages, the others by nothing but reading, and for WebUI and ComfyUI not of the text of one release:
 
 - WebUI: AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/networks.py, network.py and network_lora.py: an older text
   of 1.x and the copy that Forge carries, held against what others report of trials with 1.10.1
