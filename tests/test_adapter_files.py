@@ -188,6 +188,23 @@ def test_every_name_comes_back_and_diffusers_reads_each_as_we_do() -> None:
     assert len(alphas) == len(paths)
 
 
+def test_what_diffusers_cannot_tell_the_kind_of_is_noted(pipeline_folder: Path, tmp_path: Path) -> None:
+    """diffusers knows a file with text-encoder modules by some of their names alone: the note stands exactly where it refuses."""
+    pipeline = load_pipeline(pipeline_folder)
+    shapes = shapes_of(pipeline)
+    for name, layout in ((name, layout) for name in ("q_proj", "out_proj", "fc1") for layout in ("kohya", "diffusers")):
+        chosen = {path: shape for path, shape in shapes.items() if path.startswith("text_encoder.") and path.endswith(name)}
+        adapter = random_adapter({**chosen, f"unet.{ATTENTION}.to_q": shapes[f"unet.{ATTENTION}.to_q"]})
+        written = save_adapter(adapter, tmp_path / f"{name}-{layout}.safetensors", layout, "fp32")
+        try:
+            pipeline.load_lora_weights(written.path)
+            refused = False
+        except ValueError:
+            refused = True
+        pipeline.unload_lora_weights()
+        assert refused == any("diffusers refuses" in note for note in written.notes), (name, layout, written.notes)
+
+
 def test_a_layer_without_a_kohya_name_is_refused(tmp_path: Path) -> None:
     adapter = Adapter({"unet.class_embedding.linear_1": LoraModule(torch.ones(1, 2), torch.ones(2, 1), None)}, "peft", {})
     with pytest.raises(AdapterError, match="no layer of a Stable Diffusion v1 model.*write peft or diffusers"):

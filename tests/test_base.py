@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -338,6 +339,9 @@ def test_diffusers_reads_a_pipeline_saved_from_a_checkpoint_file(base: Base, che
     other = load(checkpoint)
     other.build_pipeline().save_pretrained(tmp_path / "pipeline")
     assert_same_models(base, load(tmp_path / "pipeline"))
+    for name, kind in (("EulerDiscreteScheduler", "EulerDiscreteScheduler"), ("StableDiffusionPipeline", "PNDMScheduler")):
+        named = replace(base, scheduler_config={**base.scheduler_config, "_class_name": name})
+        assert type(named.build_pipeline().scheduler).__name__ == kind  # the base's own, where that is a scheduler
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None).tokenizer("a").input_ids
 
 
@@ -412,7 +416,7 @@ def test_broken_checkpoints_are_refused(checkpoint: Path) -> None:
         (lambda tensors: tensors.pop(name), f"lacks 1 tensors of Stable Diffusion v1, the first is '{name}'"),
         (lambda tensors: tensors.update(extra=torch.ones(1)), "has unknown 1 tensors of Stable Diffusion v1, the first is 'extra'"),
         (lambda tensors: tensors.update({name: torch.ones(3)}), rf"{name} has shape \[3\], expected \[4\]"),
-        (lambda tensors: tensors[name].fill_(float("inf")), f"{name} has 4 of 4 values that are NaN or infinite"),
+        (lambda tensors: tensors[name].fill_(float("inf")), f".{name}. has 4 of 4 values that are NaN or infinite"),
         (lambda tensors: tensors.update({name: torch.ones(4, dtype=torch.int8)}), f"{name} holds torch.int8, not floating-point"),
     ):
         rewrite(checkpoint, change)

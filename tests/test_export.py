@@ -315,7 +315,7 @@ def test_whole_models_hold_the_adapter_and_refuse_it_a_second_time(
 ) -> None:
     run_dir, config = run
     written = export_arm(run_dir, config, "r4", "merged-diffusers", tmp_path / "model", "fp32")
-    assert written.notes[0].startswith("80 modules merged in float32") or "modules merged in float32" in written.notes[0]
+    assert "modules merged in float32" in written.notes[0] and len(written.notes) == 1
     pipeline, plain = load_pipeline(tmp_path / "model"), load_pipeline(pipeline_folder)
     adapter = load_adapter(run_dir.adapters_dir / "r4")
     ours, theirs = layers_of(plain), layers_of(pipeline)
@@ -335,7 +335,8 @@ def test_one_checkpoint_file_holds_the_merged_model(run: tuple[RunDir, StudyConf
     written = export_arm(run_dir, config, "r4", "merged-ldm", tmp_path / "model.safetensors", "fp32")
     tensors = safetensors.torch.load_file(written.path)
     metadata = header_of(written.path)
-    assert metadata["modelspec.architecture"] == "stable-diffusion-v1" and len(json.loads(metadata["lorascope_merged"])) == 1
+    assert metadata["modelspec.architecture"] == "other" and "only lorascope reads this file" in written.notes[1]  # tiny, not v1.5
+    assert len(json.loads(metadata["lorascope_merged"])) == 1
     name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     pipeline = load_pipeline(Path(config.base.model))
     module = load_adapter(run_dir.adapters_dir / "r4").modules[f"unet.{ATTENTION}.to_q"]
@@ -344,6 +345,6 @@ def test_one_checkpoint_file_holds_the_merged_model(run: tuple[RunDir, StudyConf
     assert {key.split(".")[0] for key in tensors} == {"model", "first_stage_model", "cond_stage_model"}
     base = load_base(BaseSection(model=str(written.path)), torch.device("cpu"))
     torch.testing.assert_close(base.unet.get_submodule(f"{ATTENTION}.to_q").weight, tensors[name], rtol=0, atol=0)
-    save_adapter(load_adapter(run_dir.adapters_dir / "r4"), tmp_path / "a.safetensors", "kohya", "fp32")
+    save_adapter(load_adapter(run_dir.adapters_dir / "r4"), tmp_path / "a.safetensors", "kohya", "fp16")
     with pytest.raises(AdapterError, match="has this adapter merged in already"):
         convert(tmp_path / "a.safetensors", tmp_path / "twice.safetensors", "merged-ldm", base=str(written.path))

@@ -12,13 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorascope.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, load_adapter
+from lorascope.adapter_files import load_adapter
 from lorascope.base import Base, load_base, save_ldm
 from lorascope.config import BaseSection
 from lorascope.errors import LorascopeError
 from lorascope.export import convert
 from lorascope.inspection import inspect_file
 from lorascope.inspection_text import as_text
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 FLAT = "lora_unet_" + Q.replace(".", "_")

@@ -22,12 +22,11 @@ import torch
 
 from lorascope.errors import AdapterError, first_line
 from lorascope.layers import stable_diffusion_layers
-from lorascope.store import write_json
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, write_json
 from lorascope.weights import load_tensors, read_header, require_finite, save_tensors
 
 Layout = Literal["kohya", "peft", "diffusers"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -544,7 +543,10 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
         notes.append("diffusers refuses files with a Tucker core (lora_mid); WebUI, Forge and ComfyUI read it")
     if any(module.dora_scale is not None for module in adapter.modules.values()):
         notes.append("DoRA: diffusers drops dora_scale and so draws something else; WebUI, Forge and ComfyUI read it")
-    if len({module.effective_alpha for module in adapter.modules.values()}) > 1:
+    text = [path for path in adapter.modules if path.startswith("text_encoder.")]
+    if text and not any(path.endswith(("out_proj", "fc1", "fc2")) for path in text):  # by these alone it knows the kind of file (0.42)
+        notes.append("diffusers refuses kohya files whose text-encoder modules are q, k and v alone: give it the diffusers file")
+    elif len({module.effective_alpha for module in adapter.modules.values()}) > 1:
         # Its converter names the exceptions by the old attention processors, which match no module (0.42).
         notes.append("alpha differs between modules, which diffusers misreads in kohya files: give it the diffusers file")
     return tensors
@@ -608,6 +610,9 @@ def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], n
             tensors[f"{component}.{name}.lora_B.weight"] = module.up.contiguous()
     if any(module.effective_alpha != module.rank for module in adapter.modules.values()):
         notes.append("alpha is not the rank: diffusers reads it from this file's header, other programs do not: give them the kohya file")
+    text = adapter.components().get("text_encoder", {})
+    if text and not any(".self_attn." in name for name in text):  # by these alone it knows the kind of file (0.42)
+        notes.append("diffusers refuses its own files whose text-encoder modules are mlp layers alone: give it the kohya file")
     save_tensors(path, tensors, {**metadata, "format": "pt", "lora_adapter_metadata": json.dumps(options, sort_keys=True)})
     return path.stat().st_size
 

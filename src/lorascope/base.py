@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    schedulers,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -101,13 +110,16 @@ class Base:
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
     def build_pipeline(self) -> StableDiffusionPipeline:
-        """A diffusers pipeline of this base, with DDIM and no safety checker."""
+        """A diffusers pipeline of this base, with the scheduler that it names (PNDM, as SD v1.5's, without one) and no safety checker."""
+        kind: Any = getattr(schedulers, str(self.scheduler_config.get("_class_name")), None)
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+            kind = PNDMScheduler
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler_config),
+            scheduler=kind.from_config(self.scheduler_config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -246,6 +258,12 @@ def save_ldm(base: Base, path: Path, dtype: torch.dtype = torch.float16, metadat
     own = _own_configs(base)
     configs = {_CONFIGS_KEY: json.dumps(own, sort_keys=True, ensure_ascii=False)} if own else {}
     save_tensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, {"format": "pt", **(metadata or {}), **configs})
+
+
+def is_sd15(base: Base) -> bool:
+    """Whether all tensors of the base have the names and shapes of Stable Diffusion v1.5's."""
+    own, theirs = list_pairs(base.configs), list_pairs(_read_configs(_packaged_configs()))
+    return {pair.ldm: pair.ldm_shape for pair in own} == {pair.ldm: pair.ldm_shape for pair in theirs}
 
 
 def _unet_dtype(device: torch.device, precision: str) -> torch.dtype:

@@ -489,15 +489,12 @@ def _write_cut(
     force: bool,
 ) -> None:
     """Make a low-rank adapter, write it with its metadata and print what it kept."""
-    from lorascope.adapter_files import save_adapter
-    from lorascope.export import default_dtype, kohya_metadata, plain_name, require_free
+    from lorascope.export import default_dtype, made_plain, plain_name, require_free, write_adapter
 
     require_free(out, force)
-    name = plain_name(name or out.stem)
+    name = plain_name(name) if name else made_plain(out.stem)
     cut = make()
-    own = ("ss_network_dim", "ss_network_alpha", "ss_output_name")  # the new file's, not its source's
-    kept = {key: value for key, value in cut.adapter.metadata.items() if key.startswith("ss_") and key not in own}
-    written = save_adapter(cut.adapter, out, layout, dtype or default_dtype(layout), kohya_metadata(cut.adapter, name, kept))
+    written = write_adapter(cut.adapter, out, layout, dtype or default_dtype(layout), name)
     print(cut.summary(), file=sys.stderr)
     for note in cut.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 
 from lorascope.adapter_files import (
     DTYPES,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
     Adapter,
     Layout,
     LoraModule,
@@ -29,11 +25,11 @@ from lorascope.adapter_files import (
     misfits,
     save_adapter,
 )
-from lorascope.base import Base, load_base, save_ldm
+from lorascope.base import Base, is_sd15, load_base, save_ldm
 from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError
-from lorascope.store import RunDir, digest_bytes, read_json, storage_errors, write_json
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, digest_bytes, export_name, read_json, storage_errors, write_json
 from lorascope.weights import read_header
 
 Format = Literal["kohya", "peft", "diffusers", "merged-diffusers", "merged-ldm"]
@@ -61,20 +57,20 @@ def kohya_metadata(
     which mappings are written as JSON and None as "None"; `started` is the time training began. An adapter whose layers are
     not Stable Diffusion v1.5's is not declared as such. The hashes are added by `save_adapter`.
     """
-    is_sd15 = not misfits(adapter)
+    fits = not misfits(adapter)
     dims = {module.rank for module in adapter.modules.values()}
     alphas = {module.effective_alpha for module in adapter.modules.values()}
     facts: dict[str, Any] = {
         "ss_output_name": name,
         "ss_v2": False,
-        "ss_base_model_version": "sd_v1" if is_sd15 else "other",
+        "ss_base_model_version": "sd_v1" if fits else "other",
         **_network(adapter),
         "ss_network_dim": dims.pop() if len(dims) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
         "ss_resolution": f"({resolution_px}, {resolution_px})",
         **(training or {}),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora" if is_sd15 else "other/lora",
+        "modelspec.architecture": "stable-diffusion-v1/lora" if fits else "other/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution_px}x{resolution_px}",
@@ -140,12 +136,6 @@ def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str,
 # -- adapter files ----------------------------------------------------------------------------------------------------
 
 
-def file_name(name: str, layout: Format) -> str:
-    """What a file or folder of this format is called by default."""
-    endings = {"kohya": ".safetensors", "peft": "-peft", "diffusers": "-diffusers.safetensors"}
-    return name + {**endings, "merged-diffusers": "-merged", "merged-ldm": "-merged.safetensors"}[layout]
-
-
 def default_dtype(layout: Format) -> Dtype:
     """fp32 for a PEFT folder, which people train on from; fp16 for what only draws."""
     return "fp32" if layout == "peft" else "fp16"
@@ -161,7 +151,9 @@ def write_study_files(run_dir: RunDir, config: StudyConfig, arm: Arm) -> list[Wr
     for layout in config.export.formats:
         name = f"{config.name}-{arm.name}"
         try:
-            written.append(_write_layout(run_dir, config, arm, folder, layout, folder / file_name(name, layout), config.export.dtype, name))
+            written.append(
+                _write_layout(run_dir, config, arm, folder, layout, folder / export_name(name, layout), config.export.dtype, name)
+            )
         except AdapterError as error:
             log.warning("export   %s: no %s file: %s", arm.name, layout, error)
     return written
@@ -192,7 +184,7 @@ def export_arm(
         kept = " (train.keep_best keeps it)" if checkpoint == "best" else ": train it, or choose one that did not fail"
         raise ConfigError(f"{folder}: no {checkpoint} adapter of arm {arm_name!r} here{kept}")
     name = plain_name(name or f"{config.name}-{arm_name}" + ("-best" if checkpoint == "best" else ""))
-    out, dtype = out or Path(file_name(name, layout)), dtype or default_dtype(layout)
+    out, dtype = out or Path(export_name(name, layout)), dtype or default_dtype(layout)
     require_free(out, force)
     if layout in _LAYOUTS:
         return _write_layout(run_dir, config, arms[arm_name], folder, _LAYOUTS[layout], out, dtype, name)
@@ -233,15 +225,21 @@ def convert(
     require_free(out, force)
     dtype = dtype or default_dtype(layout)
     adapter = load_adapter(source)
-    kept = {key: value for key, value in adapter.metadata.items() if key.startswith("ss_")}
-    name = plain_name(name) if name else re.sub(r"[^\w.+-]+|^[^\w]+|\.+$", "_", kept.get("ss_output_name") or out.stem)[:100]
+    name = plain_name(name) if name else made_plain(adapter.metadata.get("ss_output_name") or out.stem)
     if layout not in _LAYOUTS:
         if base is None:
             raise ConfigError(f"--format {layout}: needs the model to merge into: give --base")
         return write_merged(BaseSection(model=base), adapter, out, layout, dtype, name)
-    described = {key: value for key, value in adapter.metadata.items() if key.startswith("modelspec.")}
-    metadata = {**kohya_metadata(adapter, name, kept), **described, "ss_output_name": name, "modelspec.title": name}
-    return _noted(save_adapter(adapter, out, _LAYOUTS[layout], dtype, metadata), adapter)
+    return write_adapter(adapter, out, _LAYOUTS[layout], dtype, name)
+
+
+def write_adapter(adapter: Adapter, out: Path, layout: Layout, dtype: Dtype, name: str) -> Written:
+    """Write an adapter under a new name, with the training metadata of the file it came from; raises as `save_adapter` does."""
+    # These are the new file's own, not its source's.
+    own = ("ss_output_name", "ss_network_dim", "ss_network_alpha", "modelspec.title", "modelspec.hash_sha256")
+    kept = {key: value for key, value in adapter.metadata.items() if key.startswith(("ss_", "modelspec.")) and key not in own}
+    training = {key: value for key, value in kept.items() if key.startswith("ss_")}
+    return _noted(save_adapter(adapter, out, layout, dtype, {**kohya_metadata(adapter, name, training), **kept}), adapter)
 
 
 def _noted(written: Written, adapter: Adapter) -> Written:
@@ -257,6 +255,11 @@ def plain_name(name: str) -> str:
     if not re.fullmatch(r"[\w][\w .+-]{0,99}", name) or name.endswith("."):
         raise ConfigError(f"--name {name[:200]!r}: use letters, digits, spaces and . _ + -, at most 100 of them")
     return name
+
+
+def made_plain(text: str) -> str:
+    """`text` with what cannot stand in a name replaced by underscores."""
+    return re.sub(r"[^\w.+-]+|^[^\w]+|\.+$", "_", text)[:100]
 
 
 def require_free(path: Path, force: bool) -> None:
@@ -353,7 +356,11 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
     merged, report = merged_base(base, adapter, DTYPES[dtype])
     for part in (*merged.components.values(), merged.vae):
         part.to(DTYPES[dtype])
-    notes = [f"{report.num_modules} modules merged in float32; {dtype} then cost {report.rounding:.2g} of the update"]
+    notes = [f"{report.num_modules} modules merged in float32; the rounding error is relative to the update, not to the weights"]
+    if layout == "merged-ldm" and not is_sd15(merged):
+        notes.append(
+            "the base is not of Stable Diffusion v1.5's sizes, so only lorascope reads this file: for diffusers write merged-diffusers"
+        )
     if adapter.leftover:
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0][:200]!r}")
     save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
@@ -361,11 +368,11 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
 
 
 def adapter_digest(adapter: Adapter) -> str:
-    """SHA-256 over names, alphas and weights in float32: the same for every layout and lossless dtype of one adapter."""
+    """SHA-256 over names, alphas and weights rounded to fp16: the same for every layout of one adapter, in fp32 and fp16."""
     parts = []
     for path, module in sorted(adapter.modules.items()):
         parts += [path.encode(), repr(torch.tensor(module.effective_alpha).item()).encode()]
-        parts += [tensor.float().contiguous().numpy().tobytes() for tensor in module.tensors().values()]
+        parts += [tensor.half().contiguous().numpy().tobytes() for tensor in module.tensors().values()]
     return digest_bytes(*parts)
 
 
@@ -384,21 +391,10 @@ def _merged_before(section: BaseSection, base: Base) -> list[str]:
 
 def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str]) -> int:
     """Write a complete diffusers pipeline folder; returns its size in bytes."""
-    scheduler = getattr(diffusers, str(base.scheduler_config.get("_class_name")), diffusers.PNDMScheduler)
-    pipeline = StableDiffusionPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=scheduler.from_config(base.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
     partial = folder.with_name(f".{folder.name}.partial")
     with storage_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        pipeline.save_pretrained(partial, safe_serialization=True)
+        base.build_pipeline().save_pretrained(partial, safe_serialization=True)
         write_json(partial / _MERGED_JSON, {"name": name, "merged": merged})
         if folder.exists():
             shutil.rmtree(folder)
@@ -410,7 +406,7 @@ def _save_checkpoint(base: Base, path: Path, name: str, merged: list[str]) -> in
     """Write one checkpoint file in the original layout; returns its size in bytes."""
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": "stable-diffusion-v1" if is_sd15(base) else "other",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from lorascope.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule, foreign_kind, parse_adapter
+from lorascope.adapter_files import LoraModule, foreign_kind, parse_adapter
 from lorascope.errors import WeightsError, first_line
 from lorascope.family import family_of_folder, family_of_tensors
 from lorascope.layers import Shape, stable_diffusion_layers
 from lorascope.lowrank import effective_rank, singular_values
 from lorascope.readers import FileModule, Reading, file_modules, read_by_all
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS
 from lorascope.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the base's weights
@@ -151,10 +152,13 @@ def inspect_file(path: Path) -> Inspection:
     """Look into a file or PEFT folder of any origin; nothing in it is executed.
 
     Time and memory are bounded by the adapter's own size: anything else is told from its header. Raises `WeightsError`
-    only where `path` is not there or cannot be read; damaged files and files of other kinds are a finding.
+    only where `path` is not there, cannot be read, or is a folder of several adapters; damaged files and files of other
+    kinds are a finding.
     """
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder: name an adapter file or a PEFT folder")
+    if path.is_dir():
+        _require_one_adapter(path)
     try:
         return _inspect_folder(path) if path.is_dir() else _inspect_content(_open(path), path)
     except OSError as error:
@@ -206,12 +210,17 @@ def _inspect_folder(folder: Path) -> Inspection:
         return _no_adapter(folder, f"a pipeline folder: {family_of_folder(folder) or 'a base of Stable Diffusion v1'}, not an adapter", 0)
     if config_path.is_file():
         return _no_adapter(folder, f"a PEFT folder without {PEFT_WEIGHTS}", 0)
-    found = sorted(item.name for item in folder.glob("*.safetensors")) or [
-        part for part in ("unet", "text_encoder") if (folder / part / PEFT_WEIGHTS).is_file()
-    ]
-    return _no_adapter(
-        folder, f"a folder without {PEFT_WEIGHTS}" + (f": inspect {' and '.join(map(clean, found[:2]))} in it" if found else ""), 0
-    )
+    return _no_adapter(folder, f"a folder without {PEFT_WEIGHTS}", 0)
+
+
+def _require_one_adapter(folder: Path) -> None:
+    """Raise `WeightsError` for a folder that is neither a PEFT folder nor a pipeline but has adapters in it: which one is meant?"""
+    if any((folder / name).is_file() for name in (PEFT_WEIGHTS, PEFT_CONFIG, "model_index.json")):
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    found = files or [folder / part for part in ("unet", "text_encoder") if (folder / part / PEFT_WEIGHTS).is_file()]
+    if found:
+        raise WeightsError(f"{folder}: is no adapter but holds some: inspect {' or '.join(clean(str(item)) for item in found[:2])}")
 
 
 def _no_adapter(path: Path, what: str, num_bytes: int, content: _Content | None = None) -> Inspection:

@@ -81,7 +81,9 @@ def _answer(inspection: Inspection) -> list[str]:
             lines if not inspection.readings else [*lines, "  What the programs would take up of it all the same:", *_readers(inspection)]
         )
     if not inspection.readings:
-        return _wrapped(f"No: it is made for {inspection.family}, and its layers are not Stable Diffusion v1.5's.", "  ")
+        return _wrapped(
+            f"No: it is made for {inspection.family}, and its layers are not Stable Diffusion v1.5's. On its own base it may well.", "  "
+        )
     return [*_wrapped(_summary(inspection.readings), "  "), *_readers(inspection)]
 
 

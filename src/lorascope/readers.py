@@ -1,13 +1,13 @@
 """What the programs that read adapter files would do with one: each program's own rule, applied to Stable Diffusion v1.5.
 
 A program knows the model's layers by names of its own and looks for them among the keys of a file. What it does not find it
-passes over, at most with a line in a console: such a file loads and does nothing. A rule needs the keys, shapes and metadata of a file and
-no tensor. The rules were written from these sources; those of diffusers and PEFT are held by tests against the packages:
+passes over, at most with a line in a console: such a file loads and does nothing. A rule needs the keys, shapes and
+metadata of a file and no tensor. The rules were written from these sources; those of diffusers and PEFT are held by tests
+against the packages, the others by nothing but reading, and for WebUI and ComfyUI not of the text of one release:
 
-- WebUI: AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/networks.py, network.py and network_lora.py, read in an earlier 1.x
-  and in the copy that Forge carries; what is said of 1.10.1 is what was tried with that version
-- ComfyUI: comfyanonymous/ComfyUI, comfy/lora.py and comfy/weight_adapter/lora.py, read in versions before and after 0.3.64; what
-  is said of 0.3.64 is what was tried with that version
+- WebUI: AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/networks.py, network.py and network_lora.py: an older text
+  of 1.x and the copy that Forge carries, held against what others report of trials with 1.10.1
+- ComfyUI: comfyanonymous/ComfyUI, comfy/weight_adapter/lora.py of a commit after 0.3.64, comfy/lora.py of one before it
 - Forge: lllyasviel/stable-diffusion-webui-forge dfdcbab6 (2.0.1), extensions-builtin/sd_forge_lora/networks.py and network.py,
   packages_3rdparty/comfyui_lora_collection/lora.py, backend/patcher/lora.py
 - sd-scripts: kohya-ss/sd-scripts 48d368fa, networks/lora.py (`create_network_from_weights`, then `load_state_dict`, not strict)

@@ -34,7 +34,7 @@ from lorascope.evidence import (
 )
 from lorascope.figures import Figure, build_figures
 from lorascope.score import ALL, BASE, describe_difference
-from lorascope.store import RunDir, write_bytes, write_text
+from lorascope.store import PEFT_WEIGHTS, RunDir, export_name, write_bytes, write_text
 from lorascope.tables import Table, build_arms_table, build_contrast_table, build_fact_tables, build_reference_table, cell
 
 MAX_HTML_BYTES = 5_000_000
@@ -157,10 +157,10 @@ def _files_of(facts: Facts, arm: str) -> list[tuple[str, str, str]]:
     folder = facts.run.adapters_dir / arm
     name = f"{facts.config.name}-{arm}"
     labels = {
-        f"{name}.safetensors": "For WebUI, Forge, ComfyUI",
-        f"{name}-diffusers.safetensors": "For diffusers",
-        "adapter_model.safetensors": "For PEFT",
-        "unet/adapter_model.safetensors": "For PEFT",
+        export_name(name, "kohya"): "For WebUI, Forge, ComfyUI",
+        export_name(name, "diffusers"): "For diffusers",
+        PEFT_WEIGHTS: "For PEFT",
+        f"unet/{PEFT_WEIGHTS}": "For PEFT",
     }
     paths = {file: f"adapters/{arm}/{file}" for file in labels if (folder / file).is_file()}
     return [(labels[file], path, path) for file, path in paths.items()]

@@ -30,6 +30,8 @@ _REMEDIES = {
     errno.EISDIR: f"a folder stands where a file is needed: {_OTHER_FOLDER}",
 }
 
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the files of a PEFT folder
+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -107,6 +109,12 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
+
+
+def export_name(name: str, layout: str) -> str:
+    """What an adapter or merged model called `name` is called as a file or folder of this format, in a run folder or elsewhere."""
+    endings = {"kohya": ".safetensors", "peft": "-peft", "diffusers": "-diffusers.safetensors"}
+    return name + {**endings, "merged-diffusers": "-merged", "merged-ldm": "-merged.safetensors"}[layout]
 
 
 def digest_bytes(*parts: bytes) -> str:
