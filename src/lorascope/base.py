@@ -262,7 +262,7 @@ def save_ldm(base: Base, path: Path, dtype: torch.dtype = torch.float16, metadat
 
 def is_sd15(base: Base) -> bool:
     """Whether all tensors of the base have the names and shapes of Stable Diffusion v1.5's."""
-    own, theirs = list_pairs(base.configs), list_pairs(_read_configs(_packaged_configs()))
+    own, theirs = list_pairs(base.configs), list_pairs(_read_configs(SD15_DIR))
     return {pair.ldm: pair.ldm_shape for pair in own} == {pair.ldm: pair.ldm_shape for pair in theirs}
 
 

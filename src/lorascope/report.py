@@ -126,7 +126,7 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
     verb, _, rest = answer.headline.partition(" ")
     items: list[tuple[str, str, str]] = []
     if keep is not None:
-        items += _files_of(facts, keep)
+        items += _files_of(facts, keep)[:1]
         style = next((reason for reason in verdict.reasons if reason.startswith(f"{keep} learned the style")), None) if verdict else None
         items.append(("Style", style or "Whether it learned the style was not measured: no held-out loss.", ""))
     if verdict is not None:
@@ -153,7 +153,7 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
 
 
 def _files_of(facts: Facts, arm: str) -> list[tuple[str, str, str]]:
-    """The arm's adapter files, each as label, text and path in the run folder."""
+    """The arm's adapter files, the one for most programs first, each as label, text and path in the run folder."""
     folder = facts.run.adapters_dir / arm
     name = f"{facts.config.name}-{arm}"
     labels = {
