@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorascope.cli import main
 from lorascope.data import check_source
-from lorascope.datacheck import DataCheck, _fit_lines, _histogram, check_data
+from lorascope.datacheck import DataCheck, _fit_lines, _histogram, _lacks_letters, check_data
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, StorageError
 from samples import count_words, drawing, encode, near_duplicates, pixels, section, write_pictures
 
@@ -137,3 +137,8 @@ def test_the_command_on_what_is_no_source(tmp_path: Path, capsys: pytest.Capture
     assert main(["data", "check", str(tmp_path / "absent")]) == EXIT_INPUT
     captured = capsys.readouterr()
     assert captured.out == "" and "no such file or folder" in captured.err.splitlines()[-1]
+
+
+def test_the_sheet_says_where_its_font_lacks_letters() -> None:
+    assert not _lacks_letters("a café,\nкот, γάτα")
+    assert _lacks_letters("a cat, 赤い猫")

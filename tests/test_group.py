@@ -3,14 +3,18 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from conftest import make_study
+from lorascope.adapter import AdapterBank, Slice
+from lorascope.base import Base
 from lorascope.errors import RunError
 from lorascope.group import preview_jobs
 from lorascope.prompts import Prompt
+from lorascope.sample import draw_pictures
 from lorascope.store import read_json
 
 
@@ -39,6 +43,27 @@ def test_tensorboard_gets_losses_and_previews_of_every_arm_of_every_group(study_
                 drawn = (run / "previews" / arm / f"epoch-{epoch:04}" / f"{number}-0.png").read_bytes()
                 assert image.step == 4 * epoch
                 assert Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == Image.open(io.BytesIO(drawn)).tobytes()
+
+
+def test_a_preview_that_cannot_be_drawn_is_a_warning_and_training_goes_on(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(base: Base, bank: AdapterBank, slices: list[Slice], *rest: Any) -> Any:
+        if slices == [Slice(1)]:
+            raise RunError("latents are not finite")
+        return draw_pictures(base, bank, slices, *rest)
+
+    monkeypatch.setattr("lorascope.group.draw_pictures", draw)
+    run = tmp_path / "run"
+    # 16 pictures in batches of 24: steps 1, 2 and 2 end epochs 1, 2 and 3
+    study = make_study(study_file, run, "train.batch_size=24", "sample.preview_every_epochs=2", "sample.num_previews=1")
+    with study.working("test"):
+        for stage in (study.prepare_data, study.encode, study.train):
+            stage()
+    drawn = {path.relative_to(run / "previews").as_posix() for path in (run / "previews").rglob("*.png")}
+    assert drawn == {"base/epoch-0000/normal-000-0.png", "r4/epoch-0003/normal-000-0.png"}
+    assert "no preview of r8 after epoch 3: latents are not finite" in (run / "lorascope.log").read_text()
+    assert read_json(run / "adapters" / "r8" / "training.json")["failed"] is None
 
 
 def test_previews_take_prompts_of_all_categories_in_turn() -> None:

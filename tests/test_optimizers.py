@@ -6,7 +6,7 @@ from diffusers.optimization import get_scheduler
 
 from lorascope.adapter import AdapterBank, resolve_section, resolve_targets
 from lorascope.base import Base
-from lorascope.config import AdapterSection, Arm, TargetGroup, TrainSection
+from lorascope.config import AdapterSection, Arm, StudyConfig, TargetGroup, TrainSection
 from lorascope.errors import ConfigError
 from lorascope.objective import seeded
 from lorascope.optimizers import AdamW, TorchOptimizer, build_optimizer, check_optimizer, learning_rates
@@ -117,20 +117,33 @@ def test_a_group_of_layers_moves_at_its_own_rate(base: Base, name: str) -> None:
 )
 def test_an_optimizer_that_cannot_be_used_is_refused_with_those_that_can(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_optimizer(TrainSection(optimizer=name))
+        check_optimizer(StudyConfig(train=TrainSection(optimizer=name)))
 
 
 def test_arguments_that_an_optimizer_refuses_are_told(bank: AdapterBank) -> None:
     with pytest.raises(ConfigError, match=r'train.optimizer_args = {"momentun": 0.9}: SGD refuses them'):
         build_optimizer(bank, TrainSection(optimizer="SGD", optimizer_args={"momentun": 0.9}))
     with pytest.raises(ConfigError, match='not for "adamw"'):
-        check_optimizer(TrainSection(optimizer_args={"momentum": 0.9}))
+        check_optimizer(StudyConfig(train=TrainSection(optimizer_args={"momentum": 0.9})))
+
+
+def test_what_an_optimizer_would_refuse_in_training_is_told_before() -> None:
+    slow = AdapterSection(groups=(TargetGroup(targets=("proj_in",), lr=1e-5),))
+    check_optimizer(StudyConfig(adapter=slow))
+    check_optimizer(StudyConfig(adapter=slow, train=TrainSection(optimizer="SGD", optimizer_args={"momentum": 0.9})))
+    with pytest.raises(ConfigError, match=r'optimizer_args = {"momentun": 0.9}: SGD refuses them'):
+        check_optimizer(StudyConfig(train=TrainSection(optimizer="SGD", optimizer_args={"momentun": 0.9})))
+    check_optimizer(StudyConfig(train=TrainSection(optimizer="prodigy")))
+    with pytest.raises(
+        ConfigError, match=r"^train.optimizer = 'prodigy': Prodigy cannot take a step .*different lr.*leave lr out of adapter.groups$"
+    ):
+        check_optimizer(StudyConfig(adapter=slow, train=TrainSection(optimizer="prodigy")))
 
 
 def test_prodigy_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
     with pytest.raises(ConfigError, match=r'pip install "lorascope\[prodigy\]"'):
-        check_optimizer(TrainSection(optimizer="prodigy"))
+        check_optimizer(StudyConfig(train=TrainSection(optimizer="prodigy")))
 
 
 def test_warm_up_is_linear_and_then_constant() -> None:

@@ -48,7 +48,7 @@ def test_repeats_accumulation_previews_and_copies_are_counted(pipeline_folder: P
     plain = plan_of()
     assert plain.steps == 8
     assert plan_of("data.repeats=3").steps == 24
-    assert plan_of("train.accumulation_steps=2").steps == 4
+    assert plan_of("train.accumulation_steps=2").steps == 4 and "batch 4 x 2: 4 steps" in plan_of("train.accumulation_steps=2").as_text()
     for more in ("sample.preview_every_epochs=1", 'export.formats=["kohya", "diffusers"]', 'export.dtype="fp32"', "data.flip=true"):
         assert plan_of(more).estimated_bytes > plain.estimated_bytes, more
     assert plan_of("train.keep_best=false").estimated_bytes < plain.estimated_bytes

@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 import torch
 
-from conftest import make_study
+from conftest import make_pictures, make_study, write_parquet
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
 from lorascope.errors import ConfigError, RunError, StorageError
@@ -298,6 +298,22 @@ def test_a_stage_before_its_input_is_refused(study_file: Path, tmp_path: Path) -
     study = make_study(study_file, tmp_path / "run")
     with study.working("test"), pytest.raises(StorageError, match=r"data.json: not there: run the stage that writes it first"):
         study.train()
+
+
+def test_a_lost_data_json_is_made_again_if_the_data_is_the_same(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "data.json").unlink()
+    make_study(study_file, run).run()
+    assert digests(run) == digests(finished)
+    source = write_parquet(tmp_path / "pictures.parquet", make_pictures(20))
+    other = make_study(study_file, tmp_path / "other", f'data.source="{source}"')
+    with other.working("test"):
+        other.prepare_data()
+    write_parquet(source, make_pictures(21))
+    (tmp_path / "other" / "data.json").unlink()
+    with other.working("test"), pytest.raises(StorageError, match=r"data.json: lost, and pictures or captions of .* have changed since"):
+        other.prepare_data()
+    assert not (tmp_path / "other" / "data.json").exists()
 
 
 def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: Path, tmp_path: Path) -> None:

@@ -295,7 +295,8 @@ def load_dataset(section: DataSection, summary: dict[str, Any]) -> Dataset:
             f" {section.resolution_px} px: run the data stage again"
         )
     source = open_source(section, revision=revision if name == section.source and revision else None)
-    train, heldout = (tuple(Example(**example) for example in summary[split]) for split in ("train", "heldout"))
+    square = {"width_px": section.resolution_px, "height_px": section.resolution_px}  # as run folders of before buckets have it
+    train, heldout = (tuple(Example(**{**square, **example}) for example in summary[split]) for split in ("train", "heldout"))
     return Dataset(train, heldout, summary, source)
 
 

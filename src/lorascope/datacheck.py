@@ -149,6 +149,8 @@ class DataCheck:
         by_id = {picture.example.id: picture for picture in self.checked.pictures}
         chosen = sorted(self.checked.pictures, key=lambda picture: picture.example.digest)[:_SHEET_PICTURES]
         title = f"{self.checked.source.name}: {len(chosen):,} of {len(by_id):,} pictures"
+        if _lacks_letters("".join(picture.example.caption for picture in chosen)):
+            title += "; boxes stand for letters that this font lacks, training reads them all the same"
         sheets = [("contact-sheet.png", [(title, [(picture, picture.example.caption) for picture in chosen])])]
         notes = self.dataset.summary["duplicates"] if self.dataset else []
         groups = sorted(notes, key=lambda note: (note["kind"] == "exact", -len(note["ids"])))[:_SHEET_GROUPS]
@@ -262,6 +264,13 @@ def _font_path() -> Path:
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+def _lacks_letters(text: str) -> bool:
+    """Whether the sheets' font has no sign for a letter of the text: it has none for Chinese, Japanese and Korean."""
+    from matplotlib.ft2font import FT2Font
+
+    return bool({ord(letter) for letter in text if not letter.isspace()} - FT2Font(_font_path()).get_charmap().keys())
 
 
 def _fit_lines(text: str, font: ImageFont.FreeTypeFont, width: int, num_lines: int) -> list[str]:

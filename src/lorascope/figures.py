@@ -211,11 +211,13 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         table.append(row(Cell(arm), *(cell(sum(part) / len(part) if part else None, ".4f") for part in parts)))
     finals = "; ".join(f"{arm} {facts.training[arm]['final_loss']:.4f}" for arm in facts.detailed if "final_loss" in facts.training[arm])
     why = " The arms met the same noise at every step, so their difference is far quieter than either curve." if paired else ""
+    loss = "Huber loss" if facts.config.train.loss == "huber" else "Mean squared error"
+    loss += f", weighted by timestep (min-SNR, gamma {facts.config.train.min_snr_gamma:g})" if facts.config.train.min_snr_gamma else ""
     return Figure(
         key="loss",
         title="Training loss",
         description=(
-            f"Mean squared error{f', averaged over {window} steps' if window > 1 else ' of each step'}. Last epoch: {finals}.{why} "
+            f"{loss}{f', averaged over {window} steps' if window > 1 else ' of each step'}. Last epoch: {finals}.{why} "
             "Training loss says little about which arm to keep."
         ),
         alt=f"Line plot of the smoothed training loss of {count(len(curves), 'arm')}. Mean of the last epoch: {finals}.",

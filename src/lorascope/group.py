@@ -17,7 +17,7 @@ from lorascope.config import Arm, StudyConfig
 from lorascope.console import duration, log, size, track
 from lorascope.errors import RunError
 from lorascope.prompts import Prompt
-from lorascope.sample import Job, draw_pictures, latent_shape_of, plan_jobs, save_picture
+from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, read_json, write_json
 from lorascope.trackers import Trackers
 from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records
@@ -44,6 +44,8 @@ class Group:
         self.trainer = Trainer(base, self.bank, train, config.train, config.data)
         self.probed = {"heldout": heldout.first(config.train.num_probe), "train": train.first(config.train.num_probe)}
         self.previews = preview_jobs(prompts, config.sample.num_previews) if config.sample.preview_every_epochs else []
+        previewed = range(config.sample.preview_every_epochs or 1, config.train.epochs + 1, config.sample.preview_every_epochs or 1)
+        self.preview_steps = {count_steps(config.train, train.num_entries, epoch) for epoch in previewed}
         self.metrics = JsonLines(run_dir.metrics_jsonl)
         self.checkpoint = run_dir.checkpoints_dir / f"{arms[0].name}.safetensors"
         self.inputs = digest_json([inputs, [arm.name for arm in arms]])
@@ -95,7 +97,7 @@ class Group:
         for index in range(len(self.arms)):
             self._finish_arm(index)
         if len(self.failures) < len(self.arms):
-            log.info("train    done in %s", duration(trainer.seconds))
+            log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
 
     def _log_plan(self) -> None:
         counts = {arm.name: count_parameters(self.bank.targets, arm) for arm in self.arms}
@@ -185,7 +187,7 @@ class Group:
                 self.best[name] = {"step": step, "epoch": epoch, "heldout_loss": heldout}
                 save_adapter(self.bank.adapter(item.adapter), self.run_dir.adapters_dir / name / "best", "peft", "fp32")
         slices = {name: item for name, item in slices.items() if name not in self.failures}
-        if slices and self.previews and epoch % (self.config.sample.preview_every_epochs or 1) == 0:
+        if slices and self.previews and step in self.preview_steps:
             self._draw_previews(slices, step, epoch)
         self.bank.select_all()
 
@@ -197,14 +199,21 @@ class Group:
             )
 
     def _draw_previews(self, slices: Mapping[str, Slice], step: int, epoch: int) -> None:
-        """Draw the fixed prompts with each slice; writes `previews/<arm>/epoch-<number>/`."""
+        """Draw the fixed prompts with each slice; writes `previews/<arm>/epoch-<number>/`.
+
+        An arm whose pictures cannot be drawn is a warning: training goes on.
+        """
         section, shape = self.config.sample, latent_shape_of(self.base, self.config.data.resolution_px)
-        for job in self.previews:
-            pictures, _ = draw_pictures(self.base, self.bank, list(slices.values()), [job], shape, section)
-            for name, picture in zip(slices, pictures.numpy(), strict=True):
-                save_picture(self.run_dir.preview_path(name, epoch, job.file_name), picture[0], job, name, section)
-                if name != "base":
-                    self.trackers.log_image(name, step, job.prompt.text, picture[0])
+        for name, item in slices.items():
+            try:
+                for jobs in batches_of(self.previews, 1, section.batch_size):
+                    pictures, _ = draw_pictures(self.base, self.bank, [item], jobs, shape, section)
+                    for job, picture in zip(jobs, pictures[0].numpy(), strict=True):
+                        save_picture(self.run_dir.preview_path(name, epoch, job.file_name), picture, job, name, section)
+                        if name != "base":
+                            self.trackers.log_image(name, step, job.prompt.text, picture)
+            except RunError as error:
+                log.warning("train    no preview of %s after epoch %d: %s", name, epoch, error)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

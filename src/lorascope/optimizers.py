@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lorascope.adapter import AdapterBank
-from lorascope.config import TrainSection
+from lorascope.config import StudyConfig, TrainSection
 from lorascope.errors import ConfigError, first_line
 
 _NOT_FOR_ADAPTERS = {
@@ -90,16 +90,7 @@ class TorchOptimizer:
                     weight = leaf.detach()[part].requires_grad_()  # shares the bank's memory, and so does its gradient
                     weight.grad = gradient[part]
                     groups.setdefault(target.lr(arm) / arm.lr, []).append(weight)
-            try:
-                optimizer = kind(
-                    [{"params": weights, "factor": factor} for factor, weights in groups.items()], lr=arm.lr, **section.optimizer_args
-                )
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"train.optimizer_args = {json.dumps(section.optimizer_args)}: {kind.__name__} refuses them ({first_line(error)}): "
-                    "see its documentation"
-                ) from error
-            self._optimizers.append(optimizer)
+            self._optimizers.append(_start(kind, groups, arm.lr, section))
 
     def step(self, number: int, lrs: torch.Tensor, active: torch.Tensor) -> None:
         """As `AdamW.step`."""
@@ -143,12 +134,45 @@ def build_optimizer(bank: AdapterBank, section: TrainSection) -> AdamW | TorchOp
     return AdamW(bank, section) if section.optimizer.lower() == "adamw" else TorchOptimizer(bank, section)
 
 
-def check_optimizer(section: TrainSection) -> None:
-    """Raise `ConfigError` for an optimizer that is not known, cannot be used, or is not installed."""
-    if section.optimizer.lower() != "adamw":
-        _optimizer_class(section.optimizer)
-    elif section.optimizer_args:
-        raise ConfigError('train.optimizer_args: not for "adamw": set train.betas, train.eps and train.weight_decay')
+def check_optimizer(config: StudyConfig) -> None:
+    """Take one step of each arm's optimizer on matrices of its own, at the rates of all layers.
+
+    Raises `ConfigError` for an optimizer that is not known, cannot be used or is not installed, and for arguments or rates
+    that it refuses, some only as it steps: Prodigy takes one rate for all layers.
+    """
+    section = config.train
+    if section.optimizer.lower() == "adamw":
+        if section.optimizer_args:
+            raise ConfigError('train.optimizer_args: not for "adamw": set train.betas, train.eps and train.weight_decay')
+        return
+    kind = _optimizer_class(section.optimizer)
+    for arm in config.expand_arms():
+        groups: dict[float, list[torch.Tensor]] = {}
+        for lr in (arm.lr, *(group.lr or arm.lr for group in config.adapter.groups)):
+            weight = torch.zeros(2, 2, requires_grad=True)
+            weight.grad = torch.ones_like(weight)
+            groups[lr / arm.lr] = [weight]
+        optimizer = _start(kind, groups, arm.lr, section)
+        for group in optimizer.param_groups:
+            group["lr"] = arm.lr * group["factor"]
+        try:
+            optimizer.step()
+        except Exception as error:  # optimizers raise anything here
+            raise ConfigError(
+                f"train.optimizer = {section.optimizer!r}: {kind.__name__} cannot take a step with these settings ({first_line(error)}): "
+                "correct train.optimizer_args, or leave lr out of adapter.groups"
+            ) from error
+
+
+def _start(kind: Any, groups: Mapping[float, Sequence[torch.Tensor]], lr: float, section: TrainSection) -> Any:
+    """An optimizer over weights by the factor that their learning rate has over `lr`."""
+    try:
+        return kind([{"params": weights, "factor": factor} for factor, weights in groups.items()], lr=lr, **section.optimizer_args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"train.optimizer_args = {json.dumps(section.optimizer_args)}: {kind.__name__} refuses them ({first_line(error)}): "
+            "see its documentation"
+        ) from error
 
 
 def _optimizer_class(name: str) -> Any:

@@ -33,6 +33,7 @@ class Plan:
     num_train: int | None
     epochs: int
     batch_size: int
+    accumulation_steps: int
     steps: int | None
     stacked_arms: int
     pictures: int  # previews not counted
@@ -49,9 +50,11 @@ class Plan:
             parameters = f"{count:,} parameters, {size(4 * count)}"
             choices = f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr {arm['lr']:<8g} seed {arm['seed']}"
             lines.append(f"  {arm['name']:<16} {choices}  {parameters}")
-        shown = f"{self.num_train:,} pictures" if self.num_train else "all pictures of the source"
+        shown = f"at most {self.num_train:,} pictures" if self.num_train else "all pictures of the source"
         steps = f"{self.steps:,} steps" if self.steps else "steps known once the data is read"
-        lines.append(f"training   {shown} x {self.epochs} epochs, batch {self.batch_size}: {steps}, {self.stacked_arms} arms in one pass")
+        batch = f"batch {self.batch_size}" + (f" x {self.accumulation_steps}" if self.accumulation_steps > 1 else "")
+        together = f"{self.stacked_arms} arms" if self.stacked_arms > 1 else "one arm"
+        lines.append(f"training   {shown} x {self.epochs} epochs, {batch}: {steps}, {together} in one pass")
         lines.append(f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}")
         known = self.estimated_s is not None
         lines.append(f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}")
@@ -92,6 +95,7 @@ def plan_study(config: StudyConfig) -> Plan:
         num_train=num_train,
         epochs=train.epochs,
         batch_size=train.batch_size,
+        accumulation_steps=train.accumulation_steps,
         steps=steps,
         stacked_arms=min(len(arms), train.max_stacked_arms),
         pictures=num_pictures,

@@ -82,7 +82,7 @@ class Study:
     def check_inputs(self) -> None:
         """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
         log.debug("prompts  %d", len(self.prompts))
-        check_optimizer(self.config.train)
+        check_optimizer(self.config)
         require_trackers(self.config.trackers)
         check_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
@@ -162,7 +162,7 @@ class Study:
     def prepare_data(self) -> Dataset:
         """Check the pictures and captions, find duplicates, split; writes `data.json`."""
         inputs = self.config.digest("data", "base")
-        if self.run_dir.is_finished("data", inputs):
+        if self.run_dir.is_finished("data", inputs) and self.run_dir.data_json.exists():
             return self.dataset
         tokenizer = load_tokenizer(self.config.base)
         with self._stage("data", inputs) as note:
@@ -175,14 +175,24 @@ class Study:
                 dataset = prepare_data(
                     self.config.data, lambda caption: len(tokenizer(caption).input_ids), tokenizer.model_max_length, show
                 )
+            self._require_same_data(inputs, dataset)
             write_json(self.run_dir.data_json, dataset.summary)
             note(fingerprint=dataset.summary["fingerprint"])
         summary = dataset.summary
         log.info(
-            "data     %d pictures to train on, %d held out; %d refused, %d treated, %d groups of duplicates (data.json lists them)",
+            "data     %d pictures to train on, %d held out; %d refused, %d treated; groups of duplicates: %d (data.json lists them)",
             len(dataset.train), len(dataset.heldout), len(summary["refused"]), len(summary["treated"]), len(summary["duplicates"]),
         )  # fmt: skip
         return dataset
+
+    def _require_same_data(self, inputs: str, dataset: Dataset) -> None:
+        """Raise `StorageError` where `data.json` was lost and the source does not give the same any more."""
+        known = self.run_dir.manifest()["stages"].get("data", {"inputs": None})
+        if known["inputs"] == inputs and known["fingerprint"] != dataset.summary["fingerprint"]:
+            raise StorageError(
+                f"{self.run_dir.data_json}: lost, and pictures or captions of {self.config.data.source!r} have changed since: "
+                "put either back, or run in another folder"
+            )
 
     @functools.cached_property
     def dataset(self) -> Dataset:

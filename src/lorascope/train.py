@@ -51,7 +51,10 @@ class StepRecord:
 
 
 def count_steps(section: TrainSection, num_examples: int, epochs: int | None = None) -> int:
-    """Steps after which `epochs` passes (all of the section's when absent) have been seen; no picture is left out."""
+    """Steps after which `epochs` passes (all of the section's when absent) have been seen; no picture is left out.
+
+    With buckets this holds up to a batch of each: each is a stream of its own, see `plan_batches`.
+    """
     return math.ceil((section.epochs if epochs is None else epochs) * num_examples / (section.batch_size * section.accumulation_steps))
 
 
