@@ -8,6 +8,7 @@ import torch
 from lorascope.adapter import count_parameters, resolve_targets
 from lorascope.base import load_base
 from lorascope.config import REFERENCE_TARGETS, StudyConfig, load_study
+from lorascope.errors import ConfigError
 from lorascope.plan import Plan, plan_study
 
 
@@ -52,3 +53,8 @@ def test_repeats_accumulation_previews_and_copies_are_counted(pipeline_folder: P
     for more in ("sample.preview_every_epochs=1", 'export.formats=["kohya", "diffusers"]', 'export.dtype="fp32"', "data.flip=true"):
         assert plan_of(more).estimated_bytes > plain.estimated_bytes, more
     assert plan_of("train.keep_best=false").estimated_bytes < plain.estimated_bytes
+
+
+def test_a_study_that_could_not_start_is_not_planned() -> None:
+    with pytest.raises(ConfigError, match=r"^train.optimizer = 'prodigi': must be adamw, prodigy or a torch.optim class"):
+        plan_study(load_study(preset="smoke", overrides=["train.optimizer=prodigi"], environment={}))

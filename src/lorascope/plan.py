@@ -14,7 +14,9 @@ from lorascope.adapter import Target, count_parameters, resolve_section
 from lorascope.base import SD15_DIR, choose_device, is_hub_id, read_configs
 from lorascope.config import BaseSection, StudyConfig
 from lorascope.console import duration, size
+from lorascope.optimizers import check_optimizer
 from lorascope.prompts import load_prompts
+from lorascope.trackers import require_trackers
 from lorascope.train import count_steps
 
 _TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
@@ -65,8 +67,11 @@ class Plan:
 def plan_study(config: StudyConfig) -> Plan:
     """The plan behind `--dry-run`: loads no weights, downloads nothing.
 
-    Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product.
+    Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product. Raises
+    `ConfigError` for an optimizer or tracker with which the study would not start.
     """
+    check_optimizer(config)
+    require_trackers(config.trackers)
     arms, train, sample = config.expand_arms(), config.train, config.sample
     num_pictures = len(load_prompts(sample.prompts, sample.num_prompts)) * len(sample.seeds) * (len(arms) + 1)
     num_previews = (

@@ -307,11 +307,11 @@ class Study:
         finally:
             bank.detach()
         log.info(
-            "sample   %d pictures: %d prompts x %d seeds x (base + %d arms)",
+            "sample   pictures: %d; prompts: %d, seeds: %d, models with the base: %d",
             len(jobs) * len(models),
             len(self.prompts),
             len(section.seeds),
-            len(arms),
+            len(models),
         )
 
     def _image_path(self, arm: str, job: Job) -> Path:
