@@ -388,7 +388,9 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     config = _read_config(path)
     if config.get("prediction_type", "epsilon") not in _PREDICTION_TYPES:
-        raise BaseModelError(f"{path}: prediction_type = {config['prediction_type']!r}: must be one of {', '.join(_PREDICTION_TYPES)}")
+        raise BaseModelError(
+            f"{path}: prediction_type = {str(config['prediction_type'])[:80]!r}: must be one of {', '.join(_PREDICTION_TYPES)}"
+        )
     return config
 
 
