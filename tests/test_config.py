@@ -265,8 +265,8 @@ def test_a_wrong_value_is_named_with_its_place_and_constraint(override: str, mes
     [
         ("train.epocs=3", "train.epocs: unknown key; known here: epochs, batch_size,", " - did you mean 'epochs'?"),
         ("arms.0.ranks=3", "arms.0.ranks: unknown key; known here: name, rank,", " - did you mean 'rank'?"),
-        ("trian.epochs=2", "trian: unknown key; known here: name, device, trackers, base,", " - did you mean 'train'?"),
-        ("zzz=2", "zzz: unknown key; known here: name, device, trackers, base,", "preset"),
+        ("trian.epochs=2", "trian: unknown key; known here: name, device, workers, trackers, base,", " - did you mean 'train'?"),
+        ("zzz=2", "zzz: unknown key; known here: name, device, workers, trackers, base,", "preset"),
         ("train..epochs=2", "train.: unknown key; known here: epochs,", "keep_best"),
         ("a\nb=2", "a\\nb: unknown key; known here: name,", "preset"),
         ("a\u2028b=2", "a\\u2028b: unknown key; known here: name,", "preset"),

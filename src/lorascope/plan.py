@@ -91,7 +91,7 @@ def plan_study(config: StudyConfig) -> Plan:
     latent_bytes = (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
     picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
     copy_bytes = 4 * (2 if train.keep_best else 1) + (4 if config.export.dtype == "fp32" else 2) * len(config.export.formats)
-    checkpoint_bytes = 3 * 4 * max(counts) * min(len(arms), train.max_stacked_arms)
+    checkpoint_bytes = 3 * 4 * max(counts) * min(len(arms), train.max_stacked_arms or 4)
     return Plan(
         name=config.name,
         base=config.base.model,
@@ -102,7 +102,7 @@ def plan_study(config: StudyConfig) -> Plan:
         batch_size=train.batch_size,
         accumulation_steps=train.accumulation_steps,
         steps=steps,
-        stacked_arms=min(len(arms), train.max_stacked_arms),
+        stacked_arms=min(len(arms), train.max_stacked_arms or 4),
         pictures=num_pictures,
         denoising_steps=sample.steps,
         guidance=sample.guidance,

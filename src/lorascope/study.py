@@ -231,7 +231,7 @@ class Study:
         if self.run_dir.is_finished("train", inputs):
             return
         train, heldout = self.encoded
-        stacked = self.config.train.max_stacked_arms
+        stacked = self.config.train.max_stacked_arms or 4
         arms = self.config.expand_arms()
         groups = [arms[start : start + stacked] for start in range(0, len(arms), stacked)]
         names, config = [arm.name for arm in arms], self.config
