@@ -208,7 +208,7 @@ class TrainSection(Section):
     )
     gradient_checkpointing: Flag | None = Field(
         default=None,
-        description="compute activations again instead of keeping them, a third more time; only where memory is short when absent",
+        description="compute activations again instead of keeping them: a third slower; only where memory is short when absent",
     )
     max_grad_norm: Real = Field(default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone")
     caption_dropout: Share = Field(default=0.0, description="share of training captions replaced by the empty one")
