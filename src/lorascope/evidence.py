@@ -35,7 +35,7 @@ from lorascope.score import (
     read_styles,
     summary_table,
 )
-from lorascope.store import JsonLines, RunDir, read_json
+from lorascope.store import RunDir, read_json
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
@@ -112,7 +112,7 @@ class Facts:
             )
         self.data: dict[str, Any] | None = read_json(run.data_json) if run.data_json.exists() else None
         self.merges: dict[str, dict[str, Any]] | None = read_json(run.merge_check_json) if run.merge_check_json.exists() else None
-        self.metrics = JsonLines(run.metrics_jsonl).read()
+        self.metrics = run.read_metrics(self.settings)
         self.probes = [record for record in self.metrics if record.get("kind") == "probe"]
         self.styles: dict[str, Style] = read_styles(self.probes)
         self.quality = _pocket_quality() if "pocket" in (self.config.base.model, self.config.score.model) else None

@@ -18,8 +18,8 @@ from lorascope.optimizers import check_optimizer
 from lorascope.prompts import load_prompts
 from lorascope.trackers import require_trackers
 from lorascope.train import count_steps
+from lorascope.trials import TRAIN_TO_FORWARD_FLOPS
 
-_TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
 
@@ -79,11 +79,11 @@ def plan_study(config: StudyConfig) -> Plan:
     )
     num_train = config.data.num_train
     steps = count_steps(train, num_train * config.data.repeats) if num_train else None
-    flops, targets = _count_flops(config)
+    flops, targets = count_flops(config)
     seconds = None
     if steps:
         device = choose_device(config.device)
-        training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * train.accumulation_steps * len(arms)
+        training = TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * train.accumulation_steps * len(arms)
         training *= _CHECKPOINTING_FLOPS if train.gradient_checkpointing else 1
         sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * (num_pictures + num_previews)
         seconds = (training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
@@ -111,7 +111,7 @@ def plan_study(config: StudyConfig) -> Plan:
     )
 
 
-def _count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
+def count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
     """FLOPs of one U-Net forward pass, and the adapted layers; a hub id, whose files are not fetched, is taken for SD v1.5."""
     configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
     side = config.data.resolution_px // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
