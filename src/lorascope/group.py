@@ -20,7 +20,17 @@ from lorascope.prompts import Prompt
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.trackers import Trackers
-from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records, split_checkpoint
+from lorascope.train import (
+    CheckpointPart,
+    StepRecord,
+    Trainer,
+    count_steps,
+    peak_memory,
+    probe_losses,
+    probe_records,
+    read_checkpoint_facts,
+    split_checkpoint,
+)
 from lorascope.trials import TrialGroup
 from lorascope.workers import deferred_signals
 
@@ -148,10 +158,7 @@ class Group:
         facts = self.trainer.load_checkpoint(self.checkpoint, self.inputs)
         for name, lines in self.metrics.items():
             lines.rewind(facts["metrics_bytes"][name])
-        own = {arm.name for arm in self.arms}  # a checkpoint of a group that was halved has facts of more arms
-        self.failures, self.last_epoch, self.best = (
-            {name: value for name, value in facts[key].items() if name in own} for key in ("failures", "last_epoch", "best")
-        )
+        self.failures, self.last_epoch, self.best = facts["failures"], facts["last_epoch"], facts["best"]
         if self.trainer.step:
             log.info("train    going on from step %d", self.trainer.step)
 
@@ -300,13 +307,15 @@ def checkpoint_inputs(inputs: str, group: TrialGroup) -> str:
 def split_group(run_dir: RunDir, group: TrialGroup, parts: Sequence[TrialGroup], inputs: str) -> None:
     """Give each of `parts` its arms' share of a group's last checkpoint, if there is one; the group's own stays."""
     path = checkpoint_path(run_dir, group)
-    if path.exists():
-        paths = {checkpoint_path(run_dir, part): part for part in parts}
-        split_checkpoint(
-            path,
-            {path: part.names for path, part in paths.items()},
-            {path: checkpoint_inputs(inputs, part) for path, part in paths.items()},
-        )
+    if not path.exists():
+        return
+    facts = read_checkpoint_facts(path)
+    shares = []
+    for part in parts:
+        known = {"base", *part.names}
+        own = {key: {name: value for name, value in values.items() if name in known} for key, values in facts.items()}
+        shares.append(CheckpointPart(checkpoint_path(run_dir, part), part.names, checkpoint_inputs(inputs, part), own))
+    split_checkpoint(path, shares)
 
 
 def try_group(train: Callable[[], None], device: torch.device) -> str | None:

@@ -33,7 +33,7 @@ from lorascope.export import merged_base, write_study_files
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group, checkpoint_path, section_of, split_group, try_group
 from lorascope.optimizers import check_optimizer
-from lorascope.plan import count_flops
+from lorascope.plan import count_flops, plan_passes
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
@@ -41,7 +41,7 @@ from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
 from lorascope.trackers import Trackers, open_trackers, require_trackers
 from lorascope.train import count_steps
-from lorascope.trials import TrialGroup, TrialPlan, most_workers, plan_trials
+from lorascope.trials import TrialGroup, TrialPlan, describe_passes
 from lorascope.workers import Link, run_side_by_side, serve, worker_environments
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
@@ -246,7 +246,7 @@ class Study:
             return
         arms = self.config.expand_arms()
         plan = TrialPlan.load(self.run_dir.groups_json, inputs, arms) or self._plan_trials(inputs)
-        for line in plan.describe():
+        for line in describe_passes([group.names for group in plan.groups], plan.num_workers):
             log.info("train    %s", line)
         with self._stage("train", inputs) as note:
             todo = deque(group for group in plan.groups if not self._is_trained(group))
@@ -274,9 +274,7 @@ class Study:
 
     def _plan_trials(self, inputs: str) -> TrialPlan:
         """The groups for the memory that is free now, kept in the run folder."""
-        flops, device = count_flops(self.config)[0], self.device.type
-        most = most_workers(self.config, device, torch.cuda.device_count(), flops, self.encoded[0].num_entries)
-        plan = plan_trials(self.config, device, most, lambda arms, checkpointing, num_workers: True)
+        plan = plan_passes(self.config, self.device, count_flops(self.config)[0], self.encoded[0].num_entries)
         plan.save(self.run_dir.groups_json, inputs)
         return plan
 

@@ -83,14 +83,13 @@ class TrialPlan:
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
 
-    def describe(self) -> list[str]:
-        """A line for each group, and one that says how many are trained side by side."""
-        lines = [
-            f"pass {number}: {', '.join(group.names)}{', with gradient checkpointing' if group.gradient_checkpointing else ''}"
-            for number, group in enumerate(self.groups, 1)
-        ]
-        beside = f"{self.num_workers} side by side, each in a process of its own" if self.num_workers > 1 else "one after another"
-        return lines if len(lines) == 1 else [*lines, f"{len(lines)} passes, {beside}"]
+
+def describe_passes(passes: Sequence[Sequence[str]], num_workers: int) -> list[str]:
+    """A line for each pass with its arms, and where there are several, one that says how many run side by side."""
+    if len(passes) == 1:
+        return [f"{', '.join(passes[0])} in one pass" if len(passes[0]) > 1 else f"{passes[0][0]} alone"]
+    beside = f"{num_workers} side by side, each in a process of its own" if num_workers > 1 else "one after another"
+    return [*(f"pass {number}: {', '.join(names)}" for number, names in enumerate(passes, 1)), f"{len(passes)} passes, {beside}"]
 
 
 def most_workers(config: StudyConfig, device_type: str, num_gpus: int, forward_flops: float, num_pictures: int) -> int:
@@ -110,22 +109,18 @@ def most_workers(config: StudyConfig, device_type: str, num_gpus: int, forward_f
     return max(1, min(most, len(arms)))
 
 
-def plan_trials(config: StudyConfig, device_type: str, num_workers: int, fits: Callable[[Sequence[Arm], bool, int], bool]) -> TrialPlan:
+def plan_trials(config: StudyConfig, device_type: str, num_workers: int, fits: Callable[[Sequence[Arm], int], bool]) -> TrialPlan:
     """The groups of a study for at most `num_workers` side by side.
 
-    `fits(arms, gradient_checkpointing, num_workers)` says whether one of so many passes side by side has the memory for these
-    arms. There are fewer workers where not every arm would fit alone beside the others; an arm that does not fit even so gets
-    gradient checkpointing, unless `train.gradient_checkpointing` is given.
+    `fits(arms, num_workers)` says whether one of so many passes side by side has the memory for these arms. There are fewer
+    workers where the heaviest arm would not fit beside the others.
     """
-    arms, own = config.expand_arms(), config.train.gradient_checkpointing
+    arms = config.expand_arms()
     limit = config.train.max_stacked_arms or (MAX_STACKED_CPU if device_type == "cpu" else len(arms))
     heaviest = max(arms, key=lambda arm: (arm.batch_size, arm.rank))
-    num_workers = next((number for number in range(num_workers, 0, -1) if fits([heaviest], bool(own), number)), 1)
-    groups = [
-        TrialGroup(group, len(group) == 1 and own is None and not fits(group, False, num_workers))
-        for group in plan_groups(arms, num_workers, limit, lambda group: fits(group, bool(own), num_workers))
-    ]
-    return TrialPlan(tuple(groups), min(num_workers, len(groups)))
+    num_workers = next((number for number in range(num_workers, 1, -1) if fits([heaviest], number)), 1)
+    groups = plan_groups(arms, num_workers, limit, lambda group: fits(group, num_workers))
+    return TrialPlan(tuple(map(TrialGroup, groups)), min(num_workers, len(groups)))
 
 
 def plan_groups(arms: Sequence[Arm], num_workers: int, max_stacked: int, fits: Callable[[Sequence[Arm]], bool]) -> list[tuple[Arm, ...]]:
