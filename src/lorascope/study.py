@@ -294,7 +294,7 @@ class Study:
     def train_group(
         self, group: TrialGroup, inputs: str, num_side_by_side: int, trackers: Trackers, tally: Tally, is_stopped: Callable[[], bool]
     ) -> str | None:
-        """Train one group; the allocator's message if memory runs out, else None."""
+        """Train one group; returns what could not be allocated if memory runs out, else None."""
         train, heldout = self.encoded
         parts = (self.config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts)
         return try_group(lambda: Group(*parts, trackers, inputs, num_side_by_side).run(tally, is_stopped), self.device)
@@ -366,13 +366,14 @@ class Study:
         if len(group.arms) > 1:
             parts = group.halves()
             shown = " and ".join(", ".join(part.names) for part in parts)
-            log.warning("train    out of memory (%s): from the last checkpoint on %s apart", lack, shown)
+            log.warning("train    out of memory (%s): going on from the last checkpoint in passes of %s", lack, shown)
             return parts
-        name = group.arms[0].name
-        if group.gradient_checkpointing or self.config.train.gradient_checkpointing is not None:
+        name, asked = group.arms[0].name, self.config.train.gradient_checkpointing
+        if group.gradient_checkpointing or asked is not None:
+            more = ", or set train.gradient_checkpointing = true" if asked is False else ""
             raise RunError(
-                f"arm {name}: not enough memory for it alone ({lack}): lower its batch_size (train.accumulation_steps makes up for that) "
-                "or data.resolution_px, or set train.gradient_checkpointing = true"
+                f"arm {name}: not enough memory for it alone ({lack}): in another folder, lower its batch_size "
+                f"(train.accumulation_steps makes up for that) or data.resolution_px{more}"
             )
         log.warning("train    out of memory (%s): %s goes on from the last checkpoint with gradient checkpointing", lack, name)
         return [replace(group, gradient_checkpointing=True)]
