@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+KERNELS = ("sdpa", "flash", "efficient", "cudnn", "plain")
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
 class Kernel(NamedTuple):
     """How attention is computed: torch's own choice by default."""
 
-    name: str = "sdpa"  # `sdpa` (torch's choice), `flash`, `efficient`, `cudnn` or `plain`
+    name: str = "sdpa"  # one of `KERNELS`; `sdpa` is torch's choice
     head_dim: int | None = None  # what the head dimension is padded to; as it is when None
 
     def __str__(self) -> str:
