@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 import torch
+from safetensors import safe_open
 
 from conftest import make_pictures, make_study, write_parquet
 from lorascope.adapter_files import Adapter, load_adapter
@@ -244,6 +245,32 @@ def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path
     epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
     assert previews == {f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")}
     assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values())
+
+
+def test_arms_of_several_batch_sizes_and_epochs_in_one_study(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run", "arms=[{rank=4, alpha=8, lr=1e-3, batch_size=[4, 8]}, {rank=8, lr=1e-3, epochs=2}]")
+    study.run()
+    facts = {arm: read_json(tmp_path / "run" / "adapters" / arm / "training.json") for arm in ("r4-b4", "r4-b8", "r8-b4")}
+    assert {arm: (item["steps"], item["batch_size"], item["epochs"]) for arm, item in facts.items()} == {
+        "r4-b4": (12, 4, 3),
+        "r4-b8": (6, 8, 3),
+        "r8-b4": (8, 4, 2),
+    }
+    assert [item["group"] for item in facts.values()] == [["r4-b4"], ["r4-b8"], ["r8-b4"]]
+    records = RunDir(tmp_path / "run").read_metrics([])
+    assert [record["arm"] for record in records if record["kind"] == "train" and record["step"] == 7] == ["r4-b4", "r8-b4"]
+    ends = {(record["arm"], record["epoch"]): record["step"] for record in records if record["kind"] == "probe"}
+    assert (ends["r4-b8", 1], ends["r4-b8", 3], ends["r8-b4", 2]) == (2, 6, 8) and ("r8-b4", 3) not in ends
+    losses = {arm: [record["loss"] for record in records if record["kind"] == "train" and record["arm"] == arm] for arm in facts}
+    first = [record["loss"] for record in RunDir(finished).read_metrics([]) if record["kind"] == "train" and record["arm"] == "r4"]
+    assert losses["r4-b4"] == pytest.approx(first, rel=1e-4)
+    # From the same pictures and noise: the first batch of 8 is the first two of 4 (the adapter hardly moves in a step)
+    assert losses["r4-b8"][0] == pytest.approx(sum(losses["r4-b4"][:2]) / 2, rel=1e-3)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "batch size" in text and "r8-b4 8 steps of 4 pictures" in text
+    with safe_open(tmp_path / "run" / "adapters" / "r4-b8" / "tiny-r4-b8.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_batch_size_per_device"], metadata["ss_num_epochs"], metadata["ss_steps"]) == ("8", "3", "6")
 
 
 _SHORT_OF_MEMORY = """

@@ -138,10 +138,11 @@ class Study:
     def tuning(self) -> Tuning:
         """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and on one device all of it."""
         config, configs = self.config, read_configs(self.config.base)
-        stacked = min(len(config.expand_arms()), config.train.max_stacked_arms or 4)
+        arms = config.expand_arms()
+        stacked = min(len(arms), config.train.max_stacked_arms or 4)
         branches = 1 if config.sample.guidance == 1 else 2
         workload = build_workload(
-            configs, config.data.resolution_px, stacked * config.train.batch_size, config.sample.batch_size * branches
+            configs, config.data.resolution_px, stacked * max(arm.batch_size for arm in arms), config.sample.batch_size * branches
         )
         kept = self.run_dir.manifest().get("tuning")
         tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
