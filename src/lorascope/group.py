@@ -16,11 +16,13 @@ from lorascope.cache import Encoded
 from lorascope.config import Arm, StudyConfig
 from lorascope.console import duration, log, size, track
 from lorascope.errors import RunError
+from lorascope.footprint import resolve_checkpointing
+from lorascope.memory import peak_memory, reset_peak_memory, used_bytes
 from lorascope.prompts import Prompt
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, read_json, write_json
 from lorascope.trackers import Trackers
-from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records
+from lorascope.train import StepRecord, Trainer, count_steps, probe_losses, probe_records
 
 
 class Group:
@@ -40,8 +42,15 @@ class Group:
         inputs: str,
     ) -> None:
         self.config, self.run_dir, self.base, self.arms, self.trackers = config, run_dir, base, arms, trackers
+        section, parts = config.train, {**base.components, "vae": base.vae}
+        estimate = resolve_checkpointing(
+            section.gradient_checkpointing, parts, targets, arms, section.batch_size, train.largest_shape(), base.device
+        )
+        self.expected_bytes = used_bytes(base.device) + estimate.training_bytes
+        reset_peak_memory(base.device)
         self.bank = AdapterBank(base.components, targets, arms)
-        self.trainer = Trainer(base, self.bank, train, config.train, config.data)
+        section = section.model_copy(update={"gradient_checkpointing": estimate.checkpointing})
+        self.trainer = Trainer(base, self.bank, train, section, config.data)
         self.probed = {"heldout": heldout.first(config.train.num_probe), "train": train.first(config.train.num_probe)}
         self.previews = preview_jobs(prompts, config.sample.num_previews) if config.sample.preview_every_epochs else []
         previewed = range(config.sample.preview_every_epochs or 1, config.train.epochs + 1, config.sample.preview_every_epochs or 1)
@@ -96,6 +105,8 @@ class Group:
             self.bank.detach()
         for index in range(len(self.arms)):
             self._finish_arm(index)
+        memory, kind = peak_memory(self.base.device)
+        log.info("memory   expected %s, measured %s (%s)", size(self.expected_bytes), size(memory), kind)
         if len(self.failures) < len(self.arms):
             log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
 
@@ -234,6 +245,8 @@ class Group:
             "group": [other.name for other in self.arms],
             "run_time_s": round(trainer.seconds, 3),
             "images_per_s": round(pictures / max(trainer.seconds, 1e-9), 3),
+            "gradient_checkpointing": trainer.section.gradient_checkpointing,
+            "expected_memory_bytes": self.expected_bytes,
             "peak_memory_bytes": memory,
             "peak_memory_kind": memory_kind,
             "best": self.best.get(arm.name),

@@ -29,6 +29,7 @@ from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.export import merged_base, write_study_files
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group
+from lorascope.memory import parked
 from lorascope.optimizers import check_optimizer
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
@@ -238,6 +239,7 @@ class Study:
         with (
             self._stage("train", inputs) as note,
             open_trackers(config.trackers, self.run_dir.path, config.name, names, config.model_dump(mode="json")) as trackers,
+            parked(self.device, *self._idle_parts(train)),
         ):
             for group in groups:
                 if not all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group):
@@ -247,6 +249,12 @@ class Study:
                     if self._training(arm)["failed"] is None:
                         write_study_files(self.run_dir, config, arm)
             note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
+
+    def _idle_parts(self, train: Encoded) -> list[torch.nn.Module]:
+        """What of the base training does not touch: the VAE unless it draws previews, the text encoder if all text states are kept."""
+        if self.config.sample.preview_every_epochs:
+            return []
+        return [self.base.vae] if train.text_states is None else [self.base.vae, self.base.text_encoder]
 
     def _train_inputs(self) -> str:
         return digest_json(

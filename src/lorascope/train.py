@@ -74,6 +74,8 @@ class Trainer:
         self.seconds = 0.0
         if section.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
+        else:  # a group before this one may have needed it
+            base.unet.disable_gradient_checkpointing()
 
     def run(self) -> Iterator[StepRecord]:
         """Train from the current step to the last."""
@@ -239,12 +241,3 @@ def probe_records(losses: torch.Tensor, reference: torch.Tensor, num_timesteps: 
             }
         )
     return records
-
-
-def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Peak memory in bytes and its kind: CUDA's allocated peak, or the process's peak resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "cuda"
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rss"
