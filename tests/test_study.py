@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,7 +22,7 @@ from conftest import make_pictures, make_study, write_parquet
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import MergeReport, merged_base
+from lorascope.export import merged_into
 from lorascope.store import read_json
 from lorascope.study import Study
 
@@ -273,12 +275,15 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
 
 
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_merge(base: Base, adapter: Adapter) -> tuple[Base, MergeReport]:
-        merged, report = merged_base(base, adapter)
-        merged.unet.conv_in.weight.data.mul_(1.5)
-        return merged, report
+    @contextmanager
+    def wrong_merge(base: Base, adapter: Adapter) -> Iterator[None]:
+        weight, own = base.unet.conv_in.weight, base.unet.conv_in.weight.data
+        with merged_into(base, adapter):
+            weight.data = own * 1.5
+            yield
+        weight.data = own
 
-    monkeypatch.setattr("lorascope.study.merged_base", wrong_merge)
+    monkeypatch.setattr("lorascope.study.merged_into", wrong_merge)
     with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
         make_study(study_file, tmp_path / "run").run()
     assert (tmp_path / "run" / "report.html").is_file()

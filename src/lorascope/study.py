@@ -26,7 +26,7 @@ from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_base, write_study_files
+from lorascope.export import merged_into, write_study_files
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group
 from lorascope.memory import parked
@@ -343,9 +343,9 @@ class Study:
                 bank.attach()
                 pictures, latents = draw_pictures(self.base, bank, [Slice(index)], [job], shape, section)
                 bank.detach()
-                merged, _ = merged_base(self.base, load_adapter(self.run_dir.adapters_dir / arm.name))
-                idle = AdapterBank(merged.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
-                merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
+                with merged_into(self.base, load_adapter(self.run_dir.adapters_dir / arm.name)):
+                    idle = AdapterBank(self.base.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
+                    merged_pictures, merged_latents = draw_pictures(self.base, idle, [Slice(0, 0.0)], [job], shape, section)
                 error = float((merged_latents - latents).norm() / latents.norm())
                 results[arm.name] = {
                     "relative_error": error,
