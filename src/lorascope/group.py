@@ -42,12 +42,12 @@ class Group:
         inputs: str,
     ) -> None:
         self.config, self.run_dir, self.base, self.arms, self.trackers = config, run_dir, base, arms, trackers
+        reset_peak_memory(base.device)
         section, parts = config.train, {**base.components, "vae": base.vae}
         estimate = resolve_checkpointing(
             section.gradient_checkpointing, parts, targets, arms, section.batch_size, train.largest_shape(), base.device
         )
         self.expected_bytes = used_bytes(base.device) + estimate.training_bytes
-        reset_peak_memory(base.device)
         self.bank = AdapterBank(base.components, targets, arms)
         section = section.model_copy(update={"gradient_checkpointing": estimate.checkpointing})
         self.trainer = Trainer(base, self.bank, train, section, config.data)

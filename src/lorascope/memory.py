@@ -1,5 +1,6 @@
 """Memory of a device: what is free, what is in use, the peak of a stage, and when it has run out."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -68,11 +69,15 @@ def used_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from here on; a CPU's peak stays that of the process's life where the system is not Linux."""
+    """Let `peak_memory` count from here on, after giving back to the system what this process has freed.
+
+    A CPU's peak stays that of the process's life where the system is not Linux.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):  # AttributeError: a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
         (_PROC / "self" / "clear_refs").write_text("5")  # resets VmHWM (proc_pid_clear_refs(5))
 
 
