@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.adapter import AdapterBank, Target, resolve_section
 from lorascope.base import SD15_DIR, Base, load_base, read_configs
-from lorascope.config import AdapterSection, Arm, BaseSection, TargetGroup
-from lorascope.footprint import estimate_training, fit_arms, resolve_checkpointing
+from lorascope.config import AdapterSection, Arm, BaseSection, TargetGroup, TrainSection
+from lorascope.footprint import estimate_pass, estimate_training, resolve_checkpointing
 from lorascope.ldm import build_component
 from lorascope.objective import seeded
 
@@ -110,22 +110,18 @@ def test_stable_diffusion_at_batch_4_512_px_rank_16_fits_in_8_gb() -> None:
     assert twice.training_bytes == 2 * kept.training_bytes
 
 
-def test_as_many_arms_are_stacked_as_fit_and_checkpointing_comes_last(base: Base) -> None:
-    targets, arms = own_section(base), [R4, R8] * 3
+def test_checkpointing_is_for_an_arm_that_does_not_fit_alone(base: Base) -> None:
+    targets = own_section(base)
     one = estimate_training(base.components, targets, [R8], 2, SHAPE)
     saving = estimate_training(base.components, targets, [R8], 2, SHAPE, checkpointing=True)
     assert saving.training_bytes < one.training_bytes
 
-    def fitted(budget: float, checkpointing: bool | None = None) -> tuple[int, bool]:
-        estimate = fit_arms(base.components, targets, arms, 2, SHAPE, int(budget), checkpointing)
-        return estimate.num_arms, estimate.checkpointing
+    def chosen(budget: int, wanted: bool | None) -> tuple[int, bool]:
+        estimate = estimate_pass(base.components, targets, [R8, R4, R4], 2, SHAPE, wanted, budget)
+        return estimate.training_bytes, estimate.checkpointing
 
-    assert fitted(100 * one.training_bytes) == (6, False)
-    assert fitted(3.5 * one.training_bytes) == (3, False)
-    assert fitted(1.0 * one.training_bytes) == (1, False)
-    assert fitted(0.99 * one.training_bytes)[1]
-    assert fitted(3.5 * saving.training_bytes, checkpointing=True) == (3, True)
-    assert fitted(1, checkpointing=False) == (1, False) and fitted(1) == (1, True)
+    assert chosen(one.training_bytes, None) == chosen(1, False) == (3 * one.training_bytes, False)
+    assert chosen(one.training_bytes - 1, None) == chosen(10**12, True) == (3 * saving.training_bytes, True)
 
 
 @pytest.mark.parametrize(
@@ -134,20 +130,25 @@ def test_as_many_arms_are_stacked_as_fit_and_checkpointing_comes_last(base: Base
         (None, 2, False, []),
         (None, 0.99, True, ["gradient checkpointing is on, since one arm would not fit without it"]),
         (True, 2, True, []),
-        (False, 0.1, False, ["will probably not fit", "lower train.max_stacked_arms, set train.gradient_checkpointing = true, or lower"]),
-        (None, 0.01, True, ["is on", "will probably not fit", "lower train.max_stacked_arms, lower train.batch_size"]),
+        (False, 0.1, False, ["will probably not fit: lower train.max_stacked_arms, set train.gradient_checkpointing = true, or lower"]),
+        (None, 0.01, True, ["is on", "will probably not fit: lower train.max_stacked_arms, lower train.batch_size"]),
     ],
 )
-def test_checkpointing_is_on_only_where_one_arm_needs_it(
-    base: Base, wanted: bool | None, share: float, checkpointing: bool, said: list[str], caplog: pytest.LogCaptureFixture,
+def test_what_is_decided_is_said(
+    base: Base,
+    wanted: bool | None,
+    share: float,
+    checkpointing: bool,
+    said: list[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    targets = own_section(base)
+) -> None:
+    targets, section = own_section(base), TrainSection(batch_size=2, gradient_checkpointing=wanted)
     one = estimate_training(base.components, targets, [R8], 2, SHAPE)
     monkeypatch.setattr("lorascope.footprint.free_bytes", lambda device: int(share * one.training_bytes / 0.9))
     with caplog.at_level(logging.INFO):
-        estimate = resolve_checkpointing(wanted, base.components, targets, [R8, R4], 2, SHAPE, CPU)
-    assert (estimate.checkpointing, estimate.num_arms) == (checkpointing, 2)
-    assert "memory   training: " in caplog.text and "are free" in caplog.text
+        estimate, decided = resolve_checkpointing(base, targets, [R8, R4], section, SHAPE)
+    assert (decided.gradient_checkpointing, estimate.checkpointing, estimate.num_arms) == (checkpointing, checkpointing, 2)
+    assert "memory   training adds about " in caplog.text and "are free" in caplog.text
     assert all(words in caplog.text for words in said)
-    assert ("will probably not fit" in caplog.text) == ("will probably not fit" in said)
+    assert ("will probably not fit" in caplog.text) == any("will probably not fit" in words for words in said)

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lorascope.adapter import AdapterBank, Target
-from lorascope.config import Arm
+from lorascope.base import Base
+from lorascope.config import Arm, TrainSection
 from lorascope.console import log, size
 from lorascope.memory import free_bytes
 
@@ -53,13 +54,18 @@ class Estimate:
         return self.weights_bytes + self.training_bytes
 
     def as_text(self) -> str:
-        """One line for people."""
+        """What training adds, in one line for people."""
         arms = f"{self.num_arms} arms" if self.num_arms > 1 else "one arm"
-        how = ", gradient checkpointing" if self.checkpointing else ""
+        how = " with gradient checkpointing" if self.checkpointing else ""
         return (
-            f"{size(self.total_bytes)} for {arms} in one pass{how}: base {size(self.weights_bytes)}, adapters and optimizer "
-            f"{size(self.adapters_bytes)}, activations {size(self.activations_bytes)}, working memory {size(self.working_bytes)}"
+            f"{size(self.training_bytes)} for {arms}{how}: adapters and optimizer {size(self.adapters_bytes)}, "
+            f"activations {size(self.activations_bytes)}, working memory {size(self.working_bytes)}"
         )
+
+
+def weights_bytes(components: Mapping[str, nn.Module]) -> int:
+    """Bytes of all weights and buffers."""
+    return sum(weight.nbytes for module in components.values() for weight in (*module.parameters(), *module.buffers()))
 
 
 def estimate_training(
@@ -80,74 +86,57 @@ def estimate_training(
     widest = max(arms, key=lambda arm: arm.rank)
     kept, peak = _step_bytes(components, tuple(targets), widest, batch_size, latent_shape, checkpointing)
     parameters = sum(max(target.rank(arm) for arm in arms) * target.size_per_rank for target in targets)
-    weights = {parameter for module in components.values() for parameter in (*module.parameters(), *module.buffers())}
     return Estimate(
         num_arms=len(arms),
         checkpointing=checkpointing,
-        weights_bytes=sum(weight.nbytes for weight in weights),
+        weights_bytes=weights_bytes(components),
         adapters_bytes=_BUFFERS * 4 * parameters * len(arms),
         activations_bytes=kept * len(arms),
         working_bytes=(peak - kept) * len(arms),
     )
 
 
-def fit_arms(
+def estimate_pass(
     components: Mapping[str, nn.Module],
     targets: Sequence[Target],
     arms: Sequence[Arm],
     batch_size: int,
     latent_shape: tuple[int, int, int],
-    budget_bytes: int,
-    checkpointing: bool | None = None,
+    checkpointing: bool | None,
+    budget_bytes: float,
 ) -> Estimate:
-    """How to train as many of `arms` in one pass as `budget_bytes` hold beside the loaded base: at least one.
+    """As `estimate_training`; with `checkpointing` None activations are computed again only if one arm alone needs that.
 
-    With `checkpointing` None activations are kept if one arm fits with them, since fewer arms in a pass cost less time
-    than computing activations again; else gradient checkpointing is taken. The result says by `training_bytes` whether it fits.
+    It does if training it adds more than `budget_bytes` to the loaded base. That several arms together do not fit is no
+    reason: fewer arms in a pass cost less time than computing activations again.
     """
-
-    def estimate(num_arms: int, checkpointing: bool) -> Estimate:
-        # One arm of the largest rank stands for each: in a pass all are padded to it.
-        widest = max(arms, key=lambda arm: arm.rank)
-        return estimate_training(components, targets, [widest] * num_arms, batch_size, latent_shape, checkpointing=checkpointing)
-
-    one = estimate(1, bool(checkpointing))
-    if checkpointing is None and one.training_bytes > budget_bytes:
-        one = estimate(1, True)
-    return estimate(max(1, min(len(arms), budget_bytes // one.training_bytes)), one.checkpointing)
+    if checkpointing is None:
+        alone = max(arms, key=lambda arm: arm.rank)
+        checkpointing = estimate_training(components, targets, [alone], batch_size, latent_shape).training_bytes > budget_bytes
+    return estimate_training(components, targets, arms, batch_size, latent_shape, checkpointing=checkpointing)
 
 
 def resolve_checkpointing(
-    wanted: bool | None,
-    components: Mapping[str, nn.Module],
-    targets: Sequence[Target],
-    arms: Sequence[Arm],
-    batch_size: int,
-    latent_shape: tuple[int, int, int],
-    device: torch.device,
-) -> Estimate:
-    """What training `arms` in one pass will take, and by its `checkpointing` whether activations are computed again.
+    base: Base, targets: Sequence[Target], arms: Sequence[Arm], section: TrainSection, latent_shape: tuple[int, int, int]
+) -> tuple[Estimate, TrainSection]:
+    """What training `arms` in one pass will take, and `section` with its `gradient_checkpointing` decided where it is None.
 
-    That is `wanted`, or with None: only where one arm alone would not fit in nine tenths of the free memory without it. The
-    figures are logged; a group that will hardly fit is a warning, since free memory is not known to the last byte.
+    The budget is nine tenths of what is free now. The figures are logged; a group that will hardly fit is a warning, since
+    what others will take of the device, and give back, is not known.
     """
-    free = free_bytes(device)
-    budget = int(FREE_SHARE * free)
-    one = fit_arms(components, targets, arms[:1], batch_size, latent_shape, budget, wanted)
-    estimate = estimate_training(components, targets, arms, batch_size, latent_shape, checkpointing=one.checkpointing)
-    log.info("memory   training: %s; %s are free", estimate.as_text(), size(free))
-    if one.checkpointing and wanted is None:
+    free, wanted = free_bytes(base.device), section.gradient_checkpointing
+    estimate = estimate_pass(base.components, targets, arms, section.batch_size, latent_shape, wanted, FREE_SHARE * free)
+    log.info("memory   training adds about %s; %s are free", estimate.as_text(), size(free))
+    if estimate.checkpointing and wanted is None:
         log.info("memory   gradient checkpointing is on, since one arm would not fit without it: steps take about a third longer")
     if estimate.training_bytes > free:
         remedy = "lower train.batch_size (train.accumulation_steps makes up for it) or data.resolution_px"
-        if not one.checkpointing:
-            remedy = "set train.gradient_checkpointing = true, or " + remedy
+        if not estimate.checkpointing:
+            remedy = f"set train.gradient_checkpointing = true, or {remedy}"
         if len(arms) > 1:
-            remedy = "lower train.max_stacked_arms, " + remedy
-        log.warning(
-            "memory   training will probably not fit: it adds %s, %s are free: %s", size(estimate.training_bytes), size(free), remedy
-        )
-    return estimate
+            remedy = f"lower train.max_stacked_arms, {remedy}"
+        log.warning("memory   training will probably not fit: %s", remedy)
+    return estimate, section.model_copy(update={"gradient_checkpointing": estimate.checkpointing})
 
 
 # -- one step without data --------------------------------------------------------------------------------------------
