@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,10 @@ import torch
 from conftest import make_pictures, make_study, write_parquet
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
+from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.export import merged_into
-from lorascope.store import read_json
+from lorascope.store import RunDir, read_json
 from lorascope.study import Study
 
 
@@ -102,6 +104,8 @@ def test_training_facts_match_the_files(finished: Path) -> None:
     assert facts["file_bytes"] == (finished / "adapters" / "r8" / "adapter_model.safetensors").stat().st_size
     assert (facts["rank"], facts["alpha"], facts["scale"], facts["steps"]) == (8, 16, 2, 12)
     assert facts["group"] == ["r4", "r8"] and facts["run_time_s"] > 0 and facts["peak_memory_bytes"] > 0
+    assert not facts["gradient_checkpointing"]
+    assert facts["expected_memory_bytes"] == pytest.approx(facts["peak_memory_bytes"], rel=0.3), "little beside the libraries themselves"
 
 
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +237,44 @@ def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path
     epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
     assert previews == {f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")}
     assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values())
+
+
+SIDE_BY_SIDE = ("train.max_stacked_arms=1", "train.epochs=12", "train.checkpoint_every_steps=2", "sample.preview_every_epochs=6")
+
+
+def train_only(study: Study) -> Path:
+    with study.working("test"):
+        for stage in (study.prepare_data, study.encode, study.train):
+            stage()
+    return study.run_dir.path
+
+
+def test_groups_side_by_side_killed_and_gone_on_with_end_in_the_same_bytes_as_one_after_another(study_file: Path, tmp_path: Path) -> None:
+    alone = train_only(make_study(study_file, tmp_path / "alone", *SIDE_BY_SIDE))
+    run, command = tmp_path / "beside", [sys.executable, "-m", "lorascope", "study", str(tmp_path / "beside.toml"), "--run-dir"]
+    config = load_study(study_file, overrides=[*SIDE_BY_SIDE, "workers=2"], environment={})
+    (tmp_path / "beside.toml").write_text(config.to_toml())
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([*command, str(run)], stderr=subprocess.PIPE, env=environment)
+    parts = [run / "metrics" / f"{arm}.jsonl" for arm in ("r4", "r8")]
+    give_up = time.monotonic() + 120
+    while not all(path.exists() and path.stat().st_size for path in parts):
+        assert parent.poll() is None and time.monotonic() < give_up, parent.communicate()
+        time.sleep(0.01)
+    parent.kill()
+    _, said = parent.communicate()
+    with RunDir(run).lock():  # waits for the workers, which end with it
+        sizes = [path.stat().st_size for path in parts]
+        time.sleep(0.3)
+        assert sizes == [path.stat().st_size for path in parts], said
+    study = Study(config, run, cache_dir=study_file.parent / "cache")
+    train_only(study)
+    said_again = (run / "lorascope.log").read_text()
+    assert re.search(r"\[r[48]\] train    going on from step \d+", said_again) and "2 passes, 2 side by side" in said_again
+    assert digests(run) == digests(alone)
+    assert not (run / "metrics").exists() and not list((run / "checkpoints").iterdir())
+    facts = {arm: read_json(run / "adapters" / arm / "training.json") for arm in ("r4", "r8")}
+    assert all(item["side_by_side"] == 2 and item["group"] == [arm] for arm, item in facts.items())
 
 
 def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path, finished: Path, tmp_path: Path) -> None:

@@ -156,9 +156,11 @@ def run_side_by_side(
             if problem is not None:
                 raise problem
         finally:
-            for worker in workers:
-                if worker is not None:
-                    worker.end()
+            left = [worker for worker in workers if worker is not None]
+            for worker in left:
+                worker.end()
+            for worker in left:
+                worker.wait()
 
 
 class _Worker:
@@ -181,7 +183,8 @@ class _Worker:
             encoding="utf-8",
             errors="replace",
         )
-        threading.Thread(target=self._hear, args=(heard,), daemon=True).start()
+        self._listener = threading.Thread(target=self._hear, args=(heard,), daemon=True)
+        self._listener.start()
         self._send(setup)
 
     def give(self, task: Any, tell: Callable[[Any], tuple[str, Any]]) -> None:
@@ -197,12 +200,16 @@ class _Worker:
             self._send("stop")
 
     def end(self) -> None:
-        """End the process: kindly if it is at no task."""
+        """End the process: at once if it is at a task."""
         if self.task is not None:
             self._process.kill()
         with suppress(OSError):
             self._input.close()
+
+    def wait(self) -> None:
+        """Wait until the process has ended."""
         self._process.wait()
+        self._listener.join()
 
     @property
     def _input(self) -> IO[str]:
@@ -217,18 +224,20 @@ class _Worker:
     def _hear(self, heard: "queue.SimpleQueue[Any]") -> None:
         """Pass on what it says until it ends, and then that."""
         assert self._process.stdout is not None and self._process.stderr is not None
-        errors_read = threading.Thread(target=self._hear_errors, args=(self._process.stderr, heard), daemon=True)
-        errors_read.start()
-        for line in self._process.stdout:
-            heard.put((self, json.loads(line)))
+        errors = threading.Thread(target=self._hear_errors, args=(self._process.stderr, heard), daemon=True)
+        errors.start()
+        with self._process.stdout as answers:
+            for line in answers:
+                heard.put((self, json.loads(line)))
         code = self._process.wait()
-        errors_read.join(timeout=5)
-        death = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        heard.put((self, {"end": death}))
+        errors.join(timeout=5)  # a process that a library left behind may hold it open
+        self.end()
+        heard.put((self, {"end": f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"}))
 
     def _hear_errors(self, stream: IO[str], heard: "queue.SimpleQueue[Any]") -> None:
-        for line in stream:
-            heard.put((self, {"log": [logging.INFO, line.rstrip()]}))
+        with stream:
+            for line in stream:
+                heard.put((self, {"log": [logging.INFO, line.rstrip()]}))
 
 
 # -- in a worker --------------------------------------------------------------------------------------------------------
@@ -296,7 +305,7 @@ class _ToParent(logging.Handler):
         self.link = link
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.link.send({"log": [record.levelno, self.format(record)]})
+        self.link.send({"log": [record.levelno, self.format(record).strip()]})
 
 
 def serve(start: Callable[[Any], Callable[[Any, Link], Any]]) -> None:
