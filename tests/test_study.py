@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import MergeReport, merged_base
+from lorascope.export import merged_into
 from lorascope.store import RunDir, read_json
 from lorascope.study import Study
 from lorascope.trials import TrialGroup
@@ -114,6 +115,8 @@ def test_training_facts_match_the_files(finished: Path) -> None:
     assert facts["file_bytes"] == (finished / "adapters" / "r8" / "adapter_model.safetensors").stat().st_size
     assert (facts["rank"], facts["alpha"], facts["scale"], facts["steps"]) == (8, 16, 2, 12)
     assert facts["group"] == ["r4", "r8"] and facts["run_time_s"] > 0 and facts["peak_memory_bytes"] > 0
+    assert not facts["gradient_checkpointing"]
+    assert facts["expected_memory_bytes"] == pytest.approx(facts["peak_memory_bytes"], rel=0.3), "little beside the libraries themselves"
 
 
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,12 +426,15 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
 
 
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_merge(base: Base, adapter: Adapter) -> tuple[Base, MergeReport]:
-        merged, report = merged_base(base, adapter)
-        merged.unet.conv_in.weight.data.mul_(1.5)
-        return merged, report
+    @contextmanager
+    def wrong_merge(base: Base, adapter: Adapter) -> Iterator[None]:
+        weight, own = base.unet.conv_in.weight, base.unet.conv_in.weight.data
+        with merged_into(base, adapter):
+            weight.data = own * 1.5
+            yield
+        weight.data = own
 
-    monkeypatch.setattr("lorascope.study.merged_base", wrong_merge)
+    monkeypatch.setattr("lorascope.study.merged_into", wrong_merge)
     with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
         make_study(study_file, tmp_path / "run").run()
     assert (tmp_path / "run" / "report.html").is_file()
