@@ -216,6 +216,27 @@ class AdapterBank:
         """The l2 norm of each adapter's gradient: float32 [N]."""
         return torch.linalg.vector_norm(self.gradients, dim=1)
 
+    def unpadded(self, buffer: torch.Tensor, index: int) -> torch.Tensor:
+        """What row `index` of `buffer`, laid out as `parameters` [N, P], holds of adapter `index` itself: float32 [p].
+
+        Its length and order depend on the adapter alone, not on those beside it.
+        """
+        return buffer[index, self._own_columns(index)]
+
+    def load_unpadded(self, buffer: torch.Tensor, index: int, values: torch.Tensor) -> None:
+        """Put what `unpadded` gave of an adapter, of this bank or of another, into row `index` of `buffer`."""
+        buffer[index, self._own_columns(index)] = values.to(buffer.device)
+
+    def _own_columns(self, index: int) -> torch.Tensor:
+        """The columns of the buffers that are no padding for adapter `index`: bool [P]."""
+        own = torch.zeros(self.parameters.shape[1], dtype=torch.bool, device=self.parameters.device)
+        for target in self.targets:
+            layer, rank, columns = self.layers[target.name], target.rank(self.arms[index]), own[self.spans[target.name]]
+            size = layer.down[0].numel()
+            columns[:size].unflatten(0, layer.down.shape[1:])[:rank] = True
+            columns[size:].unflatten(0, layer.up.shape[1:])[:, :rank] = True
+        return own
+
     def adapter(self, index: int) -> Adapter:
         """Adapter `index` as it goes into files: float32, without padding, on the CPU."""
         arm = self.arms[index]
@@ -276,12 +297,36 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [S * samples, ..., in] -> [S * samples, ..., out]."""
-        y = self.layer(x)
         down, up = (self.down, self.up) if self.selection is None else (self.down[self.selection], self.up[self.selection])
         num_slices = len(self.factors)
         down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
-        hidden = torch.bmm(x.reshape(num_slices, -1, self.in_features), down.mT)  # (S, T, r)
-        return torch.baddbmm(y.view(num_slices, -1, self.out_features), hidden, up.mT).view_as(y)
+        rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
+        y: torch.Tensor = _AdaptedLinear.apply(rows, self.layer.weight, self.layer.bias, down, up)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for each slice, and its gradients with respect to x, A and B.
+
+    Written out because both branches meet in one buffer each way: autograd would copy y, and add two gradients of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:
+        """x [S, T, in], weight [out, in], bias [out], down [S, r, in], up [S, out, r], of one dtype -> [S, T, out]."""
+        hidden = torch.bmm(x, down.mT)  # (S, T, r)
+        y = functional.linear(x, weight, bias).baddbmm_(hidden, up.mT)
+        ctx.save_for_backward(x, weight, down, up, hidden)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor]:
+        x, weight, down, up, hidden = ctx.saved_tensors
+        grad_hidden = torch.bmm(grad_y, up)  # (S, T, r)
+        grad_x = torch.matmul(grad_y, weight).baddbmm_(grad_hidden, down) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, torch.bmm(grad_hidden.mT, x), torch.bmm(grad_y.mT, hidden)
 
 
 class StackedConv(nn.Module):

@@ -14,13 +14,15 @@ from lorascope.adapter import Target, count_parameters, resolve_section
 from lorascope.base import SD15_DIR, choose_device, is_hub_id, read_configs
 from lorascope.config import BaseSection, StudyConfig
 from lorascope.console import duration, size
+from lorascope.group import section_of
 from lorascope.optimizers import check_optimizer
 from lorascope.prompts import load_prompts
 from lorascope.trackers import require_trackers
 from lorascope.train import count_steps
+from lorascope.trials import TRAIN_TO_FORWARD_FLOPS, TrialGroup, TrialPlan, describe_passes, most_workers, plan_trials
 
-_TRAIN_TO_FORWARD_FLOPS = 2.17  # forward and backward to activations and adapters over forward, counted on SD v1.5 at rank 16
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
+_MANY_PICTURES = 1000
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
 
 
@@ -33,11 +35,10 @@ class Plan:
     arms: list[dict[str, Any]]  # every choice of each arm, with its scale and number of parameters
     modules: int
     num_train: int | None
-    epochs: int
-    batch_size: int
     accumulation_steps: int
-    steps: int | None
-    stacked_arms: int
+    steps: int | None  # of the arm with the most
+    passes: list[list[str]]  # names of the arms that are trained together
+    side_by_side: int  # passes at the same time
     pictures: int  # previews not counted
     denoising_steps: int
     guidance: float
@@ -47,16 +48,19 @@ class Plan:
     def as_text(self) -> str:
         """The plan for people, several lines."""
         lines = [f"study {self.name}: {len(self.arms)} arms on {self.base}, {self.modules} adapted layers"]
+        vary = len({(arm["batch_size"], arm["epochs"]) for arm in self.arms}) > 1
         for arm in self.arms:
             count = arm["parameters"]
             parameters = f"{count:,} parameters, {size(4 * count)}"
             choices = f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr {arm['lr']:<8g} seed {arm['seed']}"
+            choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
             lines.append(f"  {arm['name']:<16} {choices}  {parameters}")
         shown = f"at most {self.num_train:,} pictures" if self.num_train else "all pictures of the source"
-        steps = f"{self.steps:,} steps" if self.steps else "steps known once the data is read"
-        batch = f"batch {self.batch_size}" + (f" x {self.accumulation_steps}" if self.accumulation_steps > 1 else "")
-        together = f"{self.stacked_arms} arms" if self.stacked_arms > 1 else "one arm"
-        lines.append(f"training   {shown} x {self.epochs} epochs, {batch}: {steps}, {together} in one pass")
+        steps = f"{'at most ' if vary else ''}{self.steps:,} steps" if self.steps else "steps known once the data is read"
+        batch = "epochs and batch of each arm" if vary else f"{self.arms[0]['epochs']} epochs, batch {self.arms[0]['batch_size']}"
+        batch += f" x {self.accumulation_steps}" if self.accumulation_steps > 1 else ""
+        lines.append(f"training   {shown} x {batch}: {steps}")
+        lines += [f"           {line}" for line in describe_passes(self.passes, self.side_by_side)]
         lines.append(f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}")
         known = self.estimated_s is not None
         lines.append(f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}")
@@ -75,15 +79,17 @@ def plan_study(config: StudyConfig) -> Plan:
     arms, train, sample = config.expand_arms(), config.train, config.sample
     num_pictures = len(load_prompts(sample.prompts, sample.num_prompts)) * len(sample.seeds) * (len(arms) + 1)
     num_previews = (
-        sample.num_previews * (len(arms) * (train.epochs // sample.preview_every_epochs) + 1) if sample.preview_every_epochs else 0
+        sample.num_previews * (sum(arm.epochs // sample.preview_every_epochs for arm in arms) + 1) if sample.preview_every_epochs else 0
     )
-    num_train = config.data.num_train
-    steps = count_steps(train, num_train * config.data.repeats) if num_train else None
-    flops, targets = _count_flops(config)
+    num_train, device = config.data.num_train, choose_device(config.device)
+    entries = num_train * config.data.repeats if num_train else None
+    steps = [count_steps(section_of(config, TrialGroup((arm,))), entries) for arm in arms] if entries else None
+    flops, targets = count_flops(config)
+    passes = plan_passes(config, device, flops, entries)
     seconds = None
     if steps:
-        device = choose_device(config.device)
-        training = _TRAIN_TO_FORWARD_FLOPS * flops * steps * train.batch_size * train.accumulation_steps * len(arms)
+        batches = sum(number * arm.batch_size for number, arm in zip(steps, arms, strict=True))
+        training = TRAIN_TO_FORWARD_FLOPS * flops * batches * train.accumulation_steps
         training *= _CHECKPOINTING_FLOPS if train.gradient_checkpointing else 1
         sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * (num_pictures + num_previews)
         seconds = (training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
@@ -91,18 +97,17 @@ def plan_study(config: StudyConfig) -> Plan:
     latent_bytes = (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
     picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
     copy_bytes = 4 * (2 if train.keep_best else 1) + (4 if config.export.dtype == "fp32" else 2) * len(config.export.formats)
-    checkpoint_bytes = 3 * 4 * max(counts) * min(len(arms), train.max_stacked_arms or 4)
+    checkpoint_bytes = 3 * 4 * max(counts) * sum(sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :])
     return Plan(
         name=config.name,
         base=config.base.model,
         arms=[{**arm.model_dump(), "scale": arm.scale, "parameters": count} for arm, count in zip(arms, counts, strict=True)],
         modules=len(targets),
         num_train=num_train,
-        epochs=train.epochs,
-        batch_size=train.batch_size,
         accumulation_steps=train.accumulation_steps,
-        steps=steps,
-        stacked_arms=min(len(arms), train.max_stacked_arms or 4),
+        steps=max(steps) if steps else None,
+        passes=[group.names for group in passes.groups],
+        side_by_side=passes.num_workers,
         pictures=num_pictures,
         denoising_steps=sample.steps,
         guidance=sample.guidance,
@@ -111,7 +116,16 @@ def plan_study(config: StudyConfig) -> Plan:
     )
 
 
-def _count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
+def plan_passes(config: StudyConfig, device: torch.device, forward_flops: float, num_entries: int | None) -> TrialPlan:
+    """Which arms are trained together and how many passes side by side, for the memory that is free now.
+
+    `forward_flops` is what the U-Net takes for a picture; `num_entries` is the number of pictures in an epoch, many when absent.
+    """
+    most = most_workers(config, device.type, torch.cuda.device_count(), forward_flops, num_entries or _MANY_PICTURES)
+    return plan_trials(config, device.type, most, lambda arms, num_workers: True)
+
+
+def count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
     """FLOPs of one U-Net forward pass, and the adapted layers; a hub id, whose files are not fetched, is taken for SD v1.5."""
     configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
     side = config.data.resolution_px // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import secrets
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import IO, Any
 from lorascope.errors import StorageError
 
 _PARTIAL = ".partial"
+_LOCK_WAIT_S = 2.0
 _OTHER_FOLDER = "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache, HF_HOME for downloads)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space and run the same command again",
@@ -220,7 +223,9 @@ class RunDir:
         self.study_toml = path / "study.toml"
         self.manifest_json = path / "manifest.json"
         self.data_json = path / "data.json"
+        self.groups_json = path / "groups.json"
         self.metrics_jsonl = path / "metrics.jsonl"
+        self.metrics_dir = path / "metrics"
         self.scores_parquet = path / "scores.parquet"
         self.features_safetensors = path / "features.safetensors"
         self.merge_check_json = path / "merge_check.json"
@@ -232,10 +237,33 @@ class RunDir:
         self.report_html = path / "report.html"
         self.report_md = path / "report.md"
         self.log_path = path / "lorascope.log"
+        self.lock_descriptor: int | None = None  # of the file that `lock` holds; a process that inherits it holds the folder too
 
     def preview_path(self, arm: str, epoch: int, file_name: str) -> Path:
         """Where a picture drawn during training lies."""
         return self.previews_dir / arm / f"epoch-{epoch:04d}" / file_name
+
+    def metrics_part(self, arm: str) -> Path:
+        """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called `base`."""
+        return self.metrics_dir / f"{arm}.jsonl"
+
+    def read_metrics(self, arms: Iterable[str]) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, or while training is unfinished those there are of the base and `arms`, in its order.
+
+        That is by step, and within a step first training, then probes, each in the order of `arms`.
+        """
+        if self.metrics_jsonl.exists():
+            return JsonLines(self.metrics_jsonl).read()
+        parts = [record for arm in ("base", *arms) for record in JsonLines(self.metrics_part(arm)).read()]
+        return sorted(parts, key=lambda record: (record["step"], record["kind"] != "train"))
+
+    def join_metrics(self, arms: Iterable[str]) -> None:
+        """Make `metrics.jsonl` of the records of all arms, whose training is finished, and remove the parts."""
+        if not self.metrics_jsonl.exists():
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.read_metrics(arms)]
+            write_text(self.metrics_jsonl, "".join(lines))
+        with storage_errors(self.metrics_dir):
+            shutil.rmtree(self.metrics_dir, ignore_errors=True)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""
@@ -253,26 +281,43 @@ class RunDir:
         write_json(self.manifest_json, manifest)
 
     def describe(self, **facts: Any) -> None:
-        """Set top-level facts of the manifest: versions, commit, device, times."""
-        write_json(self.manifest_json, {**self.manifest(), **facts})
+        """Set top-level facts of the manifest: versions, commit, device, times; writes nothing where they stand there already."""
+        known = self.manifest()
+        if json.loads(json.dumps({**known, **facts})) != known:
+            write_json(self.manifest_json, {**known, **facts})
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; raise `StorageError` if another process holds it.
 
-        The system lets go of it when the process ends, however it ends. What a killed process left half written is removed.
+        The system lets go of it when the process ends, however it ends, and all that inherited `lock_descriptor` from it: those end
+        within a moment, which is waited for. What a killed process left half written is removed.
         """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
         with file:
             with storage_errors(self.path):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
+                self._take(file)
+            for partial in self.path.rglob(f".*{_PARTIAL}*"):
+                partial.unlink(missing_ok=True)
+            self.lock_descriptor = file.fileno()
+            try:
+                yield
+            finally:
+                self.lock_descriptor = None
+
+    def _take(self, file: IO[str]) -> None:
+        """Lock the open lock file."""
+        give_up = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= give_up:
                     raise StorageError(
                         f"{self.path}: another lorascope process is working in this run folder: wait for it, or name another with --run-dir"
                     ) from error
-            for partial in self.path.rglob(f".*{_PARTIAL}*"):
-                partial.unlink(missing_ok=True)
-            yield
+                time.sleep(0.05)
+            else:
+                return
