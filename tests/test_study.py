@@ -105,7 +105,7 @@ def test_training_facts_match_the_files(finished: Path) -> None:
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
-    for module_attribute in ("Group", "draw_pictures", "load_encoder", "prepare_data"):
+    for module_attribute in ("Group", "draw_all", "draw_pictures", "load_encoder", "prepare_data"):
         monkeypatch.setattr(f"lorascope.study.{module_attribute}", None)
     make_study(study_file, run).run()
     assert digests(run) == before
@@ -124,7 +124,7 @@ _KILL_AT = {
     "between checkpoints": ("lorascope.feed.Feed.load", 7),
     "while adapters are written": ("lorascope.group.Group._finish_arm", 2),
     "before an arm's files for other programs": ("lorascope.study.write_study_files", 2),
-    "in the middle of sampling": ("lorascope.study.save_picture", 13),
+    "in the middle of sampling": ("lorascope.sample.save_picture", 13),
     "while scoring": ("lorascope.score.write_scores", 1),
 }
 _KILLER = """

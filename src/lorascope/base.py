@@ -25,6 +25,7 @@ from diffusers import (
     schedulers,
 )
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -148,16 +149,16 @@ class Base:
 
         `pixels` is float32 [n, 3, H, W] in [-1, 1].
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        moments = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.parameters
+        posterior = DiagonalGaussianDistribution(moments.float())  # its exponential underflows in half precision
         factor = self.vae.config.scaling_factor
-        return posterior.mean.float() * factor, posterior.std.float() * factor
+        return posterior.mean * factor, posterior.std * factor
 
     @torch.inference_mode()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures uint8 [n, H, W, 3] from scaled latents [n, c, h, w]."""
-        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
-        rounded: torch.Tensor = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return rounded.permute(0, 2, 3, 1).cpu()
+        """Pixels float32 [n, 3, H, W], about [-1, 1], from scaled latents [n, c, h, w]; `autoencoder.to_bytes` makes pictures of them."""
+        pixels: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return pixels.float()
 
 
 def choose_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ from lorascope.group import Group
 from lorascope.optimizers import check_optimizer
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
-from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
+from lorascope.sample import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
 from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
 from lorascope.trackers import open_trackers, require_trackers
@@ -289,20 +289,11 @@ class Study:
         arms = self.trained_arms()
         jobs = plan_jobs(self.prompts, section.seeds)
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
-        bank = self.load_bank(arms).attach()
         models = [("base", Slice(0, 0.0)), *((arm.name, Slice(index)) for index, arm in enumerate(arms))]
+        bank = self.load_bank(arms).attach()
         try:
             with self._stage("sample", inputs) as note, track("sample", len(jobs) * len(models), "pictures") as task:
-                for start in range(0, len(models), section.batch_size):
-                    chunk = models[start : start + section.batch_size]
-                    for batch in batches_of(jobs, len(chunk), section.batch_size):
-                        paths = [[self._image_path(name, job) for job in batch] for name, _ in chunk]
-                        if not all(path.exists() for row in paths for path in row):
-                            pictures, _ = draw_pictures(self.base, bank, [item for _, item in chunk], batch, shape, section)
-                            for (name, _), row, pixels in zip(chunk, paths, pictures.numpy(), strict=True):
-                                for path, job, picture in zip(row, batch, pixels, strict=True):
-                                    save_picture(path, picture, job, name, section)
-                        task.advance(len(batch) * len(chunk))
+                draw_all(self.base, bank, models, jobs, shape, section, self._image_path, task.advance)
                 note(pictures=len(jobs) * len(models))
         finally:
             bank.detach()
