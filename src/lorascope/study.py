@@ -218,7 +218,8 @@ class Study:
                 dataset, self.base, self.cache_dir, flip=section.flip, keep_text=keeps_text, progress=task.advance
             )
         seconds = time.perf_counter() - started
-        log.info("encode   %s", f"{num_encoded} pictures in {duration(seconds)}" if num_encoded else "all in the cache")
+        rate = f"{num_encoded:,} pictures in {duration(seconds)}, {num_encoded / seconds:.0f} pictures/s"
+        log.info("encode   %s", rate if num_encoded else "all in the cache")
         if not self.run_dir.is_finished("encode", inputs):
             self.run_dir.finish("encode", inputs, seconds, encoded=num_encoded)
         return train, heldout
