@@ -53,7 +53,7 @@ class Autoencoder:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures uint8 [n, H, W, 3] on the CPU, from scaled latents float32 [n, c, h, w]; a few at a time, by their pixels."""
-        num_pixels = latents.shape[-1] * latents.shape[-2] * self.base.latent_factor ** 2
+        num_pixels = latents.shape[-1] * latents.shape[-2] * self.base.latent_factor**2
         count = max(1, min(_MAX_DECODED, _DECODED_PIXELS // num_pixels))
         return torch.cat([self._decode_some(chunk) for chunk in latents.split(count)])
 

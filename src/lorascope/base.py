@@ -35,7 +35,7 @@ from lorascope.errors import BaseModelError, first_line
 from lorascope.family import family_of_folder, family_of_tensors, family_of_unet
 from lorascope.hub import fetch_snapshot
 from lorascope.ldm import build_component, canonical_name, check_tensors, from_diffusers, list_pairs, to_diffusers
-from lorascope.store import digest_file, digest_folder, digest_json
+from lorascope.store import digest_folder, digest_json, kept_digest
 from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header, require_finite, save_tensors
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -220,10 +220,10 @@ def load_base(section: BaseSection, device: torch.device, precision: str = "auto
         scheduler_config = {**scheduler_config, "prediction_type": section.prediction_type}
     dtype = _unet_dtype(device, precision)
     if place.is_dir():
-        facts = {"source": "diffusers folder", "folder": place, "digest": digest_folder(place, _PATTERNS)}
+        facts = {"source": "diffusers folder", "folder": place, "digest": digest_folder(place, _PATTERNS, kept_digest)}
         models = _load_folder(place, dtype)
     else:
-        facts = {"source": "checkpoint file", "folder": None, "digest": digest_file(place)}
+        facts = {"source": "checkpoint file", "folder": None, "digest": kept_digest(place)}
         models = _load_file(place, configs, dtype, section.prediction_type)
     return _freeze(models, tokenizer, configs, scheduler_config, device, name=place.name, **facts)
 

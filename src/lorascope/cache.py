@@ -28,7 +28,7 @@ from lorascope.console import log
 from lorascope.data import Dataset, Example
 from lorascope.errors import CacheError
 from lorascope.memory import free_bytes
-from lorascope.store import digest_json
+from lorascope.store import digest_json, user_cache_dir
 from lorascope.weights import save_tensors
 
 MAX_RESIDENT_BYTES = 2 * 2**30
@@ -101,7 +101,7 @@ class Encoded:
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/lorascope/encoded`, or `~/.cache/lorascope/encoded`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorascope" / "encoded"
+    return user_cache_dir("encoded")
 
 
 def encode_dataset(

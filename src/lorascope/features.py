@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from lorascope.base import resolve_model
 from lorascope.config import ScoreSection
 from lorascope.errors import BaseModelError, RunError, first_line
-from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json
+from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json, kept_digest
 
 SCALE = "100 x cosine"
 
@@ -203,7 +203,7 @@ def load_encoder(section: ScoreSection, device: torch.device) -> ClipEncoder:
         raise BaseModelError(f"{whose}: lacks {len(missing)} weights of a CLIP model, such as {missing[0]}: {_REMEDY}")
     identity = {
         "model": section.model,
-        "digest": digest_folder(folder),
+        "digest": digest_folder(folder, digest=kept_digest),
         "dtype": "float32",
         "preprocessing": _preprocessing(processor),
         "scale": SCALE,

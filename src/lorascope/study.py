@@ -247,6 +247,7 @@ class Study:
                 for arm in group:
                     if self._training(arm)["failed"] is None:
                         write_study_files(self.run_dir, config, arm)
+            (self.run_dir.checkpoints_dir / "base.safetensors").unlink(missing_ok=True)
             note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
 
     def _train_inputs(self) -> str:
