@@ -6,6 +6,7 @@ the list alone; among other lists a row differs by float noise at most.
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from lorascope.errors import BaseModelError, RunError, first_line
 from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json, kept_digest
 
 SCALE = "100 x cosine"
+_READERS = 4  # threads that decode pictures
 
 Picture: TypeAlias = Path | Image.Image | NDArray[np.uint8]
 Features: TypeAlias = NDArray[np.float32]
@@ -58,7 +60,8 @@ class ClipEncoder:
         """
 
         def encode(part: Sequence[Picture], start: int) -> torch.Tensor:
-            images = [_open(picture, start + n) for n, picture in enumerate(part)]
+            with ThreadPoolExecutor(_READERS) as readers:
+                images = list(readers.map(_open, part, range(start, start + len(part))))
             pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]  # (N, 3, S, S)
             return _projected(self._model.get_image_features(pixel_values=pixels.to(self.device)))
 
