@@ -23,6 +23,7 @@ from lorascope.store import (
     digest_file,
     digest_folder,
     digest_json,
+    kept_digest,
     read_json,
     storage_errors,
     write_bytes,
@@ -510,3 +511,30 @@ def test_a_manifest_that_says_so_already_is_not_written_again(tmp_path: Path) ->
     assert run.manifest_json.stat().st_ino == before.st_ino
     run.describe(device={"name": "gpu"})
     assert run.manifest() == {"stages": {}, "started": "now", "device": {"name": "gpu"}}
+
+
+def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.store._KEPT_FROM_BYTES", 10)
+    read: list[Path] = []
+    monkeypatch.setattr("lorascope.store.digest_file", lambda path: read.append(path) or digest_file(path))
+    path, small = tmp_path / "model.safetensors", tmp_path / "config.json"
+    path.write_bytes(b"weights of a model")
+    small.write_bytes(b"{}")
+    assert kept_digest(path) == kept_digest(path) == digest_file(path) and len(read) == 2  # it changed just now
+    monkeypatch.setattr("lorascope.store._SETTLED_NS", -1)
+    assert [kept_digest(path) for _ in range(3)] == [digest_file(path)] * 3 and len(read) == 3
+    assert [kept_digest(small) for _ in range(2)] == [digest_file(small)] * 2 and len(read) == 5
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"weights of another")
+    os.utime(path, ns=(time, time))  # same size, same time: the inode's own time tells
+    assert kept_digest(path) == digest_file(path) and len(read) == 6
+    entry = next((tmp_path / "cache" / "lorascope" / "digests").iterdir())
+    entry.write_text("[]")
+    assert kept_digest(path) == digest_file(path) and len(read) == 7
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small))
+    assert kept_digest(path) == digest_file(path) and len(read) == 8  # a cache that cannot be written is of no account
+
+
+def test_a_folders_digest_is_the_same_from_kept_digests(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    assert digest_folder(tmp_path, digest=kept_digest) == digest_folder(tmp_path)

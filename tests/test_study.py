@@ -122,7 +122,7 @@ def test_training_facts_match_the_files(finished: Path) -> None:
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
-    for module_attribute in ("Group", "draw_pictures", "load_encoder", "prepare_data"):
+    for module_attribute in ("Group", "draw_all", "draw_pictures", "load_encoder", "prepare_data"):
         monkeypatch.setattr(f"lorascope.study.{module_attribute}", None)
     make_study(study_file, run).run()
     assert digests(run) == before
@@ -141,7 +141,7 @@ _KILL_AT = {
     "between checkpoints": ("lorascope.feed.Feed.load", 7),
     "while adapters are written": ("lorascope.group.Group._finish_arm", 2),
     "before an arm's files for other programs": ("lorascope.study.write_study_files", 2),
-    "in the middle of sampling": ("lorascope.study.save_picture", 13),
+    "in the middle of sampling": ("lorascope.sample.save_picture", 13),
     "while scoring": ("lorascope.score.write_scores", 1),
 }
 _KILLER = """
@@ -210,6 +210,50 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(study_file: Pat
     study.run()
     assert "going on from step 7" in (run / "lorascope.log").read_text()
     assert digests(run) == digests(finished)
+
+
+_START = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import lorascope.cache, lorascope.features, lorascope.feed, lorascope.group, lorascope.store
+from lorascope.base import Base
+from lorascope.config import load_study
+from lorascope.study import Study
+lorascope.store._KEPT_FROM_BYTES, lorascope.store._SETTLED_NS = 0, -1  # as if the weights were large and old
+counts = {}
+def count(owner, name):
+    original, counts[name] = getattr(owner, name), 0
+    def counted(*args, **kwargs):
+        counts[name] += 1
+        return original(*args, **kwargs)
+    setattr(owner, name, counted)
+for owner, name in (
+    (lorascope.store, "digest_file"),
+    (Base, "encode_pixels"),
+    (Base, "encode_text"),
+    (lorascope.group, "probe_losses"),
+    (lorascope.study, "load_tokenizer"),
+    (lorascope.study, "load_encoder"),
+):
+    count(owner, name)
+def begin(self, number):
+    heavy = [name for name in ("matplotlib", "tensorboard") if name in sys.modules]
+    print(sum(counts.values()), counts, heavy, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+lorascope.feed.Feed.load = begin
+Study(load_study(Path(sys.argv[1]), environment={}), Path(sys.argv[2]), cache_dir=Path(sys.argv[3])).run()
+"""
+
+
+def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_step(study_file: Path, tmp_path: Path) -> None:
+    """Its time is left to imports and to loading the base; EXPERIMENTS.md has the seconds."""
+    arguments = [sys.executable, "-c", _START, str(study_file), str(tmp_path / "run"), str(tmp_path / "encoded")]
+    starts = [subprocess.run(arguments, capture_output=True, text=True, check=False) for _ in range(2)]
+    assert [start.returncode for start in starts] == [-signal.SIGKILL] * 2, starts[1].stderr[-2000:]
+    assert int(starts[0].stdout.split()[0]) > 10
+    assert starts[1].stdout.startswith("0 ") and starts[1].stdout.endswith(" []\n")
 
 
 WIDE = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lorascope.adapter import AdapterBank, Slice, Target, count_parameters
 from lorascope.adapter_files import save_adapter
@@ -33,6 +34,7 @@ from lorascope.train import (
     split_checkpoint,
 )
 from lorascope.trials import TrialGroup
+from lorascope.weights import save_tensors
 from lorascope.workers import deferred_signals
 
 
@@ -197,12 +199,28 @@ class Group:
 
     def _probe_base(self) -> dict[tuple[str, bool], torch.Tensor]:
         """The base's losses, which every record is compared with; recorded once in a study."""
-        losses = {key: values[0] for key, values in self._probe([Slice(0, 0.0)]).items()}
+        losses = self._base_losses()
         if self.trainer.step == 0 and self.has_first_arm:
             for key, values in losses.items():
                 self._record_probe("base", 0, 0, key, values, values)
             if self.previews:
                 self._draw_previews({"base": Slice(0, 0.0)}, 0, 0)
+        return losses
+
+    def _base_losses(self) -> dict[tuple[str, bool], torch.Tensor]:
+        """The base's losses as `_probe` gives them, measured once in a run folder: on a CPU that takes longer than to start."""
+        path, pictures = self.run_dir.checkpoints_dir / "base.safetensors", self.probed.values()
+        facts = [self.base.digest, str(self.base.device), str(self.base.unet.dtype), [[part.digests, part.captions] for part in pictures]]
+        key = digest_json(facts)
+        names = {(split, conditional): f"{split} {conditional}" for split in self.probed for conditional in (True, False)}
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata()["key"] == key:
+                    return {probe: file.get_tensor(name) for probe, name in names.items()}
+        except (OSError, SafetensorError, KeyError, TypeError):
+            pass  # not there, or of no use: measured anew
+        losses = {probe: values[0] for probe, values in self._probe([Slice(0, 0.0)]).items()}
+        save_tensors(path, {names[probe]: values for probe, values in losses.items()}, {"key": key})
         return losses
 
     def _end_epoch(self, step: int, epoch: int, base_losses: Mapping[tuple[str, bool], torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,9 @@ _REMEDIES = {
     errno.EEXIST: f"a file stands where a folder is needed: {_OTHER_FOLDER}",
     errno.EISDIR: f"a folder stands where a file is needed: {_OTHER_FOLDER}",
 }
+
+_KEPT_FROM_BYTES = 2**23  # smaller files are digested in a few milliseconds
+_SETTLED_NS = 2 * 10**9
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the files of a PEFT folder
 
@@ -120,6 +123,11 @@ def export_name(name: str, layout: str) -> str:
     return name + {**endings, "merged-diffusers": "-merged", "merged-ldm": "-merged.safetensors"}[layout]
 
 
+def user_cache_dir(name: str) -> Path:
+    """`$XDG_CACHE_HOME/lorascope/<name>`, or `~/.cache/lorascope/<name>`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorascope" / name
+
+
 def digest_bytes(*parts: bytes) -> str:
     """SHA-256 of the parts, each preceded by its length, as 64 hex digits."""
     digest = hashlib.sha256()
@@ -140,10 +148,33 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_folder(directory: Path, patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt")) -> str:
+def kept_digest(path: Path) -> str:
+    """As `digest_file`; of a large file that has not changed since an earlier call, the digest that was kept then.
+
+    It is known by place, size, inode and the times of change of content and inode. A file that changed in the last seconds may
+    change again within the clock's tick, so its digest is not kept.
+    """
+    stat, place = path.stat(), path.resolve()
+    if stat.st_size < _KEPT_FROM_BYTES:
+        return digest_file(path)
+    entry = user_cache_dir("digests") / f"{digest_bytes(os.fsencode(place))[:32]}.json"
+    stamp = [stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    with suppress(StorageError, KeyError, TypeError):
+        if (known := read_json(entry))["stamp"] == stamp:
+            return str(known["digest"])
+    digest = digest_file(path)
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+        with suppress(StorageError):  # a cache that cannot be written costs time, nothing else
+            write_json(entry, {"stamp": stamp, "digest": digest})
+    return digest
+
+
+def digest_folder(
+    directory: Path, patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt"), digest: Callable[[Path], str] = digest_file
+) -> str:
     """SHA-256 over names and contents of the matching files below `directory`."""
     paths = sorted({path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()})
-    return digest_json([[path.relative_to(directory).as_posix(), digest_file(path)] for path in paths])
+    return digest_json([[path.relative_to(directory).as_posix(), digest(path)] for path in paths])
 
 
 class JsonLines:

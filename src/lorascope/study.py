@@ -37,7 +37,7 @@ from lorascope.optimizers import check_optimizer
 from lorascope.plan import count_models, plan_passes
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
-from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
+from lorascope.sample import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
 from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
 from lorascope.trackers import Trackers, open_trackers, require_trackers
@@ -248,7 +248,8 @@ class Study:
                 dataset, self.base, self.cache_dir, flip=section.flip, keep_text=keeps_text, progress=task.advance
             )
         seconds = time.perf_counter() - started
-        log.info("encode   %s", f"{num_encoded} pictures in {duration(seconds)}" if num_encoded else "all in the cache")
+        rate = f"{num_encoded:,} pictures in {duration(seconds)}, {num_encoded / seconds:.0f} pictures/s"
+        log.info("encode   %s", rate if num_encoded else "all in the cache")
         if not self.run_dir.is_finished("encode", inputs):
             self.run_dir.finish("encode", inputs, seconds, encoded=num_encoded)
         return train, heldout
@@ -453,20 +454,11 @@ class Study:
         arms = self.trained_arms()
         jobs = plan_jobs(self.prompts, section.seeds)
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
-        bank = self.load_bank(arms).attach()
         models = [("base", Slice(0, 0.0)), *((arm.name, Slice(index)) for index, arm in enumerate(arms))]
+        bank = self.load_bank(arms).attach()
         try:
             with self._stage("sample", inputs) as note, track("sample", len(jobs) * len(models), "pictures") as task:
-                for start in range(0, len(models), section.batch_size):
-                    chunk = models[start : start + section.batch_size]
-                    for batch in batches_of(jobs, len(chunk), section.batch_size):
-                        paths = [[self._image_path(name, job) for job in batch] for name, _ in chunk]
-                        if not all(path.exists() for row in paths for path in row):
-                            pictures, _ = draw_pictures(self.base, bank, [item for _, item in chunk], batch, shape, section)
-                            for (name, _), row, pixels in zip(chunk, paths, pictures.numpy(), strict=True):
-                                for path, job, picture in zip(row, batch, pixels, strict=True):
-                                    save_picture(path, picture, job, name, section)
-                        task.advance(len(batch) * len(chunk))
+                draw_all(self.base, bank, models, jobs, shape, section, self._image_path, task.advance)
                 note(pictures=len(jobs) * len(models))
         finally:
             bank.detach()
