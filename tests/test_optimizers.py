@@ -31,7 +31,7 @@ def train(bank: AdapterBank, optimizer: AdamW | TorchOptimizer, numbers: range, 
                 assert layer.down.grad is not None and layer.up.grad is not None
                 layer.down.grad[index, : arm.rank] = torch.randn(layer.down.grad[index, : arm.rank].shape, generator=generator)
                 layer.up.grad[index, :, : arm.rank] = torch.randn(layer.up.grad[index, :, : arm.rank].shape, generator=generator)
-        optimizer.step(number, lrs, active)
+        optimizer.step(lrs, active)
 
 
 def test_steps_equal_torchs_adamw(bank: AdapterBank) -> None:
@@ -42,7 +42,7 @@ def test_steps_equal_torchs_adamw(bank: AdapterBank) -> None:
     lrs = torch.tensor([arm.lr for arm in bank.arms])
     for number in range(1, 6):
         bank.gradients.copy_(torch.randn(bank.gradients.shape, generator=seeded(number)))
-        ours.step(number, lrs, torch.ones(2, dtype=torch.bool))
+        ours.step(lrs, torch.ones(2, dtype=torch.bool))
         for row, optimizer, gradient in zip(reference, optimizers, bank.gradients, strict=True):
             row.grad = gradient.clone()
             optimizer.step()
@@ -77,7 +77,8 @@ def test_any_optimizer_resumes_bit_for_bit_and_keeps_padding_zero(base: Base, na
     optimizer = build_optimizer(first, section)
     train(first, optimizer, range(1, 4))
     resumed = build_optimizer(second, section)
-    resumed.load_state({key: tensor.clone() for key, tensor in optimizer.state().items()})
+    for index in range(2):
+        resumed.load_state(index, {key: tensor.clone() for key, tensor in optimizer.state(index).items()})
     second.parameters.copy_(first.parameters)
     train(second, resumed, range(4, 7))
     assert torch.equal(whole.parameters, second.parameters) and not torch.equal(whole.parameters, start)
@@ -101,7 +102,7 @@ def test_a_group_of_layers_moves_at_its_own_rate(base: Base, name: str) -> None:
     bank.gradients.fill_(1.0)
     settings = {"weight_decay": 0.0} if name == "adamw" else {}
     optimizer = build_optimizer(bank, TrainSection(optimizer=name, **settings))
-    optimizer.step(1, torch.tensor([R4.lr]), torch.tensor([True]))
+    optimizer.step(torch.tensor([R4.lr]), torch.tensor([True]))
     moved = (before - bank.parameters)[0]
     slow, fast = (torch.cat([moved[bank.spans[t.name]] for t in bank.targets if (t.group is None) == own]) for own in (True, False))
     torch.testing.assert_close(fast.mean(), slow.mean() * 10, rtol=1e-3, atol=0)

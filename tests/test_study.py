@@ -120,8 +120,8 @@ def test_stages_one_by_one_give_the_same_run(study_file: Path, finished: Path, t
 
 
 _KILL_AT = {
-    "before the first checkpoint": ("lorascope.train.Trainer.load_batch", 2),
-    "between checkpoints": ("lorascope.train.Trainer.load_batch", 7),
+    "before the first checkpoint": ("lorascope.feed.Feed.load", 2),
+    "between checkpoints": ("lorascope.feed.Feed.load", 7),
     "while adapters are written": ("lorascope.group.Group._finish_arm", 2),
     "before an arm's files for other programs": ("lorascope.study.write_study_files", 2),
     "in the middle of sampling": ("lorascope.study.save_picture", 13),
@@ -170,11 +170,11 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(study_file: Pat
     run = tmp_path / "run"
     code = (
         "import os, signal, sys, lorascope.train as t\n"
-        "original = t.Trainer.load_batch\n"
+        "original = t.Feed.load\n"
         "def load(self, step):\n"
         "    if step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return original(self, step)\n"
-        "t.Trainer.load_batch = load\n"
+        "t.Feed.load = load\n"
         "import torch; torch.set_num_threads(1)\n"
         "from lorascope.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
@@ -220,7 +220,7 @@ def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path
     whole = make_study(study_file, tmp_path / "whole", *WIDE)
     whole.run()
     frozen = str(tmp_path / "whole" / "study.toml")
-    arguments = ["lorascope.train.Trainer.load_batch", "11", frozen, str(tmp_path / "parts"), str(study_file.parent / "cache")]
+    arguments = ["lorascope.feed.Feed.load", "11", frozen, str(tmp_path / "parts"), str(study_file.parent / "cache")]
     killed = subprocess.run([sys.executable, "-c", _KILLER, *arguments], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     again = Study(whole.config, tmp_path / "parts", cache_dir=study_file.parent / "cache")
@@ -249,7 +249,7 @@ def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(study_file: P
     frozen = tomllib.loads((run / "study.toml").read_text())
     for key in ("buckets", "bucket_step_px", "bucket_max_ratio", "flip", "repeats", "shuffle_tags", "keep_tags"):
         del frozen["data"][key]
-    for key in ("optimizer", "optimizer_args", "accumulation_steps", "loss", "noise_offset", "gradient_checkpointing", "keep_best"):
+    for key in ("optimizer", "optimizer_args", "accumulation_steps", "loss", "noise_offset", "keep_best"):
         del frozen["train"][key]
     del frozen["trackers"], frozen["export"], frozen["adapter"], frozen["sample"]["num_previews"]
     (run / "study.toml").write_text(tomli_w.dumps(frozen))

@@ -88,7 +88,7 @@ def test_padding_stays_exactly_zero(base: Base, pictures: Encoded) -> None:
 
 def test_arms_of_one_seed_see_the_same_batches_and_others_do_not(base: Base, pictures: Encoded) -> None:
     trainer = make_trainer(base, pictures, R4, R8, OTHER_SEED)
-    batch = trainer.load_batch(3)
+    batch = trainer.feed.load(3)
     for part in batch:
         first, second, _ = part.unflatten(0, (3, -1))
         assert torch.equal(first, second)
@@ -246,10 +246,10 @@ def test_shuffled_tags_are_the_same_for_every_arm_of_a_seed_and_change_from_draw
     pictures = dataclasses.replace(pictures, captions=tags, text_states=None)
     bank = AdapterBank(base.components, resolve_targets(base.unet, ["to_q"]), [R4, R8, OTHER_SEED])
     trainer = Trainer(base, bank, pictures, TrainSection(batch_size=2), DataSection(shuffle_tags=True, keep_tags=1))
-    first, second, other = trainer.load_batch(0)[3].unflatten(0, (3, -1))
+    first, second, other = trainer.feed.load(0)[3].unflatten(0, (3, -1))
     assert torch.equal(first, second) and not torch.equal(first, other)
-    assert torch.equal(trainer.load_batch(0)[3], trainer.load_batch(0)[3])
-    assert not torch.equal(trainer.load_batch(0)[3], trainer.load_batch(1)[3])
+    assert torch.equal(trainer.feed.load(0)[3], trainer.feed.load(0)[3])
+    assert not torch.equal(trainer.feed.load(0)[3], trainer.feed.load(1)[3])
 
 
 def test_accumulated_batches_equal_one_large_batch(base: Base, pictures: Encoded) -> None:
@@ -277,8 +277,8 @@ def test_batches_hold_one_shape_and_every_epoch_every_picture_its_number_of_time
     wide = tuple(torch.randn(1, 2, 4, 4, 16, generator=seeded("wide", index)) for index in range(5))
     mixed = dataclasses.replace(pictures, latents=(*pictures.latents[:5], *wide), repeats=(1, 2) * 5)
     trainer = make_trainer(base, mixed, R4, OTHER_SEED, section=TrainSection(epochs=4, batch_size=5))
-    assert mixed.num_entries == 15 and trainer.num_steps == 12 and [len(bucket) for bucket in trainer.buckets] == [8, 7]
-    shapes = [tuple(trainer.load_batch(number)[0].shape) for number in range(12)]
+    assert mixed.num_entries == 15 and trainer.num_steps == 12 and [len(bucket) for bucket in trainer.feed.buckets] == [8, 7]
+    shapes = [tuple(trainer.feed.load(number)[0].shape) for number in range(12)]
     assert set(shapes) == {(10, 4, 4, 16), (10, 4, 8, 8)}
     assert len(run(trainer)) == 12
     probe = probe_losses(base, trainer.bank.attach(), [Slice(0)], mixed, True)
@@ -293,6 +293,6 @@ def test_mirrored_views_are_drawn_for_half_of_the_positions(base: Base, pictures
     trainer = make_trainer(
         base, dataclasses.replace(pictures, latents=(views,) * 10), R4, R8, section=TrainSection(epochs=40, batch_size=2)
     )
-    taken = torch.stack([trainer.load_batch(number)[0].mean(dim=(1, 2, 3)) for number in range(200)])
+    taken = torch.stack([trainer.feed.load(number)[0].mean(dim=(1, 2, 3)) for number in range(200)])
     assert set(taken.unique().tolist()) == {0.0, 1.0} and 0.4 < taken.mean() < 0.6
     assert torch.equal(taken[:, :2], taken[:, 2:])

@@ -216,6 +216,27 @@ class AdapterBank:
         """The l2 norm of each adapter's gradient: float32 [N]."""
         return torch.linalg.vector_norm(self.gradients, dim=1)
 
+    def unpadded(self, buffer: torch.Tensor, index: int) -> torch.Tensor:
+        """What row `index` of `buffer`, laid out as `parameters` [N, P], holds of adapter `index` itself: float32 [p].
+
+        Its length and order depend on the adapter alone, not on those beside it.
+        """
+        return buffer[index, self._own_columns(index)]
+
+    def load_unpadded(self, buffer: torch.Tensor, index: int, values: torch.Tensor) -> None:
+        """Put what `unpadded` gave of an adapter, of this bank or of another, into row `index` of `buffer`."""
+        buffer[index, self._own_columns(index)] = values.to(buffer.device)
+
+    def _own_columns(self, index: int) -> torch.Tensor:
+        """The columns of the buffers that are no padding for adapter `index`: bool [P]."""
+        own = torch.zeros(self.parameters.shape[1], dtype=torch.bool, device=self.parameters.device)
+        for target in self.targets:
+            layer, rank, columns = self.layers[target.name], target.rank(self.arms[index]), own[self.spans[target.name]]
+            size = layer.down[0].numel()
+            columns[:size].unflatten(0, layer.down.shape[1:])[:rank] = True
+            columns[size:].unflatten(0, layer.up.shape[1:])[:, :rank] = True
+        return own
+
     def adapter(self, index: int) -> Adapter:
         """Adapter `index` as it goes into files: float32, without padding, on the CPU."""
         arm = self.arms[index]

@@ -106,8 +106,8 @@ class Group:
         together = " each, in one pass" if len(self.arms) > 1 else ""
         pictures = self.config.train.batch_size * self.config.train.accumulation_steps
         log.info("train    %d steps of %d pictures%s", self.trainer.num_steps, pictures, together)
-        if len(self.trainer.buckets) > 1:
-            log.info("train    %d shapes of pictures, one shape a batch", len(self.trainer.buckets))
+        if len(self.trainer.feed.buckets) > 1:
+            log.info("train    %d shapes of pictures, one shape a batch", len(self.trainer.feed.buckets))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Group:
         for row, (name, item) in enumerate(slices.items()):
             if not all(values[row].isfinite().all() for values in losses.values()):
                 self._fail(name, f"loss is not finite after step {step}")
-                self.trainer.active[item.adapter] = False
+                self.trainer.compute.active[item.adapter] = False
                 continue
             for key, values in losses.items():
                 self._record_probe(name, step, epoch, key, values[row], base_losses[key])

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 from lorascope.adapter import AdapterBank
-from lorascope.config import StudyConfig, TrainSection
+from lorascope.config import Arm, StudyConfig, TrainSection
 from lorascope.errors import ConfigError, first_line
 
 _NOT_FOR_ADAPTERS = {
@@ -37,36 +38,63 @@ def learning_rates(peaks: torch.Tensor, step: int, num_steps: int, section: Trai
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, as in torch.optim) over a bank's [N, P] buffer, one learning rate per adapter."""
+    """AdamW (Loshchilov & Hutter 2019) by torch's fused kernel over each row of a bank, one learning rate per adapter.
+
+    Its moments lie in buffers like the bank's, and nothing of a step waits for the device.
+    """
+
+    is_recordable = True  # in a CUDA graph
 
     def __init__(self, bank: AdapterBank, section: TrainSection) -> None:
-        self.bank = bank
-        self.section = section
+        self.bank, self.section = bank, section
         self.mean = torch.zeros_like(bank.parameters)
         self.square = torch.zeros_like(bank.parameters)
-        self._lr_factors = _lr_factors(bank)
+        self.counts = torch.zeros(len(bank.arms), device=bank.parameters.device)  # steps of each adapter
+        self._columns = [_columns_by_lr_factor(bank, arm) for arm in bank.arms]
 
     @torch.no_grad()
-    def step(self, number: int, lrs: torch.Tensor, active: torch.Tensor) -> None:
-        """Update `number` (from 1) with rates `lrs` [N]; adapters that are not `active` bool [N] stay as they are."""
-        section, parameters = self.section, self.bank.parameters
-        beta1, beta2 = section.betas
-        gradients = torch.where(active[:, None], self.bank.gradients, 0.0)
-        rates = torch.where(active, lrs, 0.0)[:, None] * self._lr_factors
-        self.mean.lerp_(gradients, 1 - beta1)
-        self.square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-        denominator = (self.square.sqrt() / math.sqrt(1 - beta2**number)).add_(section.eps)
-        parameters.mul_(1 - rates * section.weight_decay)
-        parameters.sub_(rates / (1 - beta1**number) * self.mean / denominator)
+    def step(self, lrs: torch.Tensor, active: torch.Tensor) -> None:
+        """One update with rates `lrs` float32 [N]; adapters that are not `active` bool [N] stay as they are."""
+        bank, section, skipped = self.bank, self.section, (~active).float()
+        for index, columns_by_factor in enumerate(self._columns):
+            for factor, columns in columns_by_factor.items():
+                parameters, gradients, means, squares = (
+                    [buffer[index, span] for span in columns] for buffer in (bank.parameters, bank.gradients, self.mean, self.square)
+                )
+                adamw(
+                    parameters,
+                    gradients,
+                    means,
+                    squares,
+                    max_exp_avg_sqs=[],
+                    state_steps=[self.counts[index].clone() for _ in columns],  # the kernel counts each up
+                    lr=lrs[index] * factor,
+                    found_inf=skipped[index],  # the kernel leaves everything as it is where this is 1
+                    fused=True,
+                    capturable=bank.parameters.is_cuda,
+                    amsgrad=False,
+                    beta1=section.betas[0],
+                    beta2=section.betas[1],
+                    weight_decay=section.weight_decay,
+                    eps=section.eps,
+                    maximize=False,
+                )
+        self.counts.add_(1 - skipped)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything `load_state` needs, as tensors."""
-        return {"mean": self.mean, "square": self.square}
+    def buffers(self) -> list[torch.Tensor]:
+        """The tensors that a step changes, besides the bank's."""
+        return [self.mean, self.square, self.counts]
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue from what `state` gave."""
-        self.mean.copy_(state["mean"])
-        self.square.copy_(state["square"])
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """Everything that `load_state` needs of adapter `index`, as tensors."""
+        bank = self.bank
+        return {"mean": bank.unpadded(self.mean, index), "square": bank.unpadded(self.square, index), "count": self.counts[index]}
+
+    def load_state(self, index: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue with adapter `index` from what `state` gave, in this bank or one of other adapters."""
+        self.bank.load_unpadded(self.mean, index, state["mean"])
+        self.bank.load_unpadded(self.square, index, state["square"])
+        self.counts[index] = state["count"]
 
 
 class TorchOptimizer:
@@ -74,6 +102,8 @@ class TorchOptimizer:
 
     Raises `ConfigError` for a name that is not known or cannot be used, or arguments that it refuses.
     """
+
+    is_recordable = False
 
     def __init__(self, bank: AdapterBank, section: TrainSection) -> None:
         kind = _optimizer_class(section.optimizer)
@@ -92,41 +122,40 @@ class TorchOptimizer:
                     groups.setdefault(target.lr(arm) / arm.lr, []).append(weight)
             self._optimizers.append(_start(kind, groups, arm.lr, section))
 
-    def step(self, number: int, lrs: torch.Tensor, active: torch.Tensor) -> None:
-        """As `AdamW.step`."""
+    def step(self, lrs: torch.Tensor, active: torch.Tensor) -> None:
+        """As `AdamW.step`; waits for the device."""
         for optimizer, lr, moves in zip(self._optimizers, lrs.tolist(), active.tolist(), strict=True):
             if moves:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["factor"]
                 optimizer.step()
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything `load_state` needs, as tensors: what is not a tensor lies as JSON in bytes."""
-        tensors, others = {}, []
-        for index, optimizer in enumerate(self._optimizers):
-            state = optimizer.state_dict()
-            plain: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
-            for parameter, values in state["state"].items():
-                for name, value in values.items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[f"{index}.{parameter}.{name}"] = value.contiguous()
-                    else:
-                        plain["state"].setdefault(str(parameter), {})[name] = value
-            others.append(plain)
-        text = json.dumps(others, default=_jsonable).encode()
+    def buffers(self) -> list[torch.Tensor]:
+        """As `AdamW.buffers`: none, each optimizer keeps its own."""
+        return []
+
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """As `AdamW.state`: what is not a tensor lies as JSON in bytes."""
+        tensors, state = {}, self._optimizers[index].state_dict()
+        plain: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
+        for parameter, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{parameter}.{name}"] = value.contiguous()
+                else:
+                    plain["state"].setdefault(str(parameter), {})[name] = value
+        text = json.dumps(plain, default=_jsonable).encode()
         return {**tensors, "others": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue from what `state` gave."""
-        others = json.loads(bytes(state["others"].tolist()))
-        for index, (optimizer, plain) in enumerate(zip(self._optimizers, others, strict=True)):
-            values: dict[int, dict[str, Any]] = {int(parameter): dict(items) for parameter, items in plain["state"].items()}
-            for key, tensor in state.items():
-                owner, _, rest = key.partition(".")
-                if owner == str(index):
-                    parameter, _, name = rest.partition(".")
-                    values.setdefault(int(parameter), {})[name] = tensor
-            optimizer.load_state_dict({"state": values, "param_groups": plain["groups"]})
+    def load_state(self, index: int, state: Mapping[str, torch.Tensor]) -> None:
+        """As `AdamW.load_state`."""
+        plain = json.loads(bytes(state["others"].tolist()))
+        values: dict[int, dict[str, Any]] = {int(parameter): dict(items) for parameter, items in plain["state"].items()}
+        for key, tensor in state.items():
+            if key != "others":
+                parameter, _, name = key.partition(".")
+                values.setdefault(int(parameter), {})[name] = tensor
+        self._optimizers[index].load_state_dict({"state": values, "param_groups": plain["groups"]})
 
 
 def build_optimizer(bank: AdapterBank, section: TrainSection) -> AdamW | TorchOptimizer:
@@ -194,16 +223,16 @@ def _optimizer_class(name: str) -> Any:
     return found
 
 
-def _lr_factors(bank: AdapterBank) -> torch.Tensor:
-    """Learning rate of each parameter over its adapter's: float32 [N, P], or [1, 1] where all are 1."""
-    if all(target.lr(arm) == arm.lr for target in bank.targets for arm in bank.arms):
-        return torch.ones(1, 1, device=bank.parameters.device)
-    factors = torch.ones_like(bank.parameters)
+def _columns_by_lr_factor(bank: AdapterBank, arm: Arm) -> dict[float, list[slice]]:
+    """Columns of the bank's buffers by the factor that their learning rate has over the arm's; neighbours are joined."""
+    columns: dict[float, list[slice]] = {}
     for target in bank.targets:
-        factors[:, bank.spans[target.name]] = torch.tensor(
-            [[target.lr(arm) / arm.lr] for arm in bank.arms], device=factors.device, dtype=factors.dtype
-        )
-    return factors
+        span, known = bank.spans[target.name], columns.setdefault(target.lr(arm) / arm.lr, [])
+        if known and known[-1].stop == span.start:
+            known[-1] = slice(known[-1].start, span.stop)
+        else:
+            known.append(span)
+    return columns
 
 
 def _jsonable(value: Any) -> Any:

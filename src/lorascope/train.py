@@ -2,9 +2,9 @@
 
 import json
 import math
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,11 @@ from lorascope.adapter import AdapterBank, Slice
 from lorascope.base import Base
 from lorascope.cache import Encoded
 from lorascope.config import DataSection, TrainSection
-from lorascope.data import shuffled_caption
 from lorascope.errors import StorageError
-from lorascope.objective import (
-    add_noise,
-    batch_indices,
-    draw,
-    plan_batches,
-    prediction_target,
-    sample_losses,
-    seeded,
-    training_losses,
-)
-from lorascope.optimizers import build_optimizer, learning_rates
+from lorascope.feed import Feed
+from lorascope.objective import add_noise, prediction_target, sample_losses, seeded
+from lorascope.optimizers import learning_rates
+from lorascope.step import Step
 from lorascope.store import atomic_path
 
 NUM_BANDS = 4
@@ -62,115 +54,131 @@ class Trainer:
     """Trains all adapters of a bank; `run` yields a record per step, and the caller logs, probes and checkpoints."""
 
     def __init__(self, base: Base, bank: AdapterBank, train: Encoded, section: TrainSection, data: DataSection | None = None) -> None:
-        self.base, self.bank, self.train, self.section, self.data = base, bank, train, section, data or DataSection()
-        self.optimizer = build_optimizer(bank, section)
-        self.peak_lrs = torch.tensor([arm.lr for arm in bank.arms], device=base.device)
-        self.active = torch.ones(len(bank.arms), dtype=torch.bool, device=base.device)
+        self.base, self.bank, self.train, self.section = base, bank, train, section
         self.num_steps = count_steps(section, train.num_entries)
-        self.buckets = train.buckets()
         num_batches = self.num_steps * section.accumulation_steps
-        self.batches = plan_batches([len(bucket) for bucket in self.buckets], section.batch_size, num_batches)
+        self.feed = Feed(base, train, bank.arms, section, data or DataSection(), num_batches, as_tokens=bank.adapts_text)
+        self.compute = Step(base, bank, section)
+        self.peak_lrs = torch.tensor([arm.lr for arm in bank.arms])
         self.step = 0
         self.seconds = 0.0
-        if section.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
 
-    def run(self) -> Iterator[StepRecord]:
-        """Train from the current step to the last."""
-        base, bank, section = self.base, self.bank, self.section
-        bank.select_all()
+    def run(self, pause: Callable[[int], bool] = lambda step: False) -> Iterator[StepRecord]:
+        """Train from the current step to the last.
+
+        A GPU computes a step while the record of the one before is given, so records come one step late there, except
+        before a pause: after a step of which `pause` is true, and after the last, all records are given before anything
+        goes on. A record of step `self.step` finds the bank just as that step left it.
+        """
+        compute, accumulation = self.compute, self.section.accumulation_steps
+        lag = 1 if self.base.device.type == "cuda" else 0
+        pending: deque[_Pending] = deque()
+        self.bank.select_all()
         while self.step < self.num_steps:
             started = time.perf_counter()
-            bank.gradients.zero_()
-            totals = torch.zeros(len(bank.arms), device=base.device)
-            for part in range(section.accumulation_steps):
-                losses = self.batch_losses(self.step * section.accumulation_steps + part) / section.accumulation_steps  # (N)
-                losses.sum().backward()
-                totals += losses.detach()
-            norms = bank.gradient_norms()
-            self.active &= totals.isfinite() & norms.isfinite()
-            if section.max_grad_norm:
-                bank.gradients.mul_((section.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
-            lrs = learning_rates(self.peak_lrs, self.step, self.num_steps, section)
-            self.optimizer.step(self.step + 1, lrs, self.active)
+            compute.begin(learning_rates(self.peak_lrs, self.step, self.num_steps, self.section))
+            for part in range(accumulation):
+                compute.add_batch(self.feed.load(self.step * accumulation + part))
+            compute.finish()
             self.step += 1
-            shown = [tuple(values.tolist()) for values in (totals, norms, lrs, ~self.active)]  # waits for the device
-            seconds = time.perf_counter() - started
-            self.seconds += seconds
-            epoch = self.step * section.batch_size * section.accumulation_steps / self.train.num_entries
-            epoch = min(epoch, section.epochs)  # the last batch may be filled up with pictures of a further pass
-            yield StepRecord(self.step, epoch, losses=shown[0], grad_norms=shown[1], lrs=shown[2], failed=shown[3], seconds=seconds)
+            pending.append(_Pending(self.step, compute))
+            pauses = self.step == self.num_steps or pause(self.step)
+            while len(pending) > (0 if pauses else lag):
+                losses, norms, lrs, failed = pending[0].wait()
+                seconds = time.perf_counter() - started
+                self.seconds += seconds
+                step = pending.popleft().step
+                yield StepRecord(step, self._epoch(step), losses, norms, lrs, tuple(map(bool, failed)), seconds)
+                started = time.perf_counter()
 
-    def batch_losses(self, number: int) -> torch.Tensor:
-        """The loss of each arm on batch `number` (from 0): float32 [N]."""
-        base, unet = self.base, self.base.unet
-        latents, noise, timesteps, text = self.load_batch(number)  # slice-major: [N * batch, ...]
-        noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
-        target = prediction_target(latents, noise, timesteps, base.alphas_cumprod, base.prediction_type)
-        prediction = unet(noisy.to(unet.dtype), timesteps, text.to(unet.dtype)).sample
-        losses = training_losses(prediction, target, timesteps, base.alphas_cumprod, base.prediction_type, self.section)
-        return losses.view(len(self.bank.arms), -1).mean(dim=1)
-
-    def load_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, noise [N * batch, c, h, w], timesteps [N * batch] and text states of one batch, arm after arm.
-
-        Arms of one seed get the same rows.
-        """
-        train, section, device = self.train, self.section, self.base.device
-        bucket, number_in_bucket = self.batches[number]
-        positions = range(number * section.batch_size, (number + 1) * section.batch_size)
-        rows = {}
-        for seed in {arm.seed for arm in self.bank.arms}:
-            indices = batch_indices(seed, bucket, self.buckets[bucket], number_in_bucket, section.batch_size)
-            shape = tuple(train.latents[int(indices[0])].shape[2:])
-            draws = draw(seed, positions, shape, len(self.base.alphas_cumprod), section)
-            mean, std = (part.to(device) for part in train.posterior(indices, draws.flipped))
-            latents = mean + std * draws.posterior_noise.to(device)
-            text = self._text_of(indices, draws.dropped, seed, positions)
-            rows[seed] = (latents, draws.noise.to(device), draws.timesteps.to(device), text)
-        latents, noise, timesteps, text = (torch.cat(parts) for parts in zip(*(rows[arm.seed] for arm in self.bank.arms), strict=True))
-        return latents, noise, timesteps, self.base.text_states(text) if self.bank.adapts_text else text
-
-    def _text_of(self, indices: torch.Tensor, dropped: torch.Tensor, seed: int, positions: range) -> torch.Tensor:
-        """Text states of one seed's pictures, or token numbers where the states depend on the arm."""
-        if self.train.text_states is not None:
-            return self.train.text(indices, dropped)
-        captions = ["" if drop else self.train.captions[index] for index, drop in zip(indices.tolist(), dropped.tolist(), strict=True)]
-        if self.data.shuffle_tags:
-            orders = [random.Random(f"tags {seed} {position}") for position in positions]
-            keep, word = self.data.keep_tags, self.data.trigger_word
-            captions = [shuffled_caption(caption, keep, order, word) for caption, order in zip(captions, orders, strict=True)]
-        if self.bank.adapts_text:
-            return self.base.tokenize(captions)
-        return self.base.encode_text(captions).clone()  # a clone may enter a backward pass, what inference mode made may not
+    def _epoch(self, step: int) -> float:
+        seen = step * self.section.batch_size * self.section.accumulation_steps / self.train.num_entries
+        return min(seen, self.section.epochs)  # the last batch may be filled up with pictures of a further pass
 
     def save_checkpoint(self, path: Path, inputs: str, facts: dict[str, Any]) -> None:
         """Write the whole state atomically; `facts` is what the caller needs to go on, as JSON."""
-        tensors = {"parameters": self.bank.parameters, "active": self.active}
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
-        state = {"inputs": inputs, "step": self.step, "seconds": self.seconds, "facts": facts}
-        with atomic_path(path) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata={"state": json.dumps(state)})
+        compute = self.compute
+        tensors: dict[str, torch.Tensor] = {}
+        for index, arm in enumerate(self.bank.arms):
+            state = {"parameters": self.bank.unpadded(self.bank.parameters, index), "active": compute.active[index]}
+            state |= {f"optimizer.{name}": tensor for name, tensor in compute.optimizer.state(index).items()}
+            tensors |= {f"{arm.name}/{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        _write_checkpoint(path, tensors, {"inputs": inputs, "step": self.step, "seconds": self.seconds, "facts": facts})
 
     @torch.no_grad()
     def load_checkpoint(self, path: Path, inputs: str) -> dict[str, Any]:
         """Continue from a checkpoint and return its facts; raise `StorageError` if it is damaged or of other inputs."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-            tensors = safetensors.torch.load_file(path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{path}: damaged checkpoint ({error}): delete it and run the same command again") from error
+        tensors, state = _read_checkpoint(path)
         if state["inputs"] != inputs:
             raise StorageError(f"{path}: checkpoint of another configuration or data: delete it and run the same command again")
-        self.bank.parameters.copy_(tensors["parameters"])
-        self.optimizer.load_state(
-            {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
-        )
-        self.active.copy_(tensors["active"])
+        for index, arm in enumerate(self.bank.arms):
+            own = {name.removeprefix(f"{arm.name}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{arm.name}/")}
+            self.bank.load_unpadded(self.bank.parameters, index, own["parameters"])
+            self.compute.active[index] = own["active"]
+            optimizer = {name.removeprefix("optimizer."): tensor for name, tensor in own.items() if name.startswith("optimizer.")}
+            self.compute.optimizer.load_state(index, optimizer)
         self.step, self.seconds = state["step"], state["seconds"]
         facts: dict[str, Any] = state["facts"]
         return facts
+
+
+class _Pending:
+    """The figures of a step on their way from the device."""
+
+    def __init__(self, step: int, compute: Step) -> None:
+        self.step = step
+        values = torch.stack([compute.losses, compute.norms, compute.lrs, (~compute.active).float()])  # (4, N)
+        self._values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> tuple[tuple[float, ...], ...]:
+        """Losses, gradient norms, learning rates and whether they failed, of each arm."""
+        if self._event is not None:
+            self._event.synchronize()
+        return tuple(tuple(values) for values in self._values.tolist())
+
+
+@dataclass(frozen=True)
+class CheckpointPart:
+    """Where some arms of a checkpoint go to, with the inputs and facts of their new group."""
+
+    path: Path
+    arms: Sequence[str]
+    inputs: str
+    facts: dict[str, Any]
+
+
+def split_checkpoint(path: Path, parts: Sequence[CheckpointPart]) -> None:
+    """Write the state of some arms of a checkpoint as checkpoints of their own, at the same step; the whole one stays.
+
+    Raises `StorageError` if it is damaged.
+    """
+    tensors, state = _read_checkpoint(path)
+    for part in parts:
+        own = {name: tensor for name, tensor in tensors.items() if name.rpartition("/")[0] in part.arms}
+        _write_checkpoint(part.path, own, {**state, "inputs": part.inputs, "facts": part.facts})
+
+
+def read_checkpoint_facts(path: Path) -> dict[str, Any]:
+    """The facts that were saved with a checkpoint; raises `StorageError` if it is damaged."""
+    facts: dict[str, Any] = _read_checkpoint(path)[1]["facts"]
+    return facts
+
+
+def _write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    with atomic_path(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata={"state": json.dumps(state)})
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+        return safetensors.torch.load_file(path), state
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{path}: damaged checkpoint ({error}): delete it and run the same command again") from error
 
 
 @torch.inference_mode()
