@@ -25,11 +25,14 @@ from lorascope.base import Base, is_sd15
 from lorascope.cache import Encoded
 from lorascope.config import TrainSection
 from lorascope.objective import batch_indices, draw
+from lorascope.store import digest_file
 
 DIFFUSERS_COMMIT = "c56add8081be60b7e8794e011f1790d0e37aeced"
 KOHYA_COMMIT = "48d368fa557731ad0488c07304dfeba8c07910eb"
-KOHYA_FILES = ("networks/lora.py", "library/original_unet.py")
-MAX_GRAD_NORM = 1.0  # what both programs clip to by default
+KOHYA_FILES = {  # what a step runs through, and their SHA-256
+    "networks/lora.py": "1c9150d50e523aa03192f3f3c48a51efd967e23541ba39777fe3c6390d02807e",
+    "library/original_unet.py": "4366c1a9b7a60467e0a8be96a5fb38b2bb0a57bc0da695463cd77eea64383dd2",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Step(Protocol):
     """One adapter under training: `weights` are its A and B by the name of their layer."""
 
     weights: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    norm: torch.Tensor | None  # of the last step's gradient before clipping; None where nothing is clipped
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Take one optimizer step and return its loss; gradients stay until the next."""
@@ -79,7 +83,9 @@ class Step(Protocol):
 
 
 def gradient_norm(step: Step) -> float:
-    """The l2 norm of the last step's gradient, after clipping if the step clips."""
+    """The l2 norm of the last step's gradient, before clipping."""
+    if step.norm is not None:
+        return float(step.norm)
     gradients = [weight.grad.float() for pair in step.weights.values() for weight in pair if weight.grad is not None]
     return float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt())
 
@@ -107,7 +113,8 @@ class ReferenceStep:
     def __init__(self, base: Base, bank: AdapterBank, section: TrainSection) -> None:
         self.base, self.section = base, section
         base.unet.set_attn_processor(AttnProcessor())
-        self.weights = {}
+        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.norm: torch.Tensor | None = None
         for target, down, up, scale in initial_weights(bank):
             layer: Any = base.unet.get_submodule(target.path)
             module = PlainLinear(layer, down, up, scale)
@@ -127,7 +134,7 @@ class ReferenceStep:
         loss = (base.unet(noisy, batch.timesteps, batch.text).sample - target).square().mean()
         loss.backward()
         if self.section.max_grad_norm:
-            nn.utils.clip_grad_norm_([weight for pair in self.weights.values() for weight in pair], self.section.max_grad_norm)
+            self.norm = nn.utils.clip_grad_norm_([weight for pair in self.weights.values() for weight in pair], self.section.max_grad_norm)
         self.optimizer.step()
         return loss.detach()
 
@@ -178,7 +185,8 @@ class PeftStep:
         arm = bank.arms[0]
         targets = [target.path for target in bank.targets]
         unet.add_adapter(LoraConfig(r=arm.rank, lora_alpha=arm.alpha, init_lora_weights="gaussian", target_modules=targets))
-        self.weights = {}
+        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.norm: torch.Tensor | None = None
         for target, down, up, _ in initial_weights(bank):
             layer: Any = unet.get_submodule(target.path)
             pair = (layer.lora_A["default"], layer.lora_B["default"])
@@ -214,7 +222,7 @@ class PeftStep:
         loss = functional.mse_loss(prediction.float(), target.float())
         loss.backward()
         if recipe.clips and self.section.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm)
+            self.norm = nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm)
         self.optimizer.step()
         if not recipe.cached:
             loss.item()  # the example logs every step
@@ -259,7 +267,8 @@ class KohyaStep:
         network.apply_to([], self.unet, apply_text_encoder=False)
         network.to(base.device)
         network.prepare_grad_etc(None, self.unet)
-        self.weights = {}
+        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.norm: torch.Tensor | None = None
         for target, down, up, _ in initial_weights(bank):
             module = owners[target.path]
             module.lora_down.weight.data.copy_(down)
@@ -287,7 +296,7 @@ class KohyaStep:
         loss = losses.mean(dim=(1, 2, 3)).mean()
         loss.backward()
         if self.section.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm)
+            self.norm = nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm)
         self.optimizer.step()
         loss.item()  # it logs every step
         return loss.detach()
@@ -304,8 +313,21 @@ def load_kohya(folder: Path, with_unet: bool) -> tuple[types.ModuleType, types.M
         "library.sdxl_original_unet": {"SdxlUNet2DConditionModel": type("SdxlUNet2DConditionModel", (), {})},
     }
     with _modules(stand_ins):
-        modules = [_load_file(folder / file) for file in KOHYA_FILES[: 2 if with_unet else 1]]
-    return modules[0], modules[1] if with_unet else None
+        lora, unet = (folder / file for file in KOHYA_FILES)
+        return _load_file(lora), _load_file(unet) if with_unet else None
+
+
+def missing_for(kind: str, folder: Path, base: str) -> str | None:
+    """What a peer of this kind lacks here, with the remedy; None where nothing does. `folder` is that of kohya's modules."""
+    needed = {"peft": ("peft",), "kohya": ("einops",) if base == "sd15" else ()}.get(kind, ())
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            return f'{package} is not installed: pip install "lorascope[bench]"'
+    if kind == "kohya":
+        for file, digest in KOHYA_FILES.items():
+            if not (folder / file).is_file() or digest_file(folder / file) != digest:
+                return f"{folder / file} is not there as of commit {KOHYA_COMMIT[:12]}: run python benchmarks/fetch_peers.py"
+    return None
 
 
 @contextmanager
