@@ -257,11 +257,11 @@ def _measure_all(
     result: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
-    """Gate and time all entries, as many side by side as memory holds, the rest after them."""
-    waiting = list(entries)
-    while waiting:
-        num_lanes = max(1, free_bytes(torch.device("cpu")) // _LANE_BYTES.get(conditions.base, 2**30))
-        group, waiting = waiting[:num_lanes], waiting[num_lanes:]
+    """Gate and time all entries, as many side by side as memory holds; one that runs out of it has a turn alone at the end."""
+    num_lanes = max(1, free_bytes(torch.device("cpu")) // _LANE_BYTES.get(conditions.base, 2**30))
+    groups = [list(entries[start : start + num_lanes]) for start in range(0, len(entries), num_lanes)]
+    while groups:
+        group = groups.pop(0)
         with ExitStack() as stack:
             runs: list[_Run] = []
             for entry in group:
@@ -269,16 +269,14 @@ def _measure_all(
                 stack.callback(runs[-1].close)
             for run in runs:  # nothing else runs while one is set up and tunes itself
                 run.ask("ready")
-            ready = [run for run in runs if _pass_gate(run, references, result)]
-            crowded = [run.entry for run in runs if run.crowded]
-            if crowded and len(runs) > 1:
-                waiting = [*crowded, *waiting]
-            if ready and "limit" not in result:
-                result["limit"] = {dtype: ready[0].lanes[0].ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
-            _race(ready, protocol)
-            for run in ready:
-                rows, flops = result["entries"], references.flops
-                rows[run.entry.key] |= _figures(run, conditions, result["limit"], sum(flops[rank] for rank in run.entry.ranks))
+            passed = [run for run in runs if _pass_gate(run, references, result)]
+            if len(runs) > 1:
+                groups += [[run.entry] for run in runs if run.crowded]
+            if passed and "limit" not in result:
+                result["limit"] = {dtype: passed[0].lanes[0].ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
+            for run in _race(passed, protocol, result):
+                flops = sum(references.flops[rank] for rank in run.entry.ranks)
+                result["entries"][run.entry.key] |= _figures(run, conditions, result["limit"], flops)
         save()
 
 
@@ -289,6 +287,7 @@ class _Run:
         self.entry = entry
         self.lanes = [Lane(entry, conditions, folder, place) for place in range(entry.num_processes)]
         self.blocks: list[float] = []  # seconds a step, all lanes at once
+        self.memory: list[tuple[int, str, int]] = []  # peak, its kind and, on a GPU, the reserved peak; of each lane
         self.setup_s = self.first_step_s = 0.0
         self.crowded = False
 
@@ -327,13 +326,21 @@ def _pass_gate(run: _Run, references: _References, result: dict[str, Any]) -> bo
     return reason is None
 
 
-def _race(runs: Sequence[_Run], protocol: Protocol) -> None:
-    for run in runs:
-        run.ask("race", protocol.num_warm_ups)
-    for number in range(protocol.num_blocks):
-        for run in runs:
-            run.blocks.append(statistics.mean(statistics.median(seconds) for seconds in run.ask("race", protocol.num_steps)))
-        log.info("bench    block %d of %d", number + 1, protocol.num_blocks)
+def _race(runs: Sequence[_Run], protocol: Protocol, result: dict[str, Any]) -> list[_Run]:
+    """Warm all up, then time them in turns; returns those that lasted."""
+    lasting = list(runs)
+    for number in range(protocol.num_blocks + 1):
+        for run in list(lasting):
+            try:
+                seconds = run.ask("race", protocol.num_steps if number else protocol.num_warm_ups)
+                if number:
+                    run.blocks.append(statistics.mean(map(statistics.median, seconds)))
+                run.memory = run.ask("memory")
+            except LaneError as error:
+                lasting.remove(run)
+                result["entries"][run.entry.key] = _row(run.entry, "failed", str(error))
+        log.info("bench    %s", f"block {number} of {protocol.num_blocks}" if number else "warm")
+    return lasting
 
 
 def _row(entry: Entry, status: str, reason: str | None) -> dict[str, Any]:
@@ -353,7 +360,6 @@ def _figures(run: _Run, conditions: Conditions, limit: Mapping[str, float], flop
     """What is told of a timed entry; `flops` are those of one step of all its adapters in one process."""
     count = len(run.entry.ranks) * run.entry.num_processes  # adapters that move in a step
     step_s = statistics.median(run.blocks)
-    memory = run.ask("memory")
     compile_s = max(0.0, run.first_step_s - step_s)
     fastest = limit["float32" if run.entry.precision == "fp32" else "bfloat16"]
     return {
@@ -367,9 +373,9 @@ def _figures(run: _Run, conditions: Conditions, limit: Mapping[str, float], flop
         "setup_s": run.setup_s,
         "first_step_s": compile_s,
         "total_s": (run.setup_s + compile_s) / count + REFERENCE_STEPS * step_s / count,
-        "peak_memory_bytes": sum(peak for peak, _, _ in memory),
-        "peak_memory_kind": memory[0][1],
-        "reserved_memory_bytes": sum(reserved for _, _, reserved in memory),
+        "peak_memory_bytes": sum(peak for peak, _, _ in run.memory),
+        "peak_memory_kind": run.memory[0][1],
+        "reserved_memory_bytes": sum(reserved for _, _, reserved in run.memory),
     }
 
 
