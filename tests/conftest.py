@@ -28,7 +28,9 @@ from transformers import (
 )
 
 from lorascope.base import Base, load_base
+from lorascope.cache import Encoded
 from lorascope.config import BaseSection, load_study
+from lorascope.objective import seeded
 from lorascope.study import Study
 
 torch.set_num_threads(1)
@@ -145,6 +147,23 @@ def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(pipeline_folder: Path) -> Base:
     """The tiny base, loaded by the real loader."""
     return load_base(BaseSection(model=str(pipeline_folder)), torch.device("cpu"))
+
+
+@pytest.fixture
+def pictures(base: Base) -> Encoded:
+    """Ten encoded pictures with five captions, made up."""
+    generator = seeded("pictures")
+    states = base.encode_text(["", *[f"picture {index}" for index in range(5)]])
+    mean = torch.randn(10, 4, 8, 8, generator=generator)
+    std = torch.rand(10, 4, 8, 8, generator=generator) * 0.1
+    return Encoded(
+        latents=tuple(torch.stack([mean, std], dim=1).unsqueeze(1)),
+        captions=tuple(f"picture {index % 5}" for index in range(10)),
+        digests=tuple(f"{index:064x}" for index in range(10)),
+        repeats=(1,) * 10,
+        caption_index=torch.arange(10) % 5 + 1,
+        text_states=states.clone(),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,34 +13,21 @@ from lorascope.config import REFERENCE_TARGETS, AdapterSection, Arm, BaseSection
 from lorascope.errors import StorageError
 from lorascope.objective import seeded
 from lorascope.train import (
+    CheckpointPart,
     StepRecord,
     Trainer,
     count_steps,
     peak_memory,
     probe_losses,
     probe_records,
+    read_checkpoint_facts,
+    split_checkpoint,
 )
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
 R8 = Arm(name="r8", rank=8, alpha=16, lr=2e-3, seed=0)
 OTHER_SEED = Arm(name="r4-s1", rank=4, alpha=8, lr=1e-3, seed=1)
 SECTION = TrainSection(epochs=2, batch_size=2, caption_dropout=0.2, max_grad_norm=1.0)
-
-
-@pytest.fixture
-def pictures(base: Base) -> Encoded:
-    generator = seeded("pictures")
-    states = base.encode_text(["", *[f"picture {index}" for index in range(5)]])
-    mean = torch.randn(10, 4, 8, 8, generator=generator)
-    std = torch.rand(10, 4, 8, 8, generator=generator) * 0.1
-    return Encoded(
-        latents=tuple(torch.stack([mean, std], dim=1).unsqueeze(1)),
-        captions=tuple(f"picture {index % 5}" for index in range(10)),
-        digests=tuple(f"{index:064x}" for index in range(10)),
-        repeats=(1,) * 10,
-        caption_index=torch.arange(10) % 5 + 1,
-        text_states=states.clone(),
-    )
 
 
 def make_trainer(base: Base, pictures: Encoded, *arms: Arm, section: TrainSection = SECTION) -> Trainer:
@@ -145,6 +132,45 @@ def test_checkpoints_of_other_inputs_or_damaged_are_refused(base: Base, pictures
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StorageError, match="damaged checkpoint"):
         trainer.load_checkpoint(path, "inputs")
+
+
+def test_a_checkpoint_splits_into_groups_that_go_on_as_the_whole_would(base: Base, pictures: Encoded, tmp_path: Path) -> None:
+    """After a group ran out of memory: each half has the state of the whole one's step, whatever the padding beside it was."""
+    whole = make_trainer(base, pictures, R4, R8, OTHER_SEED)
+    run(whole, 4)
+    whole.save_checkpoint(tmp_path / "whole", "inputs", {"count": 3})
+    parts = [CheckpointPart(tmp_path / "a", ["r4", "r4-s1"], "a", {"count": 2}), CheckpointPart(tmp_path / "b", ["r8"], "b", {"count": 1})]
+    split_checkpoint(tmp_path / "whole", parts)
+    assert read_checkpoint_facts(tmp_path / "a") == {"count": 2}
+    half, other = make_trainer(base, pictures, R4, OTHER_SEED), make_trainer(base, pictures, R8)
+    assert half.load_checkpoint(tmp_path / "a", "a") == {"count": 2} and other.load_checkpoint(tmp_path / "b", "b") == {"count": 1}
+    assert half.step == other.step == 4
+    for ours, arms in ((half, ((0, 0), (1, 2))), (other, ((0, 1),))):
+        for index, place in arms:
+            assert all(torch.equal(a, b) for a, b in zip(_matrices(ours.bank, index), _matrices(whole.bank, place), strict=True))
+    run(whole)
+    run(half)
+    assert_close(half.bank, whole.bank)
+
+
+def _matrices(bank: AdapterBank, index: int) -> list[torch.Tensor]:
+    return [matrix for module in bank.adapter(index).modules.values() for matrix in (module.down, module.up)]
+
+
+def test_a_pause_is_asked_for_after_each_step_and_leaves_no_record_behind(base: Base, pictures: Encoded) -> None:
+    trainer = make_trainer(base, pictures, R4)
+    asked: list[int] = []
+
+    def pause(step: int) -> bool:
+        asked.append(step)
+        return step % 2 == 0
+
+    trainer.bank.attach()
+    steps = [(record.step, trainer.step) for record in trainer.run(pause)]
+    trainer.bank.detach()
+    assert [step for step, _ in steps] == list(range(1, trainer.num_steps + 1))
+    assert all(step == done for step, done in steps if step % 2 == 0) and steps[-1][1] == trainer.num_steps
+    assert asked == list(range(1, trainer.num_steps))  # the last step is a pause whatever is said
 
 
 def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(base: Base, pictures: Encoded) -> None:

@@ -297,12 +297,36 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [S * samples, ..., in] -> [S * samples, ..., out]."""
-        y = self.layer(x)
         down, up = (self.down, self.up) if self.selection is None else (self.down[self.selection], self.up[self.selection])
         num_slices = len(self.factors)
         down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
-        hidden = torch.bmm(x.reshape(num_slices, -1, self.in_features), down.mT)  # (S, T, r)
-        return torch.baddbmm(y.view(num_slices, -1, self.out_features), hidden, up.mT).view_as(y)
+        rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
+        y: torch.Tensor = _AdaptedLinear.apply(rows, self.layer.weight, self.layer.bias, down, up)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for each slice, and its gradients with respect to x, A and B.
+
+    Written out because both branches meet in one buffer each way: autograd would copy y, and add two gradients of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:
+        """x [S, T, in], weight [out, in], bias [out], down [S, r, in], up [S, out, r], of one dtype -> [S, T, out]."""
+        hidden = torch.bmm(x, down.mT)  # (S, T, r)
+        y = functional.linear(x, weight, bias).baddbmm_(hidden, up.mT)
+        ctx.save_for_backward(x, weight, down, up, hidden)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor]:
+        x, weight, down, up, hidden = ctx.saved_tensors
+        grad_hidden = torch.bmm(grad_y, up)  # (S, T, r)
+        grad_x = torch.matmul(grad_y, weight).baddbmm_(grad_hidden, down) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, torch.bmm(grad_hidden.mT, x), torch.bmm(grad_y.mT, hidden)
 
 
 class StackedConv(nn.Module):

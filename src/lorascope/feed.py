@@ -28,8 +28,7 @@ class _Drawn(NamedTuple):
 
     indices: torch.Tensor  # int64 [B]
     draws: Draws
-    mean: torch.Tensor  # float32 [B, c, h, w]
-    std: torch.Tensor
+    posterior: tuple[torch.Tensor, torch.Tensor] | None  # mean and std, float32 [B, c, h, w] each; None: they lie on the GPU
 
 
 class Feed:
@@ -49,12 +48,13 @@ class Feed:
         num_batches: int,
         *,
         as_tokens: bool,
+        prefetch: bool,
     ) -> None:
         self.base, self.pictures, self.section, self.data, self.as_tokens = base, pictures, section, data, as_tokens
         self.seeds = [arm.seed for arm in arms]
         self.buckets = pictures.buckets()
         self.batches = plan_batches([len(bucket) for bucket in self.buckets], section.batch_size, num_batches)
-        self._thread = ThreadPoolExecutor(1, "feed") if base.device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "feed") if prefetch else None
         self._ahead: dict[int, Future[Mapping[int, _Drawn]]] = {}
 
     def load(self, number: int) -> Batch:
@@ -69,33 +69,32 @@ class Feed:
         """What batch `number` is made of, by training seed; issues no work to a GPU, whose stream may be recorded meanwhile."""
         section = self.section
         bucket, number_in_bucket = self.batches[number]
+        on_gpu = self.pictures.latents[0].is_cuda
         drawn = {}
         for seed in dict.fromkeys(self.seeds):
             indices = batch_indices(seed, bucket, self.buckets[bucket], number_in_bucket, section.batch_size)
             shape = tuple(self.pictures.latents[int(indices[0])].shape[2:])
             draws = draw(seed, self._positions(number), shape, len(self.base.alphas_cumprod), section)
-            drawn[seed] = _Drawn(indices, draws, *self._posterior(indices, draws.flipped))
+            drawn[seed] = _Drawn(indices, draws, None if on_gpu else self.pictures.posterior(indices, draws.flipped))
         return drawn
-
-    def _posterior(self, indices: torch.Tensor, flipped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.pictures.latents[0].device == self.base.device:
-            return indices.new_empty(0), indices.new_empty(0)  # gathered on the device, in `_place`
-        mean, std = self.pictures.posterior(indices, flipped)
-        return mean.pin_memory(), std.pin_memory()
 
     def _positions(self, number: int) -> range:
         return range(number * self.section.batch_size, (number + 1) * self.section.batch_size)
 
     def _place(self, seed: int, number: int, drawn: _Drawn) -> Batch:
         """One seed's rows on the device."""
-        device, draws = self.base.device, drawn.draws
-        mean, std = (drawn.mean, drawn.std) if len(drawn.mean) else self.pictures.posterior(drawn.indices, draws.flipped)
+        draws = drawn.draws
+        mean, std = drawn.posterior or self.pictures.posterior(drawn.indices, draws.flipped)
         mean, std, posterior_noise, noise, timesteps = (
-            part.to(device, non_blocking=True) for part in (mean, std, draws.posterior_noise, draws.noise, draws.timesteps)
+            self._send(part) for part in (mean, std, draws.posterior_noise, draws.noise, draws.timesteps)
         )
-        return Batch(
-            mean + std * posterior_noise, noise, timesteps, self._text(drawn.indices, draws.dropped, seed, self._positions(number))
-        )
+        text = self._text(drawn.indices, draws.dropped, seed, self._positions(number))
+        return Batch(mean + std * posterior_noise, noise, timesteps, text)
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the base's device; a copy to a GPU does not wait for what is computed there."""
+        device = self.base.device
+        return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
 
     def _text(self, indices: torch.Tensor, dropped: torch.Tensor, seed: int, positions: range) -> torch.Tensor:
         """Text states of one seed's pictures, or tokens where the states depend on the arm."""

@@ -57,7 +57,8 @@ class Trainer:
         self.base, self.bank, self.train, self.section = base, bank, train, section
         self.num_steps = count_steps(section, train.num_entries)
         num_batches = self.num_steps * section.accumulation_steps
-        self.feed = Feed(base, train, bank.arms, section, data or DataSection(), num_batches, as_tokens=bank.adapts_text)
+        tokens, prefetch = bank.adapts_text, base.device.type == "cuda"
+        self.feed = Feed(base, train, bank.arms, section, data or DataSection(), num_batches, as_tokens=tokens, prefetch=prefetch)
         self.compute = Step(base, bank, section)
         self.peak_lrs = torch.tensor([arm.lr for arm in bank.arms])
         self.step = 0
