@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapter import AdapterBank, resolve_targets
-from lorascope.base import Base, build_random_base, load_base
+from lorascope.base import DTYPES, Base, build_random_base, load_base, read_configs
 from lorascope.cache import Encoded
 from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
 from lorascope.errors import first_line
@@ -23,6 +23,7 @@ from lorascope.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Wo
 from lorascope.pictures import decode_picture
 from lorascope.sources import open_source
 from lorascope.train import Trainer, peak_memory
+from lorascope.tuning import Tuning, build_workload, tune
 from lorascope.weights import save_tensors
 
 NUM_PICTURES = 32
@@ -76,11 +77,10 @@ class Conditions:
     num_threads: int
     peers_dir: str  # with kohya's modules
 
-    def load(self, precision: str, folder: Path) -> Base:
-        """The base, as kept in `folder` where it was made at random."""
+    def base_section(self, folder: Path) -> BaseSection:
+        """Where the base lies: in the work folder, if it was made at random."""
         kept = folder / "base"
-        model = str(kept) if kept.is_dir() else self.base
-        return load_base(BaseSection(model=model), torch.device(self.device), precision)
+        return BaseSection(model=str(kept) if kept.is_dir() else self.base)
 
 
 class Trajectory(NamedTuple):
@@ -158,10 +158,20 @@ class Runner(Protocol):
         """As `Trajectory.weights`, now."""
         ...
 
+    @property
+    def precision(self) -> str:
+        """The dtype of its U-Net: `fp32`, `bf16` or `fp16`."""
+        ...
+
 
 def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
     """Load base and workload and set the entry up."""
-    base = conditions.load(entry.precision, folder)
+    device, tuning = torch.device(conditions.device), _tune(entry, conditions, folder)
+    base = load_base(conditions.base_section(folder), device, tuning.precision if tuning else entry.precision)
+    if entry.channels_last:
+        base.unet.to(memory_format=torch.channels_last)
+    if tuning and entry.best_attention:
+        tuning.apply(base.unet)
     workload = load_workload(folder, base.device)
     section = entry.section(conditions.batch_size)
     arms = [Arm(name=f"{index}", rank=rank, alpha=SCALE * rank, lr=LR, seed=SEED) for index, rank in enumerate(entry.ranks)]
@@ -178,9 +188,19 @@ def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
             return _Peer(base, workload, section, PeftStep(base, bank, section, entry.recipe))
 
 
+def _tune(entry: Entry, conditions: Conditions, folder: Path) -> Tuning | None:
+    """What `lorascope study` would find at its start, where the entry leaves something to it."""
+    if entry.precision != "auto" and not entry.best_attention:
+        return None
+    configs, batch = read_configs(conditions.base_section(folder)), conditions.batch_size * len(entry.ranks)
+    workload = build_workload(configs, conditions.resolution_px, batch, batch)
+    return tune(configs["unet"], workload, torch.device(conditions.device), entry.precision)
+
+
 class _Peer:
     def __init__(self, base: Base, workload: Workload, section: TrainSection, step: Step) -> None:
         self.device, self.step, self.number = base.device, step, 0
+        self.precision = _name_of(base.unet.dtype)
         self.batches = [workload.batch(number, base, section, SEED) for number in range(_KEPT_BATCHES)]
 
     def _next(self) -> torch.Tensor:
@@ -209,7 +229,7 @@ class _Ours:
         self.trainer = Trainer(base, bank, workload.encoded, section)
         self.stop = 0
         self.records = self.trainer.run(lambda step: step == self.stop)
-        self.device = base.device
+        self.device, self.precision = base.device, _name_of(base.unet.dtype)
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         self.stop = self.trainer.step + count
@@ -227,6 +247,10 @@ class _Ours:
 
 
 _PARTS = ("down", "up")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def timed(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
@@ -340,12 +364,12 @@ def _handlers(entry: Entry, conditions: Conditions, folder: Path, weights_path: 
         torch.set_float32_matmul_precision("high")  # a careful user's choice for fp32 adapters beside a bf16 base
     runners: list[Runner] = []
 
-    def build() -> float:
+    def build() -> tuple[float, str]:
         started = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         runners.append(build_runner(entry, conditions, folder))
-        return time.perf_counter() - started
+        return time.perf_counter() - started, runners[0].precision
 
     def take(count: int) -> tuple[np.ndarray, np.ndarray]:
         figures = runners[0].take(count)

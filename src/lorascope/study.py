@@ -20,7 +20,7 @@ import torch
 from lorascope import __version__
 from lorascope.adapter import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapter_files import load_adapter
-from lorascope.base import Base, choose_device, load_base, load_tokenizer
+from lorascope.base import Base, choose_device, load_base, load_tokenizer, read_configs
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
@@ -36,8 +36,9 @@ from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, pl
 from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
 from lorascope.trackers import open_trackers, require_trackers
+from lorascope.tuning import Tuning, build_workload, device_name, tune
 
-MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
 
 
@@ -125,9 +126,27 @@ class Study:
         )
 
     @functools.cached_property
+    def tuning(self) -> Tuning:
+        """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and on one device all of it."""
+        config, configs = self.config, read_configs(self.config.base)
+        stacked = min(len(config.expand_arms()), config.train.max_stacked_arms or 4)
+        branches = 1 if config.sample.guidance == 1 else 2
+        workload = build_workload(
+            configs, config.data.resolution_px, stacked * config.train.batch_size, config.sample.batch_size * branches
+        )
+        kept = self.run_dir.manifest().get("tuning")
+        tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
+        if tuning.to_json() != kept:
+            self.run_dir.describe(tuning=tuning.to_json())
+        for note in (f"U-Net in {tuning.precision}", *tuning.notes):
+            log.info("tuning   %s", note)
+        return tuning
+
+    @functools.cached_property
     def base(self) -> Base:
         """The frozen base, loaded at first use."""
-        base = load_base(self.config.base, self.device, self.config.train.precision)
+        base = load_base(self.config.base, self.device, self.tuning.precision)
+        self.tuning.apply(base.unet)
         shown = base.describe()
         log.info(
             "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts %s; digest %s",
@@ -255,6 +274,7 @@ class Study:
                 self.dataset.summary["fingerprint"],
                 self.base.digest,
                 str(self.device),
+                self.tuning.precision,
             ]
         )
 
@@ -433,9 +453,5 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"name": properties.name, "threads": torch.get_num_threads(), "memory_bytes": properties.total_memory}
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"name": name, "threads": torch.get_num_threads(), "memory_bytes": memory}
+    return {"name": device_name(device), "threads": torch.get_num_threads(), "memory_bytes": memory}
