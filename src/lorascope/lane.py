@@ -336,8 +336,9 @@ class Lane:
         return Trajectory(losses, norms, safetensors.torch.load_file(self._weights_path))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it is doing."""
         self._connection.close()
+        self._process.terminate()
         self._process.join()
 
 
