@@ -17,7 +17,7 @@ from lorascope.cli import app
 from lorascope.config import AdapterSection, BaseSection, StudyConfig, preset_names
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 
 def blocks(path: Path, language: str) -> list[str]:
