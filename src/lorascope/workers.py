@@ -139,7 +139,7 @@ def run_side_by_side(
                     case {"skip": count}:
                         tally.skip(count)
                     case {"log": [level, text]}:
-                        log.log(level, "[%s] %s", worker.label, text)
+                        worker.log(level, text)
                     case {"answer": value} if task is not None:
                         yield task, Answer(value)
                     case {"end": death}:
@@ -161,6 +161,10 @@ def run_side_by_side(
                 worker.end()
             for worker in left:
                 worker.wait()
+            while not heard.empty():  # last words, which came on another line than the last answer
+                worker, message = heard.get()
+                if "log" in message:
+                    worker.log(*message["log"])
 
 
 class _Worker:
@@ -192,6 +196,10 @@ class _Worker:
         self.task = task
         self.label, content = tell(task)
         self._send({"task": content})
+
+    def log(self, level: int, text: str) -> None:
+        """Log what it said."""
+        log.log(level, "[%s] %s", self.label, text)
 
     def stop(self) -> None:
         """Have it leave its task after the step it is at, and take no other."""
