@@ -12,19 +12,21 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
 import torch
+from safetensors import safe_open
 
 from conftest import make_pictures, make_study, write_parquet
 from lorascope.adapter_files import Adapter, load_adapter
 from lorascope.base import Base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import MergeReport, merged_base
+from lorascope.export import merged_into
 from lorascope.store import RunDir, read_json
 from lorascope.study import Study
 from lorascope.trials import TrialGroup
@@ -113,6 +115,8 @@ def test_training_facts_match_the_files(finished: Path) -> None:
     assert facts["file_bytes"] == (finished / "adapters" / "r8" / "adapter_model.safetensors").stat().st_size
     assert (facts["rank"], facts["alpha"], facts["scale"], facts["steps"]) == (8, 16, 2, 12)
     assert facts["group"] == ["r4", "r8"] and facts["run_time_s"] > 0 and facts["peak_memory_bytes"] > 0
+    assert not facts["gradient_checkpointing"]
+    assert facts["expected_memory_bytes"] == pytest.approx(facts["peak_memory_bytes"], rel=0.3), "little beside the libraries themselves"
 
 
 def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +248,32 @@ def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path
     epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
     assert previews == {f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")}
     assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values())
+
+
+def test_arms_of_several_batch_sizes_and_epochs_in_one_study(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run", "arms=[{rank=4, alpha=8, lr=1e-3, batch_size=[4, 8]}, {rank=8, lr=1e-3, epochs=2}]")
+    study.run()
+    facts = {arm: read_json(tmp_path / "run" / "adapters" / arm / "training.json") for arm in ("r4-b4", "r4-b8", "r8-b4")}
+    assert {arm: (item["steps"], item["batch_size"], item["epochs"]) for arm, item in facts.items()} == {
+        "r4-b4": (12, 4, 3),
+        "r4-b8": (6, 8, 3),
+        "r8-b4": (8, 4, 2),
+    }
+    assert [item["group"] for item in facts.values()] == [["r4-b4"], ["r4-b8"], ["r8-b4"]]
+    records = RunDir(tmp_path / "run").read_metrics([])
+    assert [record["arm"] for record in records if record["kind"] == "train" and record["step"] == 7] == ["r4-b4", "r8-b4"]
+    ends = {(record["arm"], record["epoch"]): record["step"] for record in records if record["kind"] == "probe"}
+    assert (ends["r4-b8", 1], ends["r4-b8", 3], ends["r8-b4", 2]) == (2, 6, 8) and ("r8-b4", 3) not in ends
+    losses = {arm: [record["loss"] for record in records if record["kind"] == "train" and record["arm"] == arm] for arm in facts}
+    first = [record["loss"] for record in RunDir(finished).read_metrics([]) if record["kind"] == "train" and record["arm"] == "r4"]
+    assert losses["r4-b4"] == pytest.approx(first, rel=1e-4)
+    # From the same pictures and noise: the first batch of 8 is the first two of 4 (the adapter hardly moves in a step)
+    assert losses["r4-b8"][0] == pytest.approx(sum(losses["r4-b4"][:2]) / 2, rel=1e-3)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "batch size" in text and "r8-b4 8 steps of 4 pictures" in text
+    with safe_open(tmp_path / "run" / "adapters" / "r4-b8" / "tiny-r4-b8.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_batch_size_per_device"], metadata["ss_num_epochs"], metadata["ss_steps"]) == ("8", "3", "6")
 
 
 _SHORT_OF_MEMORY = """
@@ -396,12 +426,15 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
 
 
 def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_merge(base: Base, adapter: Adapter) -> tuple[Base, MergeReport]:
-        merged, report = merged_base(base, adapter)
-        merged.unet.conv_in.weight.data.mul_(1.5)
-        return merged, report
+    @contextmanager
+    def wrong_merge(base: Base, adapter: Adapter) -> Iterator[None]:
+        weight, own = base.unet.conv_in.weight, base.unet.conv_in.weight.data
+        with merged_into(base, adapter):
+            weight.data = own * 1.5
+            yield
+        weight.data = own
 
-    monkeypatch.setattr("lorascope.study.merged_base", wrong_merge)
+    monkeypatch.setattr("lorascope.study.merged_into", wrong_merge)
     with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
         make_study(study_file, tmp_path / "run").run()
     assert (tmp_path / "run" / "report.html").is_file()

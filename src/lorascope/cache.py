@@ -8,6 +8,7 @@ goes on at the last shard, and shards are mapped rather than read where they are
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,11 @@ class Encoded:
         for index, (latents, repeats) in enumerate(zip(self.latents, self.repeats, strict=True)):
             by_shape.setdefault(latents.shape[2:], []).extend([index] * repeats)
         return [torch.tensor(by_shape[shape]) for shape in sorted(by_shape)]
+
+    def largest_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of the largest latents."""
+        channels, height, width = max((row.shape[2:] for row in self.latents), key=math.prod)
+        return channels, height, width
 
     def posterior(self, indices: torch.Tensor, flipped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation, float32 [B, c, h, w] each, of pictures of one shape.

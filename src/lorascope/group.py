@@ -16,7 +16,8 @@ from lorascope.cache import Encoded
 from lorascope.config import StudyConfig, TrainSection
 from lorascope.console import Tally, duration, log, size
 from lorascope.errors import RunError, first_line
-from lorascope.memory import is_out_of_memory
+from lorascope.footprint import resolve_checkpointing
+from lorascope.memory import is_out_of_memory, peak_memory, reset_peak_memory, used_bytes
 from lorascope.prompts import Prompt
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
@@ -26,7 +27,6 @@ from lorascope.train import (
     StepRecord,
     Trainer,
     count_steps,
-    peak_memory,
     probe_losses,
     probe_records,
     read_checkpoint_facts,
@@ -54,7 +54,10 @@ class Group:
         num_side_by_side: int,
     ) -> None:
         self.config, self.run_dir, self.base, self.trackers = config, run_dir, base, trackers
-        self.arms, self.section, self.num_side_by_side = group.arms, section_of(config, group), num_side_by_side
+        self.arms, self.num_side_by_side = group.arms, num_side_by_side
+        reset_peak_memory(base.device)
+        estimate, self.section = resolve_checkpointing(base, targets, self.arms, section_of(config, group), train.largest_shape())
+        self.expected_bytes = used_bytes(base.device) + estimate.training_bytes
         self.bank = AdapterBank(base.components, targets, self.arms)
         self.trainer = Trainer(base, self.bank, train, self.section, config.data)
         self.probed = {"heldout": heldout.first(config.train.num_probe), "train": train.first(config.train.num_probe)}
@@ -119,6 +122,8 @@ class Group:
             self.base.unet.disable_gradient_checkpointing()
         for index in range(len(self.arms)):
             self._finish_arm(index)
+        memory, kind = peak_memory(self.base.device)
+        log.info("memory   expected %s, measured %s (%s)", size(self.expected_bytes), size(memory), kind)
         if len(self.failures) < len(self.arms):
             log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
 
@@ -266,6 +271,8 @@ class Group:
             "side_by_side": self.num_side_by_side,
             "run_time_s": round(trainer.seconds, 3),
             "images_per_s": round(pictures / max(trainer.seconds, 1e-9), 3),
+            "gradient_checkpointing": section.gradient_checkpointing,
+            "expected_memory_bytes": self.expected_bytes,
             "peak_memory_bytes": memory,
             "peak_memory_kind": memory_kind,
             "best": self.best.get(arm.name),

@@ -1,20 +1,22 @@
-"""What a study would do, from its configuration alone: arms, steps, pictures, rough time and disk."""
+"""What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.adapter import Target, count_parameters, resolve_section
 from lorascope.base import SD15_DIR, choose_device, is_hub_id, read_configs
-from lorascope.config import BaseSection, StudyConfig
+from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import duration, size
+from lorascope.footprint import FREE_SHARE, Estimate, estimate_pass, weights_bytes
 from lorascope.group import section_of
+from lorascope.ldm import build_component
+from lorascope.memory import free_bytes
 from lorascope.optimizers import check_optimizer
 from lorascope.prompts import load_prompts
 from lorascope.trackers import require_trackers
@@ -23,6 +25,7 @@ from lorascope.trials import TRAIN_TO_FORWARD_FLOPS, TrialGroup, TrialPlan, desc
 
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
 _MANY_PICTURES = 1000
+_PROCESS_BYTES = 500 * 2**20  # of a worker beside the base: Python and its libraries
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
 
 
@@ -42,6 +45,9 @@ class Plan:
     pictures: int  # previews not counted
     denoising_steps: int
     guidance: float
+    memory: Estimate  # of the pass that takes the most
+    memory_bytes: int  # what training takes with the base at its peak, on one GPU or of the machine
+    free_bytes: int  # now
     estimated_s: float | None
     estimated_bytes: int
 
@@ -62,6 +68,15 @@ class Plan:
         lines.append(f"training   {shown} x {batch}: {steps}")
         lines += [f"           {line}" for line in describe_passes(self.passes, self.side_by_side)]
         lines.append(f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}")
+        base = size(self.memory.weights_bytes)
+        lines.append(
+            f"memory     about {size(self.memory_bytes)} in training, {size(self.free_bytes)} are free; the base takes {base}, and"
+        )
+        lines.append(f"           a pass at most {self.memory.as_text()}")
+        if self.memory_bytes > self.free_bytes:
+            lines.append(
+                "           it will probably not fit: lower batch_size (train.accumulation_steps makes up for it) or data.resolution_px"
+            )
         known = self.estimated_s is not None
         lines.append(f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}")
         lines.append(f"disk       about {size(self.estimated_bytes)}")
@@ -84,15 +99,23 @@ def plan_study(config: StudyConfig) -> Plan:
     num_train, device = config.data.num_train, choose_device(config.device)
     entries = num_train * config.data.repeats if num_train else None
     steps = [count_steps(section_of(config, TrialGroup((arm,))), entries) for arm in arms] if entries else None
-    flops, targets = count_flops(config)
-    passes = plan_passes(config, device, flops, entries)
+    models = count_models(config)
+    flops, targets = models.flops, models.targets
+    passes = plan_passes(config, device, models, entries)
+    free = free_bytes(device)
+    estimates = [_pass_memory(config, device, models, group.arms, passes.num_workers, free)[0] for group in passes.groups]
+    largest = max(estimates, key=lambda estimate: estimate.training_bytes)
     seconds = None
     if steps:
         batches = sum(number * arm.batch_size for number, arm in zip(steps, arms, strict=True))
-        training = TRAIN_TO_FORWARD_FLOPS * flops * batches * train.accumulation_steps
-        training *= _CHECKPOINTING_FLOPS if train.gradient_checkpointing else 1
-        sampling = flops * sample.steps * (1 if sample.guidance == 1 else 2) * (num_pictures + num_previews)
-        seconds = (training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
+        encoded = (num_train or 0) * (2 if config.data.flip else 1)
+        encoding = encoded * flops["encode"] + (num_train or 0) * flops["text"]
+        adapts_text = any(target.component == "text_encoder" for target in targets)
+        training = TRAIN_TO_FORWARD_FLOPS * (flops["unet"] + adapts_text * flops["text"]) * batches * train.accumulation_steps
+        training *= _CHECKPOINTING_FLOPS if largest.checkpointing else 1
+        denoising = flops["unet"] * sample.steps * (1 if sample.guidance == 1 else 2)
+        sampling = (denoising + flops["decode"] + flops["text"]) * (num_pictures + num_previews)
+        seconds = (encoding + training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
     counts = [count_parameters(targets, arm) for arm in arms]
     latent_bytes = (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
     picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
@@ -111,31 +134,87 @@ def plan_study(config: StudyConfig) -> Plan:
         pictures=num_pictures,
         denoising_steps=sample.steps,
         guidance=sample.guidance,
+        memory=largest,
+        memory_bytes=largest.total_bytes * (passes.num_workers if device.type == "cpu" else 1),
+        free_bytes=free,
         estimated_s=seconds,
         estimated_bytes=copy_bytes * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,
     )
 
 
-def plan_passes(config: StudyConfig, device: torch.device, forward_flops: float, num_entries: int | None) -> TrialPlan:
+@dataclass(frozen=True)
+class Counts:
+    """What is known of a study's models from their configurations alone."""
+
+    components: dict[str, torch.nn.Module]  # `unet`, `text_encoder` and `vae`, without data
+    targets: list[Target]
+    latent_shape: tuple[int, int, int]  # of a square picture
+    flops: dict[str, int]  # of one picture or caption: `encode`, `text`, `unet` and `decode`, forward
+
+
+def count_models(config: StudyConfig) -> Counts:
+    """Count on models without data; a hub id, whose files are not fetched, is taken for SD v1.5.
+
+    The U-Net's dtype is that of training, as far as it is known before it is timed.
+    """
+    configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
+    side, flops = config.data.resolution_px, {}
+    with torch.device("meta"), torch.no_grad():
+        components = {name: build_component(name, configs[name]) for name in ("unet", "text_encoder", "vae")}
+        unet, text_encoder, vae = (cast(Any, module) for module in components.values())
+        tokens = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            latents = vae.encode(torch.empty(1, 3, side, side)).latent_dist.mean
+        flops["encode"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            text = text_encoder(tokens).last_hidden_state
+        flops["text"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            unet(latents, tokens[:, 0], text)
+        flops["unet"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            vae.decode(latents)
+        flops["decode"] = counter.get_total_flops()
+    if config.train.precision == "bf16" or (config.train.precision == "auto" and choose_device(config.device).type == "cuda"):
+        unet.to(torch.bfloat16)
+    return Counts(components, resolve_section(components, config.adapter), tuple(latents.shape[1:]), flops)
+
+
+def plan_passes(
+    config: StudyConfig, device: torch.device, counts: Counts, num_entries: int | None, loaded: Mapping[str, torch.nn.Module] | None = None
+) -> TrialPlan:
     """Which arms are trained together and how many passes side by side, for the memory that is free now.
 
-    `forward_flops` is what the U-Net takes for a picture; `num_entries` is the number of pictures in an epoch, many when absent.
+    `num_entries` is the number of pictures in an epoch, many when absent. `loaded` are the parts of the base if they lie on
+    the device already.
     """
-    most = most_workers(config, device.type, torch.cuda.device_count(), forward_flops, num_entries or _MANY_PICTURES)
-    return plan_trials(config, device.type, most, lambda arms, num_workers: True)
+    free = free_bytes(device)
+    most = most_workers(config, device.type, torch.cuda.device_count(), counts.flops["unet"], num_entries or _MANY_PICTURES)
+    return plan_trials(
+        config, device.type, most, lambda arms, num_workers: _pass_memory(config, device, counts, arms, num_workers, free, loaded)[1]
+    )
 
 
-def count_flops(config: StudyConfig) -> tuple[int, list[Target]]:
-    """FLOPs of one U-Net forward pass, and the adapted layers; a hub id, whose files are not fetched, is taken for SD v1.5."""
-    configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
-    side = config.data.resolution_px // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(configs["unet"])
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
-        sample, text = torch.empty(1, unet.config.in_channels, side, side), torch.empty(1, 77, unet.config.cross_attention_dim)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(sample, torch.zeros((), dtype=torch.long), text)
-    return counter.get_total_flops(), resolve_section({"unet": unet, "text_encoder": text_encoder}, config.adapter)
+def _pass_memory(
+    config: StudyConfig,
+    device: torch.device,
+    counts: Counts,
+    arms: Sequence[Arm],
+    num_workers: int,
+    free: int,
+    loaded: Mapping[str, torch.nn.Module] | None = None,
+) -> tuple[Estimate, bool]:
+    """What a pass takes, and whether it fits into its share of `free` bytes.
+
+    Passes side by side on a CPU each hold the base, and activations are not computed again so that more of them fit.
+    """
+    budget, components, checkpointing = FREE_SHARE * free, loaded or counts.components, config.train.gradient_checkpointing
+    if device.type == "cpu" and num_workers > 1:
+        budget, checkpointing = budget / num_workers - _PROCESS_BYTES - weights_bytes(components), bool(checkpointing)
+    elif loaded is None:
+        budget -= weights_bytes(components)
+    estimate = estimate_pass(components, counts.targets, arms, arms[0].batch_size, counts.latent_shape, checkpointing, budget)
+    return estimate, estimate.training_bytes <= budget
 
 
 def _matmul_flops_per_s(device: torch.device) -> float:

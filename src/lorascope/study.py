@@ -29,11 +29,12 @@ from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import Tally, duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_base, write_study_files
+from lorascope.export import merged_into, write_study_files
 from lorascope.features import check_encoder, load_encoder
 from lorascope.group import Group, checkpoint_path, section_of, split_group, try_group
+from lorascope.memory import parked
 from lorascope.optimizers import check_optimizer
-from lorascope.plan import count_flops, plan_passes
+from lorascope.plan import count_models, plan_passes
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
@@ -138,10 +139,11 @@ class Study:
     def tuning(self) -> Tuning:
         """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and on one device all of it."""
         config, configs = self.config, read_configs(self.config.base)
-        stacked = min(len(config.expand_arms()), config.train.max_stacked_arms or 4)
+        arms = config.expand_arms()
+        stacked = min(len(arms), config.train.max_stacked_arms or 4)
         branches = 1 if config.sample.guidance == 1 else 2
         workload = build_workload(
-            configs, config.data.resolution_px, stacked * config.train.batch_size, config.sample.batch_size * branches
+            configs, config.data.resolution_px, stacked * max(arm.batch_size for arm in arms), config.sample.batch_size * branches
         )
         kept = self.run_dir.manifest().get("tuning")
         tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
@@ -292,7 +294,7 @@ class Study:
 
     def _plan_trials(self, inputs: str) -> TrialPlan:
         """The groups for the memory that is free now, kept in the run folder."""
-        plan = plan_passes(self.config, self.device, count_flops(self.config)[0], self.encoded[0].num_entries)
+        plan = plan_passes(self.config, self.device, count_models(self.config), self.encoded[0].num_entries, self.base.components)
         plan.save(self.run_dir.groups_json, inputs)
         return plan
 
@@ -315,7 +317,8 @@ class Study:
         """Train one group; returns what could not be allocated if memory runs out, else None."""
         train, heldout = self.encoded
         parts = (self.config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts)
-        return try_group(lambda: Group(*parts, trackers, inputs, num_side_by_side).run(tally, is_stopped), self.device)
+        with parked(self.device, *self._idle_parts(train)):
+            return try_group(lambda: Group(*parts, trackers, inputs, num_side_by_side).run(tally, is_stopped), self.device)
 
     def open_trackers(self, arms: Sequence[Arm]) -> Trackers:
         """The study's trackers, with a run for each of these arms."""
@@ -401,6 +404,12 @@ class Study:
         if all(failures.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
             raise RunError(f"no arm is left ({reasons}): lower arms.lr, or set train.precision = 'fp32'")
+
+    def _idle_parts(self, train: Encoded) -> list[torch.nn.Module]:
+        """What of the base training does not touch: the VAE unless it draws previews, the text encoder if all text states are kept."""
+        if self.config.sample.preview_every_epochs:
+            return []
+        return [self.base.vae] if train.text_states is None else [self.base.vae, self.base.text_encoder]
 
     def _train_inputs(self) -> str:
         return digest_json(
@@ -490,9 +499,9 @@ class Study:
                 bank.attach()
                 pictures, latents = draw_pictures(self.base, bank, [Slice(index)], [job], shape, section)
                 bank.detach()
-                merged, _ = merged_base(self.base, load_adapter(self.run_dir.adapters_dir / arm.name))
-                idle = AdapterBank(merged.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
-                merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
+                with merged_into(self.base, load_adapter(self.run_dir.adapters_dir / arm.name)):
+                    idle = AdapterBank(self.base.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
+                    merged_pictures, merged_latents = draw_pictures(self.base, idle, [Slice(0, 0.0)], [job], shape, section)
                 error = float((merged_latents - latents).norm() / latents.norm())
                 results[arm.name] = {
                     "relative_error": error,
