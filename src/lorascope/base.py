@@ -24,11 +24,11 @@ from diffusers import (
     UNet2DConditionModel,
     schedulers,
 )
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from lorascope.attention import set_kernels
 from lorascope.config import BaseSection
 from lorascope.errors import BaseModelError, first_line
 from lorascope.family import family_of_folder, family_of_tensors, family_of_unet
@@ -39,6 +39,7 @@ from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header, requir
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 # What is loaded of a folder, and so fetched and digested: not the other precisions, pickles and pipelines beside it.
 _PATTERNS = [
@@ -202,13 +203,13 @@ def read_configs(section: BaseSection) -> dict[str, dict[str, Any]]:
         return _read_configs(folder)
 
 
-def load_base(section: BaseSection, device: torch.device, precision: str = "auto") -> Base:
+def load_base(section: BaseSection, device: torch.device, precision: str = "fp32") -> Base:
     """Load all parts of a base, frozen, in evaluation mode, on `device`.
 
     It lies in a folder in the diffusers layout, at the hub, or in one checkpoint file in the original layout. The U-Net is
-    held in bf16 on a GPU and fp32 on a CPU (`precision` `auto`), VAE and text encoder in fp32. Raises `BaseModelError` for
-    a base that is of another family of models, which is named, lacks a part, or has a tensor too few, too many or of
-    another shape; and `WeightsError` for damaged weights and values that are not finite.
+    held in `precision` (`fp32`, `bf16` or `fp16`), VAE and text encoder in fp32. Raises `BaseModelError` for a base that
+    is of another family of models, which is named, lacks a part, or has a tensor too few, too many or of another shape;
+    and `WeightsError` for damaged weights and values that are not finite.
     """
     place = _locate(section)
     with _config_folder(place) as folder:
@@ -217,7 +218,7 @@ def load_base(section: BaseSection, device: torch.device, precision: str = "auto
     _check_fit(configs, tokenizer, place)
     if section.prediction_type != "auto":
         scheduler_config = {**scheduler_config, "prediction_type": section.prediction_type}
-    dtype = _unet_dtype(device, precision)
+    dtype = DTYPES[precision]
     if place.is_dir():
         facts = {"source": "diffusers folder", "folder": place, "digest": digest_folder(place, _PATTERNS)}
         models = _load_folder(place, dtype)
@@ -237,7 +238,7 @@ def build_random_base(name: str, device: torch.device, precision: str = "fp32", 
         raise BaseModelError(f"random base {name!r}: only 'sd15' has its configuration in the package")
     folder = SD15_DIR
     configs, scheduler_config = _read_configs(folder), _scheduler_config(folder)
-    dtype = _unet_dtype(device, precision)
+    dtype = DTYPES[precision]
     states: dict[str, dict[str, torch.Tensor]] = {component: {} for component in _MODELS}
     for position, pair in enumerate(list_pairs(configs)):
         weights = _random_weights(pair.diffusers, pair.shape, np.random.Generator(np.random.SFC64([seed, position])))
@@ -266,10 +267,6 @@ def is_sd15(base: Base) -> bool:
     return {pair.ldm: pair.ldm_shape for pair in own} == {pair.ldm: pair.ldm_shape for pair in theirs}
 
 
-def _unet_dtype(device: torch.device, precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else torch.float32
-
-
 def _freeze(
     models: dict[str, Any],
     tokenizer: CLIPTokenizer,
@@ -279,10 +276,7 @@ def _freeze(
     **facts: Any,
 ) -> Base:
     """The base of these parts, which from here on do not change."""
-    unet = models["unet"]
-    if device.type == "cpu" and unet.dtype == torch.bfloat16:
-        # The fused SDPA that diffusers calls by default has a very slow bf16 backward pass on CPUs (EXPERIMENTS.md).
-        unet.set_attn_processor(AttnProcessor())
+    set_kernels(models["unet"], {})
     for module in models.values():
         module.eval().requires_grad_(False).to(device)
     alphas_cumprod = _alphas_cumprod(scheduler_config).to(device)

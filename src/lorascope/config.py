@@ -219,7 +219,7 @@ class TrainSection(Section):
     )
     max_grad_norm: Real = Field(default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone")
     caption_dropout: Share = Field(default=0.0, description="share of training captions replaced by the empty one")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="dtype of the frozen base: `auto` is the fastest here, timed at the start; adapters are always fp32"
     )
     cuda_graph: Flag = Field(default=True, description="on a GPU, record the kernels of a step once and replay them")

@@ -1,6 +1,7 @@
 """One group of arms trained in one pass, in a run folder: its records, probes, previews, checkpoints and adapters."""
 
 import gc
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -326,14 +327,15 @@ def split_group(run_dir: RunDir, group: TrialGroup, parts: Sequence[TrialGroup],
 
 
 def try_group(train: Callable[[], None], device: torch.device) -> str | None:
-    """Call `train`; where memory runs out, free what it held and return the allocator's message."""
+    """Call `train`; where memory runs out, free what it held and return what could not be allocated, in words."""
     try:
         train()
         return None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = first_line(error)
+        size_asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        reason = size_asked[0].lower() if size_asked else first_line(error)
     gc.collect()  # the error's traceback held everything
     if device.type == "cuda":
         torch.cuda.empty_cache()

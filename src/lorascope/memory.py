@@ -13,6 +13,11 @@ from torch import nn
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
+_CPU_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "could not create a primitive",  # all that torch passes on of oneDNN's failed allocation
+)
+
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated: on a GPU those of its memory, on a CPU those of the machine or of its container.
@@ -116,4 +121,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch has a type of its own for GPUs, and only a message for CPUs."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)

@@ -262,8 +262,7 @@ class RunDir:
         if not self.metrics_jsonl.exists():
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.read_metrics(arms)]
             write_text(self.metrics_jsonl, "".join(lines))
-        with storage_errors(self.metrics_dir):
-            shutil.rmtree(self.metrics_dir, ignore_errors=True)
+        shutil.rmtree(self.metrics_dir, ignore_errors=True)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""
@@ -313,11 +312,10 @@ class RunDir:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError as error:
                 if time.monotonic() >= give_up:
                     raise StorageError(
                         f"{self.path}: another lorascope process is working in this run folder: wait for it, or name another with --run-dir"
                     ) from error
-                time.sleep(0.05)
-            else:
-                return
+            time.sleep(0.05)

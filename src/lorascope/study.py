@@ -23,7 +23,7 @@ import torch
 from lorascope import __version__
 from lorascope.adapter import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapter_files import load_adapter
-from lorascope.base import Base, choose_device, load_base, load_tokenizer
+from lorascope.base import Base, choose_device, load_base, load_tokenizer, read_configs
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import Tally, duration, log, log_to_file, track
@@ -43,10 +43,10 @@ from lorascope.store import RunDir, digest_json, read_json, write_json, write_te
 from lorascope.trackers import Trackers, open_trackers, require_trackers
 from lorascope.train import count_steps
 from lorascope.trials import TrialGroup, TrialPlan, describe_passes
+from lorascope.tuning import Tuning, build_workload, device_name, tune
 from lorascope.workers import Link, run_side_by_side, serve, worker_environments
 
-MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
-_PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
 
 _Ended = tuple[TrialGroup, str | None]  # a group whose training ended, and how memory ran out if it did
@@ -136,9 +136,28 @@ class Study:
         )
 
     @functools.cached_property
+    def tuning(self) -> Tuning:
+        """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and on one device all of it."""
+        config, configs = self.config, read_configs(self.config.base)
+        arms = config.expand_arms()
+        stacked = min(len(arms), config.train.max_stacked_arms or 4)
+        branches = 1 if config.sample.guidance == 1 else 2
+        workload = build_workload(
+            configs, config.data.resolution_px, stacked * max(arm.batch_size for arm in arms), config.sample.batch_size * branches
+        )
+        kept = self.run_dir.manifest().get("tuning")
+        tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
+        if tuning.to_json() != kept:
+            self.run_dir.describe(tuning=tuning.to_json())
+        for note in (f"U-Net in {tuning.precision}", *tuning.notes):
+            log.info("tuning   %s", note)
+        return tuning
+
+    @functools.cached_property
     def base(self) -> Base:
         """The frozen base, loaded at first use."""
-        base = load_base(self.config.base, self.device, self.config.train.precision)
+        base = load_base(self.config.base, self.device, self.tuning.precision)
+        self.tuning.apply(base.unet)
         shown = base.describe()
         log.info(
             "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts %s; digest %s",
@@ -295,7 +314,7 @@ class Study:
     def train_group(
         self, group: TrialGroup, inputs: str, num_side_by_side: int, trackers: Trackers, tally: Tally, is_stopped: Callable[[], bool]
     ) -> str | None:
-        """Train one group; the allocator's message if memory runs out, else None."""
+        """Train one group; returns what could not be allocated if memory runs out, else None."""
         train, heldout = self.encoded
         parts = (self.config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts)
         with parked(self.device, *self._idle_parts(train)):
@@ -323,7 +342,6 @@ class Study:
         setup = {
             "run_dir": str(self.run_dir.path.resolve()),
             "cache_dir": str(self.cache_dir.resolve()),
-            "dtype": str(self.base.unet.dtype),
             "inputs": inputs,
             "num_workers": num_workers,
         }
@@ -368,13 +386,14 @@ class Study:
         if len(group.arms) > 1:
             parts = group.halves()
             shown = " and ".join(", ".join(part.names) for part in parts)
-            log.warning("train    out of memory (%s): from the last checkpoint on %s apart", lack, shown)
+            log.warning("train    out of memory (%s): going on from the last checkpoint in passes of %s", lack, shown)
             return parts
-        name = group.arms[0].name
-        if group.gradient_checkpointing or self.config.train.gradient_checkpointing is not None:
+        name, asked = group.arms[0].name, self.config.train.gradient_checkpointing
+        if group.gradient_checkpointing or asked is not None:
+            more = ", or set train.gradient_checkpointing = true" if asked is False else ""
             raise RunError(
-                f"arm {name}: not enough memory for it alone ({lack}): lower its batch_size (train.accumulation_steps makes up for that) "
-                "or data.resolution_px, or set train.gradient_checkpointing = true"
+                f"arm {name}: not enough memory for it alone ({lack}): in another folder, lower its batch_size "
+                f"(train.accumulation_steps makes up for that) or data.resolution_px{more}"
             )
         log.warning("train    out of memory (%s): %s goes on from the last checkpoint with gradient checkpointing", lack, name)
         return [replace(group, gradient_checkpointing=True)]
@@ -399,6 +418,7 @@ class Study:
                 self.dataset.summary["fingerprint"],
                 self.base.digest,
                 str(self.device),
+                self.tuning.precision,
             ]
         )
 
@@ -577,12 +597,8 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"name": properties.name, "threads": torch.get_num_threads(), "memory_bytes": properties.total_memory}
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"name": name, "threads": torch.get_num_threads(), "memory_bytes": memory}
+    return {"name": device_name(device), "threads": torch.get_num_threads(), "memory_bytes": memory}
 
 
 def serve_groups() -> None:
@@ -592,8 +608,7 @@ def serve_groups() -> None:
         log.setLevel(logging.WARNING)  # what is said of the base and the encoded pictures was said by the parent
         run_dir = Path(setup["run_dir"])
         config = load_study(run_dir / "study.toml", environment={})
-        train = config.train.model_copy(update={"precision": _PRECISIONS[setup["dtype"]]})  # what the parent found to be fastest
-        study = Study(config.model_copy(update={"train": train}), run_dir, Path(setup["cache_dir"]))
+        study = Study(config, run_dir, Path(setup["cache_dir"]))
         if study.device.type == "cpu":
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         arms = {arm.name: arm for arm in config.expand_arms()}
