@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorascope.adapter import AdapterBank, Target, resolve_section
+from lorascope.attention import Kernel, Shape, set_kernels
 from lorascope.base import SD15_DIR, Base, load_base, read_configs
 from lorascope.config import AdapterSection, Arm, BaseSection, TargetGroup, TrainSection
-from lorascope.footprint import estimate_pass, estimate_training, resolve_checkpointing
+from lorascope.footprint import attend_as_on, estimate_pass, estimate_training, resolve_checkpointing
 from lorascope.ldm import build_component
 from lorascope.objective import seeded
 
@@ -57,10 +59,7 @@ def own_section(base: Base, **choices: object) -> list[Target]:
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
 def test_activations_are_those_autograd_keeps_of_the_tiny_base(pipeline_folder: Path, precision: str, plain: bool) -> None:
     base = load_base(BaseSection(model=str(pipeline_folder)), CPU, precision)
-    if plain:
-        base.unet.set_attn_processor(AttnProcessor())
-    else:
-        base.unet.set_default_attn_processor()
+    base.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
     for targets, arms, batch_size in (
         (own_section(base), [R4], 1),
         (own_section(base), [R4, R8], 3),
@@ -76,6 +75,26 @@ def test_activations_of_the_pocket_base(precision: str) -> None:
     targets, shape = own_section(base), (4, 16, 16)
     expected = estimate_training(base.components, targets, [R4, R8], 2, shape).activations_bytes
     assert expected == pytest.approx(kept_bytes(base, targets, [R4, R8], 2, shape), rel=TOLERANCE["pocket"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_weights_a_u_net_takes_the_attention_of_its_device(precision: str) -> None:
+    base = load_base(BaseSection(), CPU, precision)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(base.unet.config).to(base.unet.dtype)
+    attend_as_on("cpu", unet)
+    parts = {"unet": unet, "text_encoder": base.text_encoder}
+    expected = estimate_training(base.components, own_section(base), [R4], 1, (4, 16, 16))
+    assert estimate_training(parts, own_section(base), [R4], 1, (4, 16, 16)) == expected
+
+
+@pytest.mark.parametrize("kernel", [Kernel("plain"), Kernel("sdpa", 24)], ids=str)
+def test_a_chosen_kernel_counts_as_it_is(base: Base, kernel: Kernel) -> None:
+    targets = own_section(base)
+    shapes = [Shape(queries, keys, 2, head_dim, True) for queries, head_dim in ((64, 8), (16, 16)) for keys in (queries, 77)]
+    set_kernels(base.unet, dict.fromkeys(shapes, kernel))
+    expected = estimate_training(base.components, targets, [R4], 2, SHAPE).activations_bytes
+    assert expected == pytest.approx(kept_bytes(base, targets, [R4], 2, SHAPE), rel=TOLERANCE["tiny"])
 
 
 def test_an_adapted_text_encoder_counts(base: Base) -> None:

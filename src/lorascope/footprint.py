@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lorascope.adapter import AdapterBank, Target
+from lorascope.attention import AttentionProcessor, Kernel, Shape, attention_layers
 from lorascope.base import Base
 from lorascope.config import Arm, TrainSection
 from lorascope.console import log, size
@@ -154,7 +155,8 @@ def _step_bytes(
 ) -> tuple[int, int]:
     """What a step of one arm keeps for the backward pass, and its peak; weights and the bank's buffers left out."""
     unet: Any = components["unet"]
-    processors = {name: type(item).__qualname__ + repr(sorted(vars(item).items())) for name, item in unet.attn_processors.items()}
+    chosen = {name: _as_on(unet.device.type, item) for name, item in unet.attn_processors.items()}
+    processors = {name: type(item).__qualname__ + repr(sorted(vars(item).items())) for name, item in chosen.items()}
     texts = [target for target in targets if target.component == "text_encoder"]
     key = (
         json.dumps([dict(unet.config), processors], default=str), unet.dtype, targets, arm.rank, batch_size, latent_shape, checkpointing
@@ -164,7 +166,7 @@ def _step_bytes(
         with torch.device("meta"):
             twin: Any = UNet2DConditionModel.from_config(unet.config)
             text_twin = type(text_encoder)(text_encoder.config)
-        twin.set_attn_processor(dict(unet.attn_processors))
+        twin.set_attn_processor(chosen)
         twin.to(unet.dtype).requires_grad_(False).eval()
         text_twin.to(text_encoder.dtype).requires_grad_(False).eval()
         if checkpointing:
@@ -191,6 +193,31 @@ def _count_step(
         kept = live.now
         loss.backward()
     return kept, live.peak
+
+
+class _KernelsOf(AttentionProcessor):
+    """Chooses kernels on `meta` as on another type of device."""
+
+    def __init__(self, kernels: Mapping[Shape, Kernel], device_type: str) -> None:
+        super().__init__(kernels)
+        self.device_type = device_type
+
+    def kernel(self, shape: Shape, device_type: str, dtype: torch.dtype) -> Kernel:
+        """The kernel for a shape."""
+        return super().kernel(shape, self.device_type, dtype)
+
+
+def _as_on(device_type: str, processor: Any) -> Any:
+    """A processor of attention that does on `meta` what it does on this type of device; on `meta` itself it stays as it is."""
+    if device_type == "meta" or not isinstance(processor, AttentionProcessor):
+        return processor
+    return _KernelsOf(processor.kernels, device_type)
+
+
+def attend_as_on(device_type: str, unet: UNet2DConditionModel) -> None:
+    """Let a U-Net on `meta` take the attention kernels that it takes on this type of device where none was timed."""
+    for layer in attention_layers(unet):
+        layer.set_processor(_KernelsOf({}, device_type))
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -13,7 +13,7 @@ from lorascope.adapter import Target, count_parameters, resolve_section
 from lorascope.base import SD15_DIR, choose_device, is_hub_id, read_configs
 from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import duration, size
-from lorascope.footprint import FREE_SHARE, Estimate, estimate_pass, weights_bytes
+from lorascope.footprint import FREE_SHARE, Estimate, attend_as_on, estimate_pass, weights_bytes
 from lorascope.group import section_of
 from lorascope.ldm import build_component
 from lorascope.memory import free_bytes
@@ -175,8 +175,10 @@ def count_models(config: StudyConfig) -> Counts:
         with FlopCounterMode(display=False) as counter:
             vae.decode(latents)
         flops["decode"] = counter.get_total_flops()
-    if config.train.precision == "bf16" or (config.train.precision == "auto" and choose_device(config.device).type == "cuda"):
+    device_type = choose_device(config.device).type
+    if config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda"):
         unet.to(torch.bfloat16)
+    attend_as_on(device_type, unet)
     return Counts(components, resolve_section(components, config.adapter), tuple(latents.shape[1:]), flops)
 
 
