@@ -372,18 +372,6 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(study_
     assert {record["arm"] for record in RunDir(run).read_metrics([]) if record["step"] == 0} == {"base"}
 
 
-def test_an_arm_that_does_not_fit_alone_gets_gradient_checkpointing_or_is_refused(study_file: Path, tmp_path: Path) -> None:
-    study = make_study(study_file, tmp_path / "run")
-    alone = TrialGroup(study.config.expand_arms()[:1])
-    checkpointed = study._make_room(alone, "tried to allocate 2 GiB")
-    assert [group.gradient_checkpointing for group in checkpointed] == [True]
-    with pytest.raises(RunError, match=r"^arm r4: not enough memory for it alone \(2 GiB\): in another folder, lower its batch_size .*px$"):
-        study._make_room(checkpointed[0], "2 GiB")
-    study = make_study(study_file, tmp_path / "run", "train.gradient_checkpointing=false")
-    with pytest.raises(RunError, match=r"or set train.gradient_checkpointing = true$"):
-        study._make_room(alone, "2 GiB")
-
-
 def test_a_worker_that_dies_again_with_the_same_arm_ends_the_study(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +379,7 @@ def test_a_worker_that_dies_again_with_the_same_arm_ends_the_study(
         while tasks:
             yield tasks.popleft(), Answer(death="was ended by SIGKILL")
 
-    monkeypatch.setattr("lorascope.study.run_side_by_side", die)
+    monkeypatch.setattr("lorascope.training.run_side_by_side", die)
     study = make_study(study_file, tmp_path / "run", "workers=2", "arms=[{rank=[2, 4, 6]}]")
     with pytest.raises(RunError, match=r"^the process that trained r2 was ended by SIGKILL again: if memory is short, set workers = 1"):
         train_only(study)

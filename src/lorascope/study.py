@@ -11,10 +11,8 @@ import os
 import platform
 import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +24,23 @@ from lorascope.adapter_files import load_adapter
 from lorascope.base import Base, choose_device, load_base, load_tokenizer, read_configs
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
-from lorascope.console import Tally, duration, log, log_to_file, track
+from lorascope.console import duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_into, write_study_files
+from lorascope.export import merged_into
 from lorascope.features import check_encoder, load_encoder
-from lorascope.group import Group, checkpoint_path, section_of, split_group, try_group
-from lorascope.memory import parked
 from lorascope.optimizers import check_optimizer
-from lorascope.plan import count_models, plan_passes
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
 from lorascope.sample import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
 from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
-from lorascope.trackers import Trackers, open_trackers, require_trackers
-from lorascope.train import count_steps
-from lorascope.trials import TrialGroup, TrialPlan, describe_passes
+from lorascope.trackers import require_trackers
+from lorascope.training import Material, Training, serve_material
 from lorascope.tuning import Tuning, build_workload, device_name, tune
-from lorascope.workers import Link, run_side_by_side, serve, worker_environments
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
-
-_Ended = tuple[TrialGroup, str | None]  # a group whose training ended, and how memory ran out if it did
 
 
 class Study:
@@ -259,158 +250,21 @@ class Study:
     def train(self) -> None:
         """Train all arms, in groups that share one pass, some side by side; writes `adapters/`, `groups.json` and `metrics.jsonl`.
 
-        A group that runs out of memory goes on as two from its last checkpoint; an arm that does so alone goes on with gradient
-        checkpointing. Raises `RunError` where that is not enough, and where no arm of the study is left.
+        Raises `RunError` where an arm alone does not fit into memory, and where no arm is left.
         """
         inputs = self._train_inputs()
         if self.run_dir.is_finished("train", inputs):
             return
-        arms = self.config.expand_arms()
-        plan = TrialPlan.load(self.run_dir.groups_json, inputs, arms) or self._plan_trials(inputs)
-        for line in describe_passes([group.names for group in plan.groups], plan.num_workers):
-            log.info("train    %s", line)
         with self._stage("train", inputs) as note:
-            todo = deque(group for group in plan.groups if not self._is_trained(group))
-            for group in plan.groups:
-                if group not in todo:
-                    self._leave_group(group)
-            with track("train", sum(map(self._num_steps, todo)), "steps") as task:
-                train_all = self._train_here if plan.num_workers == 1 else self._train_side_by_side
-                with closing(train_all(todo, inputs, plan.num_workers, task)) as ended:
-                    for group, lack in ended:
-                        if lack is None:
-                            self._leave_group(group)
-                            continue
-                        parts = self._make_room(group, lack)
-                        split_group(self.run_dir, group, parts, inputs)
-                        plan = plan.split(group, parts)
-                        plan.save(self.run_dir.groups_json, inputs)
-                        todo.extend(parts)
-                        task.set_total(task.total + (len(parts) - 1) * self._num_steps(group))
-            self._require_an_arm()
-            self.run_dir.join_metrics(arm.name for arm in arms)
-            for path in self.run_dir.checkpoints_dir.glob("*.safetensors"):  # of groups that were halved
-                path.unlink()
+            plan = Training(self.material).run()
             note(side_by_side=plan.num_workers, passes=[group.names for group in plan.groups])
 
-    def _plan_trials(self, inputs: str) -> TrialPlan:
-        """The groups for the memory that is free now, kept in the run folder."""
-        plan = plan_passes(self.config, self.device, count_models(self.config), self.encoded[0].num_entries, self.base.components)
-        plan.save(self.run_dir.groups_json, inputs)
-        return plan
-
-    def _num_steps(self, group: TrialGroup) -> int:
-        return count_steps(section_of(self.config, group), self.encoded[0].num_entries)
-
-    def _is_trained(self, group: TrialGroup) -> bool:
-        return all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group.arms)
-
-    def _leave_group(self, group: TrialGroup) -> None:
-        """What is to do once a group is trained."""
-        for arm in group.arms:
-            if self._training(arm)["failed"] is None:
-                write_study_files(self.run_dir, self.config, arm)
-        checkpoint_path(self.run_dir, group).unlink(missing_ok=True)
-
-    def train_group(
-        self, group: TrialGroup, inputs: str, num_side_by_side: int, trackers: Trackers, tally: Tally, is_stopped: Callable[[], bool]
-    ) -> str | None:
-        """Train one group; returns what could not be allocated if memory runs out, else None."""
+    @property
+    def material(self) -> Material:
+        """What the arms are trained from."""
         train, heldout = self.encoded
-        parts = (self.config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts)
-        with parked(self.device, *self._idle_parts(train)):
-            return try_group(lambda: Group(*parts, trackers, inputs, num_side_by_side).run(tally, is_stopped), self.device)
-
-    def open_trackers(self, arms: Sequence[Arm]) -> Trackers:
-        """The study's trackers, with a run for each of these arms."""
-        config = self.config
-        return open_trackers(config.trackers, self.run_dir.path, config.name, [arm.name for arm in arms], config.model_dump(mode="json"))
-
-    def _train_here(self, todo: deque[TrialGroup], inputs: str, num_workers: int, tally: Tally) -> Generator[_Ended, None, None]:
-        """Train groups one after another in this process; yields each with what lacked, if anything."""
-        with self.open_trackers(self.config.expand_arms()) as trackers:
-            while todo:
-                group = todo.popleft()
-                yield group, self.train_group(group, inputs, num_workers, trackers, tally, lambda: False)
-
-    def _train_side_by_side(self, todo: deque[TrialGroup], inputs: str, num_workers: int, tally: Tally) -> Generator[_Ended, None, None]:
-        """As `_train_here`, but each group in a worker process of its own.
-
-        A worker that dies, as one that the system ends for want of memory, is taken for out of memory the first time.
-        """
-        if self.config.trackers:
-            self.open_trackers(self.config.expand_arms()).close()  # so that no two workers write trackers.json
-        setup = {
-            "run_dir": str(self.run_dir.path.resolve()),
-            "cache_dir": str(self.cache_dir.resolve()),
-            "inputs": inputs,
-            "num_workers": num_workers,
-        }
-        mourned: set[str] = set()
-        environments = worker_environments(self.device.type, num_workers)
-        assert self.run_dir.lock_descriptor is not None
-        with self._aside():
-            for group, answer in run_side_by_side(
-                todo,
-                lambda group: (group.label, {"arms": group.names, "gradient_checkpointing": group.gradient_checkpointing}),
-                "lorascope.study.serve_groups",
-                setup,
-                environments,
-                [self.run_dir.lock_descriptor],
-                tally,
-            ):
-                if answer.death is not None and mourned & set(group.names):
-                    raise RunError(
-                        f"the process that trained {', '.join(group.names)} {answer.death} again: if memory is short, set workers = 1 or "
-                        "lower train.batch_size; the log of the system may say more"
-                    )
-                if answer.death is not None:
-                    mourned |= set(group.names)
-                yield group, f"its process {answer.death}" if answer.death else answer.value
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Within, the base does not hold the memory of a GPU that a worker needs."""
-        models = [*self.base.components.values(), self.base.vae] if self.device.type == "cuda" else []
-        for model in models:
-            model.to("cpu")
-        if models:
-            torch.cuda.empty_cache()
-        try:
-            yield
-        finally:
-            for model in models:
-                model.to(self.device)
-
-    def _make_room(self, group: TrialGroup, lack: str) -> list[TrialGroup]:
-        """What to go on with where a group ran out of memory."""
-        if len(group.arms) > 1:
-            parts = group.halves()
-            shown = " and ".join(", ".join(part.names) for part in parts)
-            log.warning("train    out of memory (%s): going on from the last checkpoint in passes of %s", lack, shown)
-            return parts
-        name, asked = group.arms[0].name, self.config.train.gradient_checkpointing
-        if group.gradient_checkpointing or asked is not None:
-            more = ", or set train.gradient_checkpointing = true" if asked is False else ""
-            raise RunError(
-                f"arm {name}: not enough memory for it alone ({lack}): in another folder, lower its batch_size "
-                f"(train.accumulation_steps makes up for that) or data.resolution_px{more}"
-            )
-        log.warning("train    out of memory (%s): %s goes on from the last checkpoint with gradient checkpointing", lack, name)
-        return [replace(group, gradient_checkpointing=True)]
-
-    def _require_an_arm(self) -> None:
-        """Raise `RunError` if all arms have failed."""
-        failures = {arm.name: self._training(arm)["failed"] for arm in self.config.expand_arms()}
-        if all(failures.values()):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-            raise RunError(f"no arm is left ({reasons}): lower arms.lr, or set train.precision = 'fp32'")
-
-    def _idle_parts(self, train: Encoded) -> list[torch.nn.Module]:
-        """What of the base training does not touch: the VAE unless it draws previews, the text encoder if all text states are kept."""
-        if self.config.sample.preview_every_epochs:
-            return []
-        return [self.base.vae] if train.text_states is None else [self.base.vae, self.base.text_encoder]
+        parts = (self.config, self.run_dir, self.cache_dir, self.base, self.targets, train, heldout, self.prompts)
+        return Material(*parts, inputs=self._train_inputs())
 
     def _train_inputs(self) -> str:
         return digest_json(
@@ -594,24 +448,15 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def serve_groups() -> None:
-    """Be a worker process of `Study.train`: train the groups that it gives."""
+    """Be a worker process of a study's training."""
 
-    def start(setup: dict[str, Any]) -> Callable[[dict[str, Any], Link], str | None]:
+    def prepare(setup: dict[str, Any]) -> Material:
         log.setLevel(logging.WARNING)  # what is said of the base and the encoded pictures was said by the parent
-        run_dir = Path(setup["run_dir"])
-        config = load_study(run_dir / "study.toml", environment={})
-        study = Study(config, run_dir, Path(setup["cache_dir"]))
+        study = Study.open(Path(setup["run_dir"]), Path(setup["cache_dir"]))
         if study.device.type == "cpu":
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        arms = {arm.name: arm for arm in config.expand_arms()}
-        _ = study.encoded, study.targets
+        material = study.material
         log.setLevel(logging.DEBUG)
+        return material
 
-        def train_group(task: dict[str, Any], link: Link) -> str | None:
-            group = TrialGroup(tuple(arms[name] for name in task["arms"]), task["gradient_checkpointing"])
-            with study.open_trackers(group.arms) as trackers:
-                return study.train_group(group, setup["inputs"], setup["num_workers"], trackers, link, link.is_stopped)
-
-        return train_group
-
-    serve(start)
+    serve_material(prepare)
