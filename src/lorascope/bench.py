@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -391,7 +392,9 @@ def run_alone(base: str, device_name: str, name: str, num_steps: int, peers_dir:
         raise ConfigError(f"--arms {name}: {reason}")
     conditions = Conditions(base, _RESOLUTION_PX.get(base, 64), batch_size, device.type, torch.get_num_threads(), str(peers_dir))
     with TemporaryDirectory(prefix="lorascope-bench-") as folder:
-        prepare_workload(conditions, Path(folder))
+        preparation = multiprocessing.get_context("spawn").Process(target=prepare_workload, args=(conditions, Path(folder)))
+        preparation.start()  # in a process of its own, so that this one's peak memory is the arm's
+        preparation.join()
         started = time.perf_counter()
         runner = build_runner(entry, conditions, Path(folder))
         setup_s = time.perf_counter() - started

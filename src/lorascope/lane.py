@@ -302,8 +302,7 @@ class Lane:
 
     def __init__(self, entry: Entry, conditions: Conditions, folder: Path, place: int = 0) -> None:
         self.entry = entry
-        context = multiprocessing.get_context("forkserver")  # the libraries are imported once, by the server
-        context.set_forkserver_preload(["lorascope.lane"])
+        context = multiprocessing.get_context("spawn")  # a fork would not count what it shares to its peak memory
         self._connection, theirs = context.Pipe()
         self._weights_path = folder / f"{entry.key}-{place}.safetensors"
         self._process = context.Process(target=_serve, args=(theirs, entry, conditions, folder, self._weights_path), daemon=True)
