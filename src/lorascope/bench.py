@@ -167,11 +167,12 @@ def verdict(errors: Mapping[str, float], tolerance: str) -> str | None:
 
 @dataclass
 class _References:
-    """The reference's first steps by (rank, clipping), FLOPs of a step by rank."""
+    """The reference's first steps by (rank, clipping), FLOPs of a step by rank, and the device's FLOP/s by dtype."""
 
     steps: dict[tuple[int, float], Trajectory] = field(default_factory=dict)
     start: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     flops: dict[int, int] = field(default_factory=dict)
+    limit: dict[str, float] = field(default_factory=dict)
 
     def run(self, entries: Iterable[Entry], conditions: Conditions, folder: Path) -> None:
         """Take the steps that `entries` will be held against."""
@@ -183,6 +184,9 @@ class _References:
                 lane = Lane(replace(plain, ranks=(rank,), max_grad_norm=norm), conditions, folder, place)
                 stack.callback(lane.close)
                 lanes[rank, norm] = lane
+            for lane in lanes.values():
+                lane.ask("ready")
+            self.limit = {dtype: lane.ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
             for (rank, norm), lane in lanes.items():
                 lane.ask("build")
                 if rank not in self.start:
@@ -239,6 +243,7 @@ def run_bench(
             if runnable:
                 references = _References()
                 references.run(runnable, conditions, folder)
+                result.setdefault("limit", references.limit)
                 result["flops"] |= {f"r{rank}": flops for rank, flops in references.flops.items()}
                 _measure_all(runnable, conditions, protocol, folder, references, result, lambda: _write(result, out))
             if scaling:
@@ -274,8 +279,6 @@ def _measure_all(
             passed = [run for run in runs if _pass_gate(run, references, result)]
             if len(runs) > 1:
                 groups += [[run.entry] for run in runs if run.crowded]
-            if passed and "limit" not in result:
-                result["limit"] = {dtype: passed[0].lanes[0].ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
             for run in _race(passed, protocol, result):
                 flops = sum(references.flops[rank] for rank in run.entry.ranks)
                 result["entries"][run.entry.key] |= _figures(run, conditions, result["limit"], flops)
