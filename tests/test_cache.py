@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_pictures, make_pipeline_folder, write_parquet
+from lorascope.autoencoder import Autoencoder
 from lorascope.base import Base, load_base
-from lorascope.cache import Encoded, encode_dataset
+from lorascope.cache import Encoded, _gather, _Store, encode_dataset
 from lorascope.config import BaseSection, DataSection
 from lorascope.data import Dataset, prepare_data
-from lorascope.errors import CacheError
+from lorascope.errors import CacheError, DataError
 
 
 def dataset_of(path: Path, resolution_px: int = 32) -> Dataset:
@@ -158,3 +159,44 @@ def test_a_damaged_shard_is_refused(base: Base, dataset: Dataset, tmp_path: Path
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CacheError, match=r"damaged .*delete it and run again"):
         encode_dataset(dataset, base, tmp_path)
+
+
+def test_what_half_precision_encoded_is_kept_apart_from_fp32(
+    base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, _, _ = encode_dataset(dataset, base, tmp_path)
+    monkeypatch.setattr("lorascope.cache.Autoencoder", lambda base: Autoencoder(base, torch.bfloat16))
+    half, _, num_encoded = encode_dataset(dataset, base, tmp_path)
+    assert num_encoded == 20 and encode_dataset(dataset, base, tmp_path)[2] == 0
+    assert not torch.equal(all_latents(half), all_latents(full))
+    torch.testing.assert_close(all_latents(half), all_latents(full), rtol=0.05, atol=0.05)
+
+
+def test_a_picture_that_is_gone_is_named_and_what_was_encoded_before_it_is_kept(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorascope.cache._SHARD_ROWS", 8)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, (picture, caption) in enumerate(make_pictures(20)):
+        (folder / f"{index:02d}.png").write_bytes(picture)
+        (folder / f"{index:02d}.txt").write_text(caption)
+    dataset = dataset_of(folder)
+    (folder / "13.png").unlink()
+    with pytest.raises(DataError, match="13.png"):
+        encode_dataset(dataset, base, tmp_path / "cache")
+    (folder / "13.png").write_bytes(make_pictures(20)[13][0])
+    assert encode_dataset(dataset, base, tmp_path / "cache")[2] == 12
+
+
+def test_on_another_device_a_size_is_one_tensor_where_it_fits(
+    base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, heldout, _ = encode_dataset(dataset, base, tmp_path)
+    store = _Store(tmp_path, {"kind": "latents", "base": base.digest, "width_px": 32, "height_px": 32, "flip": False})
+    for limit, device in ((2**30, "meta"), (0, "cpu")):
+        monkeypatch.setattr("lorascope.cache.MAX_RESIDENT_BYTES", limit)
+        rows = _gather({(32, 32): store}, {(32, 32): dataset.train}, torch.device("meta"))
+        assert {row.device.type for row in rows.values()} == {device}
+    assert all(torch.equal(rows[example.id], row) for example, row in zip(dataset.train, train.latents, strict=True))
+    assert len(heldout) == 4

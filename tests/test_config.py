@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorascope.config import Arm, ArmGrid, StudyConfig, TargetGroup, load_study, preset_names, preset_text, reference_table
+from lorascope.config import Arm, ArmGrid, StudyConfig, TargetGroup, TrainSection, load_study, preset_names, preset_text, reference_table
 from lorascope.errors import ConfigError
 
 COUNTS = st.integers(1, 10_000)
@@ -188,12 +188,32 @@ def test_names_say_what_varies_within_a_rank() -> None:
     assert [arm.name for arm in arms_of(ArmGrid(name="small", rank=4), ArmGrid(rank=8))] == ["small", "r8"]
 
 
+def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
+    config = StudyConfig(arms=(ArmGrid(rank=4, batch_size=(4, 8)), ArmGrid(rank=8, epochs=20, seed=(0, 1)), ArmGrid(rank=16)))
+    assert [(arm.name, arm.batch_size, arm.epochs) for arm in config.expand_arms()] == [
+        ("r4-b4-s0", 4, 10),
+        ("r4-b8-s0", 8, 10),
+        ("r8-b4-s0", 4, 20),
+        ("r8-b4-s1", 4, 20),
+        ("r16-b4-s0", 4, 10),
+    ]
+    both = StudyConfig(arms=(ArmGrid(rank=4), ArmGrid(rank=4, epochs=2)), train=TrainSection(epochs=3, batch_size=1))
+    assert [(arm.name, arm.batch_size, arm.epochs) for arm in both.expand_arms()] == [("r4-e3", 1, 3), ("r4-e2", 1, 2)]
+    assert "arms.0.batch_size = 0: must be at least 1" in refusal("arms=[{batch_size=0}]")
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        ("[{rank=4}, {rank=4}]", "two arms are called 'r4': give them names of their own, or vary rank, alpha, lr or seed"),
+        (
+            "[{rank=4}, {rank=4}]",
+            "two arms are called 'r4': give them names of their own, or vary rank, alpha, lr, seed, batch_size or epochs",
+        ),
         ('[{name="a", rank=4}, {name="A", rank=8}]', "arm names differ only in case: 'a' and 'A'"),
-        ('[{name="a", rank=4}, {name="b", rank=4, alpha=4}]', "arms 'a' and 'b' have the same rank, alpha, lr and seed: leave one out"),
+        (
+            '[{name="a", rank=4, epochs=10}, {name="b", rank=4, alpha=4, epochs=10}]',
+            "arms 'a' and 'b' have the same rank, alpha, lr, seed, batch size and epochs: leave one out",
+        ),
         ('[{name="base"}]', "an arm is called 'base', which is kept for the unadapted model: choose another name"),
         ('[{name="Base"}]', "an arm is called 'Base', which is kept for the unadapted model: choose another name"),
         (

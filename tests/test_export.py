@@ -21,7 +21,7 @@ from lorascope.export import (
     export_arm,
     kohya_metadata,
     merge_weights,
-    merged_base,
+    merged_into,
     plain_name,
     require_free,
     tag_frequency,
@@ -251,18 +251,23 @@ def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base) -> None:
     group = TargetGroup(component="text_encoder", targets=("fc1",))
     bank = bank_on(base, AdapterSection(targets=("to_q", "ff.net.2", "conv1", "proj_in"), groups=(group,)))
     before = {name: {key: tensor.clone() for key, tensor in part.state_dict().items()} for name, part in base.components.items()}
-    merged, report = merged_base(base, bank.adapter(0))
-    assert report.num_modules == len(bank.targets) and report.rounding < 1e-6
+    places = {key: weight.data_ptr() for part in base.components.values() for key, weight in part.named_parameters()}
     tokens, (noisy, timesteps) = base.tokenize(["a rocket", "a snail"]), unet_inputs()
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt), merged_into(base, bank.adapter(0)) as report:
+        merged_text = base.text_states(tokens)
+        merged = base.unet(noisy, timesteps, merged_text).sample
+        raise KeyboardInterrupt
+    assert report.num_modules == len(bank.targets) and report.rounding < 1e-6
     for name, part in base.components.items():
         assert all(torch.equal(tensor, before[name][key]) for key, tensor in part.state_dict().items())
+        assert all(weight.data_ptr() == places[key] for key, weight in part.named_parameters()), "the very same tensors"
     with torch.no_grad():
         bank.attach()
         text = base.text_states(tokens)
         unmerged = base.unet(noisy, timesteps, text).sample
         bank.detach()
-        torch.testing.assert_close(merged.text_states(tokens), text, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(merged.unet(noisy, timesteps, text).sample, unmerged, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged_text, text, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(base.unet(noisy, timesteps, text).sample, unmerged, rtol=1e-2, atol=1e-2)
 
 
@@ -293,7 +298,8 @@ def test_a_merge_that_does_not_fit_is_refused(base: Base) -> None:
         merge_weights(state, Adapter(huge, "kohya", {}), dtype=torch.float16)
     with pytest.raises(AdapterError, match="the base lacks"):
         bank = bank_on(base, AdapterSection()).attach()
-        merged_base(base, bank.adapter(0))
+        with merged_into(base, bank.adapter(0)):
+            pass
 
 
 def test_dora_merges_as_peft_merges_it(base: Base, tmp_path: Path) -> None:
@@ -305,9 +311,9 @@ def test_dora_merges_as_peft_merges_it(base: Base, tmp_path: Path) -> None:
                 parameter.mul_(1.1)
     model.save_pretrained(str(tmp_path / "dora"))
     expected: UNet2DConditionModel = model.merge_and_unload()
-    merged, _ = merged_base(base, load_adapter(tmp_path / "dora"))
-    for key, tensor in merged.unet.state_dict().items():
-        torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=1e-4, atol=1e-5)
+    with merged_into(base, load_adapter(tmp_path / "dora")):
+        for key, tensor in base.unet.state_dict().items():
+            torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
 def test_whole_models_hold_the_adapter_and_refuse_it_a_second_time(

@@ -66,3 +66,12 @@ def test_rows_are_arm_after_arm_and_the_same_for_one_seed(base: Base, pictures: 
     for part in feed.load(0):
         first, second, other = part.unflatten(0, (3, -1))
         assert torch.equal(first, second) and not torch.equal(first, other) and len(first) == 2
+
+
+def test_batches_of_another_size_hold_the_same_pictures_noise_and_captions(base: Base, pictures: Encoded) -> None:
+    wide = SECTION.model_copy(update={"batch_size": 6})
+    large = Feed(base, pictures, ARMS, wide, DataSection(), 4, as_tokens=False, prefetch=False).load(1)
+    small = [make_feed(base, pictures).load(number) for number in (3, 4, 5)]
+    for name, values in large._asdict().items():
+        parts = [getattr(batch, name).unflatten(0, (len(ARMS), 2)) for batch in small]
+        assert torch.equal(values.unflatten(0, (len(ARMS), 6)), torch.cat(parts, dim=1)), name

@@ -9,7 +9,7 @@ from lorascope.adapter import count_parameters, resolve_targets
 from lorascope.base import load_base
 from lorascope.config import REFERENCE_TARGETS, StudyConfig, load_study
 from lorascope.errors import ConfigError
-from lorascope.plan import Plan, plan_study
+from lorascope.plan import Plan, count_models, plan_study
 
 
 def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
@@ -58,3 +58,27 @@ def test_repeats_accumulation_previews_and_copies_are_counted(pipeline_folder: P
 def test_a_study_that_could_not_start_is_not_planned() -> None:
     with pytest.raises(ConfigError, match=r"^train.optimizer = 'prodigi': must be adamw, prodigy or a torch.optim class"):
         plan_study(load_study(preset="smoke", overrides=["train.optimizer=prodigi"], environment={}))
+
+
+def test_a_plan_tells_the_memory_and_stacks_what_fits(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan_with(free_bytes: float, *overrides: str) -> Plan:
+        monkeypatch.setattr("lorascope.plan.free_bytes", lambda device: int(free_bytes))
+        own = [f"base.model={pipeline_folder}", "data.resolution_px=32", "arms=[{rank=[4, 8], seed=[0, 1]}]", "workers=1"]
+        return plan_study(load_study(preset="smoke", overrides=[*own, *overrides], environment={}))
+
+    plan = plan_with(100e9)
+    assert [len(names) for names in plan.passes] == [4] and plan.memory.num_arms == 4 and not plan.memory.checkpointing
+    assert plan.memory_bytes == plan.memory.total_bytes == plan.memory.weights_bytes + plan.memory.training_bytes
+    assert "are free; the base takes" in plan.as_text() and "will probably not fit" not in plan.as_text()
+    room = plan.memory.weights_bytes + plan.memory.training_bytes * 0.6
+    assert [len(names) for names in plan_with(room / 0.9).passes] == [2, 2]
+    least = plan_with(plan.memory.weights_bytes)
+    assert [len(names) for names in least.passes] == [1] * 4 and least.memory.checkpointing
+    assert "will probably not fit: lower batch_size" in least.as_text()
+    assert not plan_with(1, "train.gradient_checkpointing=false").memory.checkpointing
+
+
+def test_encoding_text_and_decoding_take_time_too(pipeline_folder: Path) -> None:
+    counts = count_models(load_study(preset="smoke", overrides=[f"base.model={pipeline_folder}"], environment={}))
+    assert set(counts.flops) == {"encode", "text", "unet", "decode"} and all(counts.flops.values())
+    assert counts.latent_shape == (4, 16, 16)

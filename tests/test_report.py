@@ -7,12 +7,14 @@ import itertools
 import json
 import re
 import shutil
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import tomli_w
 
 from lorascope import report as report_module
 from lorascope.config import SampleSection, load_study
@@ -25,7 +27,7 @@ from lorascope.report import Album, Report, build_report, verdict_of
 from lorascope.sample import Job, save_picture
 from lorascope.score import ALL, BASE, choose_arm, paired_differences, planned_contrasts, read_scores, summary_table
 from lorascope.store import JsonLines, RunDir, read_json, write_json
-from lorascope.tables import build_arms_table, build_contrast_table
+from lorascope.tables import Column, build_arms_table, build_contrast_table
 from synthetic_run import ABSTRACT, NORMAL, make_run
 
 ODD = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> | [a](javascript:1) `b` & {{ 7*7 }}"
@@ -433,6 +435,21 @@ def test_merge_and_length_are_judged(copied: RunDir) -> None:
     path = copied.adapters_dir / "r64" / "training.json"
     write_json(path, {**read_json(path), "steps": 3})
     assert state_of(copied, "Same training length") == "no"
+
+
+def test_batches_of_several_sizes_and_passes_side_by_side_are_told(copied: RunDir) -> None:
+    frozen, arms = tomllib.loads(copied.study_toml.read_text()), load_study(copied.study_toml, environment={}).expand_arms()
+    frozen["arms"] = [{**arm.model_dump(), "batch_size": 4 * (1 + number % 2)} for number, arm in enumerate(arms)]
+    copied.study_toml.write_text(tomli_w.dumps(frozen))
+    for number, arm in enumerate(arms):
+        path = copied.adapters_dir / arm.name / "training.json"
+        write_json(path, {**read_json(path), "side_by_side": 2, "steps": 100 // (1 + number % 2)})
+    facts = Facts(copied)
+    condition = next(item for item in judge_conditions(facts) if item.name == "Same training length")
+    assert condition.state == "caution" and "Every arm saw the same pictures, but in batches of several sizes" in condition.text
+    assert Column("batch size") in build_arms_table(facts).columns
+    told = "Up to 2 passes ran side by side: their times are not those of a machine of their own."
+    assert told in build_figures(facts)["cost"].description
 
 
 def test_seeds_are_judged(tmp_path: Path) -> None:

@@ -11,9 +11,21 @@ from PIL import Image
 from lorascope.adapter import AdapterBank, Slice, resolve_targets
 from lorascope.base import Base
 from lorascope.config import REFERENCE_TARGETS, Arm, SampleSection
-from lorascope.errors import RunError
+from lorascope.errors import RunError, StorageError
 from lorascope.prompts import Prompt
-from lorascope.sample import Job, batches_of, denoise, draw_pictures, initial_noise, latent_shape_of, plan_jobs, save_picture
+from lorascope.sample import (
+    Job,
+    Painter,
+    PictureWriter,
+    batches_of,
+    denoise,
+    draw_all,
+    draw_pictures,
+    initial_noise,
+    latent_shape_of,
+    plan_jobs,
+    save_picture,
+)
 
 PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]
 ARM = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
@@ -134,3 +146,120 @@ def test_a_trained_text_encoder_gives_each_slice_its_own_text(base: Base) -> Non
     bank.detach()
     torch.testing.assert_close(latents[0], expected[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(latents[1], expected[0], rtol=1e-2, atol=1e-2)
+
+
+MODELS = [("base", Slice(0, 0.0)), ("r4", Slice(0))]
+FEW = SampleSection(steps=2, batch_size=4)
+
+
+def draw_into(folder: Path, base: Base, bank: AdapterBank, section: SampleSection = FEW) -> dict[str, bytes]:
+    """All pictures of four jobs with two models, by name."""
+    bank.attach()
+    try:
+        jobs = plan_jobs(PROMPTS, [0, 1])
+        draw_all(base, bank, MODELS, jobs, latent_shape_of(base, 32), section, lambda name, job: folder / name / job.file_name)
+    finally:
+        bank.detach()
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def test_all_is_drawn_as_batches_draw_it_but_for_rounding(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
+    drawn = draw_into(tmp_path, base, bank)
+    assert len(drawn) == 2 * 4
+    bank.attach()
+    jobs = plan_jobs(PROMPTS, [0, 1])
+    pictures, _ = draw_pictures(base, bank, [item for _, item in MODELS], jobs, latent_shape_of(base, 32), FEW)
+    bank.detach()
+    for (name, _), row in zip(MODELS, pictures.numpy(), strict=True):
+        for job, pixels in zip(jobs, row, strict=True):
+            with Image.open(tmp_path / name / job.file_name) as picture:
+                assert abs(np.asarray(picture).astype(int) - pixels).max() <= 1
+
+
+def test_missing_pictures_are_drawn_again_to_the_same_bytes(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
+    whole = draw_into(tmp_path, base, bank)
+    (tmp_path / "r4" / "normal-000-1.png").unlink()
+    assert draw_into(tmp_path, base, bank) == whole
+
+
+def test_batches_side_by_side_give_pictures_equal_but_for_rounding(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
+    alone = draw_into(tmp_path / "alone", base, bank)
+    torch.set_num_threads(2)
+    try:
+        together = draw_into(tmp_path / "together", base, bank)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert alone.keys() == together.keys()
+    for name in alone:
+        first, second = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("alone", "together"))
+        assert abs(first - second).max() <= 1
+
+
+def test_out_of_memory_halves_the_pictures_at_once_and_goes_on(
+    base: Base, bank: AdapterBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes: list[int] = []
+    draw = Painter.draw
+
+    def limited(self: Painter, num_slices: int, jobs: list[Job], *rest: object) -> object:
+        sizes.append(num_slices * len(jobs))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, num_slices, jobs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Painter, "draw", limited)
+    with caplog.at_level("WARNING", logger="lorascope"):
+        drawn = draw_into(tmp_path, base, bank)
+    assert len(drawn) == 8 and sizes == [4, 2, *[1] * 8]
+    assert [record.message for record in caplog.records] == [
+        "sample   out of memory: going on with 2 pictures at once",
+        "sample   out of memory: going on with 1 pictures at once",
+    ]
+    monkeypatch.setattr(Painter, "draw", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(RunError, match=r"out of memory with one picture at once .*lower data.resolution_px"):
+        draw_into(tmp_path / "none", base, bank)
+
+
+def test_an_interruption_leaves_what_was_drawn(base: Base, bank: AdapterBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, left = draw_into(tmp_path / "whole", base, bank), [2]
+    draw = Painter.draw
+
+    def interrupted(self: Painter, *arguments: object) -> object:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return draw(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Painter, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            draw_into(tmp_path / "parts", base, bank)
+    assert len(list((tmp_path / "parts").rglob("*.png"))) == 4
+    assert draw_into(tmp_path / "parts", base, bank) == whole
+
+
+def test_a_denoising_that_is_stopped_ends_before_its_next_step(base: Base, bank: AdapterBank) -> None:
+    steps: list[int] = []
+    bank.attach().select([Slice(0)])
+    text = base.encode_text(["", "a"])[None]
+    with pytest.raises(KeyboardInterrupt):
+        denoise(base, torch.zeros(1, 4, 8, 8), text, SampleSection(steps=9), lambda: steps.append(1) or len(steps) == 3)  # type: ignore[func-returns-value]
+    bank.detach()
+    assert len(steps) == 3
+
+
+def test_text_is_encoded_once_for_all_batches(base: Base, bank: AdapterBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    encode = Base.encode_text
+    monkeypatch.setattr(Base, "encode_text", lambda self, texts: captions.extend(texts) or encode(self, texts))
+    draw_into(tmp_path, base, bank)
+    assert captions == ["", "a rocket", "luck, 幸運"]
+
+
+def test_a_picture_that_cannot_be_written_is_an_error_of_the_stage(base: Base, bank: AdapterBank, tmp_path: Path) -> None:
+    (tmp_path / "r4").write_text("a file where a folder is needed")
+    with pytest.raises(StorageError, match="r4.*cannot be written"):
+        draw_into(tmp_path, base, bank)
+    with pytest.raises(StorageError, match="cannot be written"), PictureWriter() as writer:
+        writer.save(tmp_path / "r4" / "a.png", np.zeros((8, 8, 3), np.uint8), plan_jobs(PROMPTS, [0])[0], "r4", FEW)

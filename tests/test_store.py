@@ -23,6 +23,7 @@ from lorascope.store import (
     digest_file,
     digest_folder,
     digest_json,
+    kept_digest,
     read_json,
     storage_errors,
     write_bytes,
@@ -421,7 +422,7 @@ def test_a_manifest_without_stages_has_none_finished(tmp_path: Path) -> None:
 def test_the_layout_is_that_of_the_documentation() -> None:
     text = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
     listed = {line.split()[0] for line in text.partition("runs/<name>/\n")[2].partition("```")[0].splitlines()}
-    names = {path.name for key, path in vars(RunDir(Path("run"))).items() if key != "path"}
+    names = {path.name for key, path in vars(RunDir(Path("run"))).items() if isinstance(path, Path) and key != "path"}
     known = {entry.rstrip("/,").split("/")[0] for entry in listed} | {"report.md"}
     assert names <= known
 
@@ -474,3 +475,66 @@ def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path: Path, monke
     monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
     with pytest.raises(StorageError, match="cannot be written: No locks available"), RunDir(tmp_path / "run").lock():
         pass
+
+
+def test_records_of_arms_are_read_in_order_and_joined_once(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for arm in ("r8", "r4"):  # the order of writing is of no account
+        part = JsonLines(run.metrics_part(arm))
+        for step in (1, 2):
+            part.append({"kind": "train", "step": step, "arm": arm})
+        part.append({"kind": "probe", "step": 2, "arm": arm})
+        part.close()
+    base = JsonLines(run.metrics_part("base"))
+    base.append({"kind": "probe", "step": 0, "arm": "base"})
+    base.close()
+    expected = [(0, "probe", "base"), *((1, "train", arm) for arm in ("r4", "r8"))]
+    expected += [(2, kind, arm) for kind in ("train", "probe") for arm in ("r4", "r8")]
+
+    def found() -> list[tuple[int, str, str]]:
+        return [(record["step"], record["kind"], record["arm"]) for record in run.read_metrics(["r4", "r8"])]
+
+    assert found() == expected
+    run.join_metrics(["r4", "r8"])
+    assert found() == expected and run.metrics_jsonl.exists() and not run.metrics_dir.exists()
+    base.append({"kind": "probe", "step": 0, "arm": "base"})  # as if the parts had not been removed when the process was killed
+    base.close()
+    run.join_metrics(["r4", "r8"])
+    assert found() == expected and not run.metrics_dir.exists()
+
+
+def test_a_manifest_that_says_so_already_is_not_written_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.describe(started="now", device={"name": "cpu"})
+    before = run.manifest_json.stat()
+    run.describe(device={"name": "cpu"})
+    assert run.manifest_json.stat().st_ino == before.st_ino
+    run.describe(device={"name": "gpu"})
+    assert run.manifest() == {"stages": {}, "started": "now", "device": {"name": "gpu"}}
+
+
+def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorascope.store._KEPT_FROM_BYTES", 10)
+    read: list[Path] = []
+    monkeypatch.setattr("lorascope.store.digest_file", lambda path: read.append(path) or digest_file(path))
+    path, small = tmp_path / "model.safetensors", tmp_path / "config.json"
+    path.write_bytes(b"weights of a model")
+    small.write_bytes(b"{}")
+    assert kept_digest(path) == kept_digest(path) == digest_file(path) and len(read) == 2  # it changed just now
+    monkeypatch.setattr("lorascope.store._SETTLED_NS", -1)
+    assert [kept_digest(path) for _ in range(3)] == [digest_file(path)] * 3 and len(read) == 3
+    assert [kept_digest(small) for _ in range(2)] == [digest_file(small)] * 2 and len(read) == 5
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"weights of another")
+    os.utime(path, ns=(time, time))  # same size, same time: the inode's own time tells
+    assert kept_digest(path) == digest_file(path) and len(read) == 6
+    entry = next((tmp_path / "cache" / "lorascope" / "digests").iterdir())
+    entry.write_text("[]")
+    assert kept_digest(path) == digest_file(path) and len(read) == 7
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small))
+    assert kept_digest(path) == digest_file(path) and len(read) == 8  # a cache that cannot be written is of no account
+
+
+def test_a_folders_digest_is_the_same_from_kept_digests(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    assert digest_folder(tmp_path, digest=kept_digest) == digest_folder(tmp_path)

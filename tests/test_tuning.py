@@ -158,6 +158,32 @@ def test_a_large_model_is_cut_before_it_is_timed() -> None:
     assert same == POCKET["unet"] and shape == (8, 4, 16, 16)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_variant_of_a_pass_runs(base: Base, precision: str) -> None:
+    """Forward and backward with adapters, in `channels_last` too; a GPU times these, here they only run."""
+    for channels_last in (False, True):
+        variant = Tuning("a GPU", precision, channels_last)
+        tuning._pass_run(base.configs["unet"], (2, 4, 8, 8), 77, variant, CPU)()
+
+
+def test_a_pass_that_memory_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "_pass_run", build)
+    monkeypatch.setattr(tuning, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(tuning, "_tune_attention", lambda *arguments: ({}, "attention: torch's choice"))
+    found = tune(POCKET["unet"], build_workload(POCKET, 64, 8, 8), CPU)
+    assert found.precision == "fp32" and found.notes[0] == "bf16: could not be timed"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed() -> None:
+    found = tune(POCKET["unet"], build_workload(POCKET, 64, 8, 8), torch.device("cuda"))
+    assert found.precision in ("bf16", "fp16") and "channels_last" in found.notes[0]
+    assert {(shape.queries, shape.keys) for shape in found.kernels} == {(n, keys) for n in (256, 64, 16) for keys in (n, 77)}
+
+
 def test_applied_to_a_unet(base: Base) -> None:
     """Memory format and kernels change nothing but rounding."""
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)

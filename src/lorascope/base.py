@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
     schedulers,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -34,7 +35,7 @@ from lorascope.errors import BaseModelError, first_line
 from lorascope.family import family_of_folder, family_of_tensors, family_of_unet
 from lorascope.hub import fetch_snapshot
 from lorascope.ldm import build_component, canonical_name, check_tensors, from_diffusers, list_pairs, to_diffusers
-from lorascope.store import digest_file, digest_folder, digest_json
+from lorascope.store import digest_folder, digest_json, kept_digest
 from lorascope.weights import PICKLE_SUFFIXES, load_tensors, read_header, require_finite, save_tensors
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -149,16 +150,16 @@ class Base:
 
         `pixels` is float32 [n, 3, H, W] in [-1, 1].
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        moments = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.parameters
+        posterior = DiagonalGaussianDistribution(moments.float())  # its exponential underflows in half precision
         factor = self.vae.config.scaling_factor
-        return posterior.mean.float() * factor, posterior.std.float() * factor
+        return posterior.mean * factor, posterior.std * factor
 
     @torch.inference_mode()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures uint8 [n, H, W, 3] from scaled latents [n, c, h, w]."""
-        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
-        rounded: torch.Tensor = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return rounded.permute(0, 2, 3, 1).cpu()
+        """Pixels float32 [n, 3, H, W], about [-1, 1], from scaled latents [n, c, h, w]; `autoencoder.to_bytes` makes pictures of them."""
+        pixels: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return pixels.float()
 
 
 def choose_device(name: str) -> torch.device:
@@ -220,10 +221,10 @@ def load_base(section: BaseSection, device: torch.device, precision: str = "fp32
         scheduler_config = {**scheduler_config, "prediction_type": section.prediction_type}
     dtype = DTYPES[precision]
     if place.is_dir():
-        facts = {"source": "diffusers folder", "folder": place, "digest": digest_folder(place, _PATTERNS)}
+        facts = {"source": "diffusers folder", "folder": place, "digest": digest_folder(place, _PATTERNS, kept_digest)}
         models = _load_folder(place, dtype)
     else:
-        facts = {"source": "checkpoint file", "folder": None, "digest": digest_file(place)}
+        facts = {"source": "checkpoint file", "folder": None, "digest": kept_digest(place)}
         models = _load_file(place, configs, dtype, section.prediction_type)
     return _freeze(models, tokenizer, configs, scheduler_config, device, name=place.name, **facts)
 

@@ -30,10 +30,9 @@ from lorascope.benchtable import as_markdown, draw_scaling
 from lorascope.console import log, size
 from lorascope.errors import ConfigError, RunError
 from lorascope.lane import Conditions, Entry, Lane, LaneError, Trajectory, build_runner, prepare_workload
-from lorascope.memory import free_bytes
+from lorascope.memory import free_bytes, peak_memory
 from lorascope.peers import Recipe, missing_for
 from lorascope.store import read_json, write_bytes, write_json, write_text
-from lorascope.train import peak_memory
 
 NUM_GATE_STEPS = 20
 REFERENCE_STEPS = 3750  # of one arm of the reference study: 1,500 pictures, 10 epochs, batch 4

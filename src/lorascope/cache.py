@@ -7,28 +7,38 @@ goes on at the last shard, and shards are mapped rather than read where they are
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lorascope.autoencoder import Autoencoder
 from lorascope.base import Base
+from lorascope.console import log
 from lorascope.data import Dataset, Example
 from lorascope.errors import CacheError
-from lorascope.store import digest_json
+from lorascope.memory import free_bytes
+from lorascope.store import digest_json, user_cache_dir
 from lorascope.weights import save_tensors
 
 MAX_RESIDENT_BYTES = 2 * 2**30
-"""Latents up to this size are moved to the device, larger ones stay mapped files; text states beyond it are not kept at
-all, since encoding a caption costs little beside a step on its picture."""
+"""What latents and text states may each take on a CPU; on a GPU it is a quarter of the free memory. Latents up to this size
+lie on the device, larger ones stay mapped files; text states beyond it are not kept at all, since encoding a caption
+costs little beside a step on its picture."""
 
 _BATCH_PIXELS = 8 * 512 * 512  # pictures encoded at once: as many as have this many pixels, at most 32
+_BATCHES_AHEAD = 3  # decoded before the encoder is done with the present one
 _SHARD_ROWS = 512  # what an interrupted encoding goes on by
 
 
@@ -62,6 +72,11 @@ class Encoded:
             by_shape.setdefault(latents.shape[2:], []).extend([index] * repeats)
         return [torch.tensor(by_shape[shape]) for shape in sorted(by_shape)]
 
+    def largest_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of the largest latents."""
+        channels, height, width = max((row.shape[2:] for row in self.latents), key=math.prod)
+        return channels, height, width
+
     def posterior(self, indices: torch.Tensor, flipped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation, float32 [B, c, h, w] each, of pictures of one shape.
 
@@ -92,7 +107,7 @@ class Encoded:
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/lorascope/encoded`, or `~/.cache/lorascope/encoded`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorascope" / "encoded"
+    return user_cache_dir("encoded")
 
 
 def encode_dataset(
@@ -114,21 +129,21 @@ def encode_dataset(
     by_size: dict[tuple[int, int], list[Example]] = {}
     for example in examples:
         by_size.setdefault((example.width_px, example.height_px), []).append(example)
-    latents: dict[str, torch.Tensor] = {}
+    autoencoder = Autoencoder(base)
+    precision = {} if autoencoder.precision == "float32" else {"precision": autoencoder.precision}
+    stores: dict[tuple[int, int], _Store] = {}
     num_encoded = 0
     for (width, height), group in sorted(by_size.items()):
-        identity = {"kind": "latents", "base": base.digest, "width_px": width, "height_px": height, "flip": flip}
-        store = _Store(cache_dir, identity)
-        rows, encoded = _find_latents(store, dataset.in_storage_order(group), dataset, base, flip, progress)
-        latents |= {example.id: row for example, row in zip(group, rows(group), strict=True)}
-        num_encoded += encoded
+        identity = {"kind": "latents", "base": base.digest, "width_px": width, "height_px": height, "flip": flip, **precision}
+        stores[width, height] = _Store(cache_dir, identity)
+        num_encoded += _add_missing(stores[width, height], dataset.in_storage_order(group), dataset, autoencoder, flip, progress)
+    latents = _gather(stores, by_size, base.device)
     captions = ["", *sorted({example.caption for example in examples} - {""})]
     text_states = _find_text(captions, base, cache_dir) if keep_text else None
-    fits = sum(row.nbytes for row in latents.values()) <= MAX_RESIDENT_BYTES
     index = {caption: row for row, caption in enumerate(captions)}
     splits = [
         Encoded(
-            latents=tuple(latents[example.id].to(base.device) if fits else latents[example.id] for example in part),
+            latents=tuple(latents[example.id] for example in part),
             captions=tuple(example.caption for example in part),
             digests=tuple(example.digest for example in part),
             repeats=tuple(example.repeats for example in part),
@@ -140,43 +155,96 @@ def encode_dataset(
     return splits[0], splits[1], num_encoded
 
 
-def _find_latents(
-    store: "_Store", stored: Sequence[Example], dataset: Dataset, base: Base, flip: bool, progress: Callable[[int], None]
-) -> tuple[Callable[[Iterable[Example]], Iterator[torch.Tensor]], int]:
-    """What gives the latents of examples of one size, after encoding those that are not in the store, and their number."""
+def _add_missing(
+    store: "_Store",
+    stored: Sequence[Example],
+    dataset: Dataset,
+    autoencoder: Autoencoder,
+    flip: bool,
+    progress: Callable[[int], None],
+) -> int:
+    """Encode those of some examples of one size that are not in the store; how many those were."""
     missing = {example.digest: example for example in stored if example.digest not in store}
     progress(len(stored) - len(missing))
     batch_size = max(1, min(32, _BATCH_PIXELS // (stored[0].width_px * stored[0].height_px)))
     queue = list(missing.values())
-    for start in range(0, len(queue), _SHARD_ROWS):
-        shard = queue[start : start + _SHARD_ROWS]
-        parts = []
-        for first in range(0, len(shard), batch_size):
-            batch = shard[first : first + batch_size]
-            parts.append(_encode_pictures(batch, batch_size, dataset, base, flip))
-            progress(len(batch))
-        store.add([example.digest for example in shard], torch.cat(parts))
-    return (lambda examples: (store.row(example.digest) for example in examples)), len(queue)
+    shards = [queue[start : start + _SHARD_ROWS] for start in range(0, len(queue), _SHARD_ROWS)]
+    batches = [[shard[first : first + batch_size] for first in range(0, len(shard), batch_size)] for shard in shards]
+    started = time.perf_counter()
+    with closing(_decoded(dataset, list(itertools.chain(*batches)), batch_size, autoencoder.device)) as decoded:
+        for shard, parts in zip(shards, batches, strict=True):
+            rows = []
+            for batch in parts:
+                rows.append(_encode_pictures(next(decoded), len(batch), autoencoder, flip))
+                progress(len(batch))
+            store.add([example.digest for example in shard], torch.cat(rows).cpu())
+    if queue and autoencoder.device.type == "cuda":
+        num_views = sum(map(len, batches)) * (1 + flip)
+        size = (batch_size, 3, queue[0].height_px, queue[0].width_px)
+        share = autoencoder.share_of_limit(size, num_views, time.perf_counter() - started)
+        log.info("encode   %d x %d px: %.0f %% of what the GPU reaches in a product of matrices", *size[:1:-1], 100 * share)
+    return len(queue)
 
 
-def _encode_pictures(batch: Sequence[Example], batch_size: int, dataset: Dataset, base: Base, flip: bool) -> torch.Tensor:
-    """Posterior mean and std of some pictures of one size: float32 [B, views, 2, c, h, w], on the CPU.
+def _decoded(
+    dataset: Dataset, batches: Sequence[Sequence[Example]], batch_size: int, device: torch.device
+) -> Generator[torch.Tensor, None, None]:
+    """The pictures of each batch in order, uint8 [batch_size, H, W, 3], filled up with black; decoded ahead by threads.
 
-    The batch is filled up to `batch_size`: libraries choose their kernels by it, and a picture's latents must be the same to the
-    last bit whichever pictures were encoded with it, today or by an earlier study.
+    In pinned memory for a GPU. What a picture cannot be loaded for is raised at its batch.
     """
-    pictures = np.stack([dataset.load_pixels(example) for example in batch])
-    filled = np.concatenate([pictures, np.zeros((batch_size - len(batch), *pictures.shape[1:]), np.uint8)])
-    pixels = torch.from_numpy(filled).permute(0, 3, 1, 2)
+    pending: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+
+    def load(place: torch.Tensor, example: Example) -> None:
+        place.numpy()[...] = dataset.load_pixels(example)
+
+    readers = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for number in range(len(batches) + _BATCHES_AHEAD):
+            if number < len(batches):
+                batch = batches[number]
+                pixels = torch.zeros(
+                    batch_size, batch[0].height_px, batch[0].width_px, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"
+                )
+                pending.append((pixels, [readers.submit(load, pixels[row], example) for row, example in enumerate(batch)]))
+            if number >= _BATCHES_AHEAD:
+                pixels, loads = pending.popleft()
+                for done in loads:
+                    done.result()
+                yield pixels
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _encode_pictures(pictures: torch.Tensor, count: int, autoencoder: Autoencoder, flip: bool) -> torch.Tensor:
+    """Posterior mean and std of the first `count` of uint8 pictures [B, H, W, 3] of one size: float32 [count, views, 2, c, h, w].
+
+    All are encoded, also those that only fill the batch: libraries choose their kernels by its size, and a picture's latents must
+    be the same to the last bit whichever pictures were encoded with it, today or by an earlier study.
+    """
+    pixels = pictures.permute(0, 3, 1, 2)
     views = [pixels, pixels.flip(-1)] if flip else [pixels]
-    posteriors = [torch.stack(base.encode_pixels(view.float() / 127.5 - 1), dim=1)[: len(batch)].cpu() for view in views]
-    return torch.stack(posteriors, dim=1)
+    return torch.stack([autoencoder.encode(view)[:count] for view in views], dim=1)
+
+
+def _gather(
+    stores: Mapping[tuple[int, int], "_Store"], by_size: Mapping[tuple[int, int], Sequence[Example]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The latents of all examples by id: mapped from their files, or on a GPU that has room views of one tensor a size."""
+    rows = {size: [stores[size].row(example.digest) for example in group] for size, group in by_size.items()}
+    if device.type != "cpu" and sum(row.nbytes for group in rows.values() for row in group) <= _resident_bytes(device):
+        rows = {size: list(torch.stack(group).to(device)) for size, group in rows.items()}
+    return {example.id: row for size, group in by_size.items() for example, row in zip(group, rows[size], strict=True)}
+
+
+def _resident_bytes(device: torch.device) -> int:
+    return free_bytes(device) // 4 if device.type == "cuda" else MAX_RESIDENT_BYTES
 
 
 def _find_text(captions: Sequence[str], base: Base, cache_dir: Path) -> torch.Tensor | None:
     """Text states float32 [m, tokens, width] of the captions on the base's device, or None where they are too large to keep."""
     config = base.text_encoder.config
-    if len(captions) * base.tokenizer.model_max_length * config.hidden_size * 4 > MAX_RESIDENT_BYTES:
+    if len(captions) * base.tokenizer.model_max_length * config.hidden_size * 4 > _resident_bytes(base.device):
         return None
     store = _Store(cache_dir, {"kind": "text", "base": base.digest})
     keys = {caption: hashlib.sha256(caption.encode()).hexdigest() for caption in captions}

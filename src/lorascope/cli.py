@@ -1,5 +1,6 @@
 """The command line. Results go to stdout, progress and logs to stderr; heavy imports happen inside the commands."""
 
+import gc
 import json
 import logging
 import os
@@ -425,9 +426,7 @@ def env() -> int:
 
 def _new_study(config: StudyConfig, run_dir: Path | None) -> "Study":
     log.info("lorascope %s: study %s, arms %s", __version__, config.name, ", ".join(arm.name for arm in config.expand_arms()))
-    from lorascope.study import Study
-
-    return Study(config, run_dir or Path("runs") / config.name)
+    return _import_study()(config, run_dir or Path("runs") / config.name)
 
 
 def _open_study(run: Path, study_file: Path | None, preset: str | None, overrides: list[str] | None) -> "Study":
@@ -437,12 +436,21 @@ def _open_study(run: Path, study_file: Path | None, preset: str | None, override
                 f"{run}: has its study.toml already, so --study, --preset and --set cannot change it: "
                 "leave them out or name a new run folder"
             )
-        from lorascope.study import Study
-
-        return Study.open(run)
+        return _import_study().open(run)
     if not (study_file or preset):
         raise ConfigError(f"{run}: no study.toml here: name a run folder, or give --study FILE or --preset NAME to start one")
     return _new_study(load_study(study_file, preset, overrides or []), run)
+
+
+def _import_study() -> "type[Study]":
+    """Import what a study needs, thousands of modules, without looking for garbage among them: that is a seventh of the time."""
+    gc.disable()
+    try:
+        from lorascope.study import Study
+    finally:
+        gc.enable()
+    gc.freeze()
+    return Study
 
 
 def _print_plan(config: StudyConfig, as_json: bool) -> None:

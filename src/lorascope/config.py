@@ -46,6 +46,7 @@ Beta = Annotated[Real, Field(ge=0, lt=1)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Ranks = Annotated[tuple[Rank, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+Positives = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 Factor = Annotated[Real, Field(ge=0, le=1e3)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -155,6 +156,8 @@ class ArmGrid(Section):
     )
     lr: PositiveReal | PositiveReals = Field(default=1e-4, description="learning rate")
     seed: Seed | Seeds = Field(default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout")
+    batch_size: Positive | Positives | None = Field(default=None, description="pictures per step; `train.batch_size` when absent")
+    epochs: Positive | Positives | None = Field(default=None, description="passes over the training pictures; `train.epochs` when absent")
 
     @field_validator("alpha_per_rank")
     @classmethod
@@ -170,13 +173,17 @@ class ArmGrid(Section):
         return self
 
     def settings(self) -> list[dict[str, Any]]:
-        """Rank, alpha, lr and seed of every arm of this table."""
+        """Rank, alpha, lr, seed, batch size and epochs of every arm of this table; the last two are None where `train`'s hold."""
         key = "alpha_per_rank" if self.alpha is None else "alpha"
         scalings = _several(getattr(self, key) or 1.0)
         return [
-            {"rank": rank, "alpha": value if key == "alpha" else value * rank, "lr": lr, "seed": seed}
-            for rank, value, lr, seed in itertools.product(_several(self.rank), scalings, _several(self.lr), _several(self.seed))
+            {"rank": rank, "alpha": value if key == "alpha" else value * rank, **others}
+            for rank, value in itertools.product(_several(self.rank), scalings)
+            for others in self._products("lr", "seed", "batch_size", "epochs")
         ]
+
+    def _products(self, *keys: str) -> list[dict[str, Any]]:
+        return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(_several(getattr(self, key)) for key in keys))]
 
 
 class TrainSection(Section):
@@ -273,6 +280,8 @@ class Arm(Section):
     alpha: float
     lr: float
     seed: int
+    batch_size: int = TrainSection().batch_size
+    epochs: int = TrainSection().epochs
 
     @property
     def scale(self) -> float:
@@ -311,25 +320,32 @@ class StudyConfig(Section):
                 raise ValueError(f"an arm is called {arm.name!r}, which is kept for the unadapted model: choose another name")
             if other := seen.get(folder):
                 same = "two arms are called" if other.name == arm.name else f"arm names differ only in case: {other.name!r} and"
-                raise ValueError(f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr or seed")
-            choices = (arm.rank, arm.alpha, arm.lr, arm.seed)
+                raise ValueError(f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr, seed, batch_size or epochs")
+            choices = (arm.rank, arm.alpha, arm.lr, arm.seed, arm.batch_size, arm.epochs)
             if other := seen.get(choices):
-                raise ValueError(f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr and seed: leave one out")
+                raise ValueError(
+                    f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr, seed, batch size and epochs: leave one out"
+                )
             seen[folder] = seen[choices] = arm
         return self
 
     def expand_arms(self) -> tuple[Arm, ...]:
         """All arms in the order of the file, each table's lists multiplied out.
 
-        An arm without a name is called `r<rank>`, followed by those of alpha, lr and seed in which arms of one rank differ:
-        `r16`, `r16-s1`, `r16-a32-lr0.0005-s1`.
+        An arm without a name is called `r<rank>`, followed by those of alpha, lr, batch size, epochs and seed in which arms of
+        one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`.
         """
-        settings = [(grid.name, setting) for grid in self.arms for setting in grid.settings()]
+        settings = [(grid.name, self._resolve(setting)) for grid in self.arms for setting in grid.settings()]
         by_rank: dict[int, list[dict[str, Any]]] = {}
         for _, setting in settings:
             by_rank.setdefault(setting["rank"], []).append(setting)
-        varying = {key for key in ("alpha", "lr", "seed") for group in by_rank.values() if len({setting[key] for setting in group}) > 1}
+        keys = ("alpha", "lr", "batch_size", "epochs", "seed")
+        varying = {key for key in keys for group in by_rank.values() if len({setting[key] for setting in group}) > 1}
         return tuple(Arm(name=name or _default_name(setting, varying), **setting) for name, setting in settings)
+
+    def _resolve(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+        """A setting of an arm with `train`'s batch size and epochs where it has none of its own."""
+        return {key: getattr(self.train, key) if value is None else value for key, value in setting.items()}
 
     def to_toml(self) -> str:
         """The study as a TOML file with every key, absent ones left out."""
@@ -344,7 +360,7 @@ class StudyConfig(Section):
 def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
     parts = [f"r{setting['rank']}"]
     parts += [f"{letter}{setting[key]:g}" for key, letter in (("alpha", "a"), ("lr", "lr")) if key in varying]
-    parts += [f"s{setting['seed']}"] if "seed" in varying else []
+    parts += [f"{letter}{setting[key]}" for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s")) if key in varying]
     return "-".join(parts).replace("+", "")  # 1e+06: a plus has no place in a folder's name
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +19,16 @@ from lorascope.store import storage_errors
 
 PLAIN_LINE_EVERY_S = 5.0
 log = logging.getLogger("lorascope")
+
+
+class Tally(Protocol):
+    """What counts the units of a stage as they are done."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` units as done, with a short text of current figures."""
+
+    def skip(self, count: int) -> None:
+        """Count `count` units as done by an earlier run."""
 
 
 class Task:
@@ -49,6 +60,13 @@ class Task:
             self._last_line, self._has_lines = now, True
             left = f"  {duration((self.total - self.completed) / rate)} left" if rate > 0 and self.completed < self.total else ""
             log.info("%-8s %d/%d  %s%s", self.label, self.completed, self.total, note, left)
+
+    def skip(self, count: int) -> None:
+        """Count `count` units as done by an earlier run: they are no part of the rate."""
+        self.completed += count
+        self._resumed_at += count
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self.completed)
 
     def finish(self) -> None:
         """Close the plain lines of a stage, if it was long enough to have any, with its full count and time."""

@@ -7,6 +7,7 @@ in the report.
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -35,7 +36,7 @@ from lorascope.score import (
     read_styles,
     summary_table,
 )
-from lorascope.store import JsonLines, RunDir, read_json
+from lorascope.store import RunDir, read_json
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
@@ -112,7 +113,7 @@ class Facts:
             )
         self.data: dict[str, Any] | None = read_json(run.data_json) if run.data_json.exists() else None
         self.merges: dict[str, dict[str, Any]] | None = read_json(run.merge_check_json) if run.merge_check_json.exists() else None
-        self.metrics = JsonLines(run.metrics_jsonl).read()
+        self.metrics = run.read_metrics(self.settings)
         self.probes = [record for record in self.metrics if record.get("kind") == "probe"]
         self.styles: dict[str, Style] = read_styles(self.probes)
         self.quality = _pocket_quality() if "pocket" in (self.config.base.model, self.config.score.model) else None
@@ -244,10 +245,10 @@ def judge_conditions(facts: Facts) -> list[Condition]:
 
 def _same_training(facts: Facts) -> Condition:
     name = "Same order, noise and timesteps in training"
-    seeds: dict[tuple[int, float, float], set[int]] = {}
+    seeds: dict[str, set[int]] = {}
     for arm in facts.arms:
         setting = facts.settings[arm]
-        seeds.setdefault((setting.rank, setting.alpha, setting.lr), set()).add(setting.seed)
+        seeds.setdefault(_but_seed(setting), set()).add(setting.seed)
     used = sorted({seed for group in seeds.values() for seed in group})
     shown = ", ".join(map(str, used))
     if len(facts.arms) < 2:
@@ -264,13 +265,25 @@ def _same_training(facts: Facts) -> Condition:
     )
 
 
+def _but_seed(setting: Arm) -> str:
+    """All choices of an arm but its name and training seed."""
+    return setting.model_dump_json(exclude={"name", "seed"})
+
+
 def _same_length(facts: Facts) -> Condition:
     name = "Same training length"
-    steps = {arm: facts.training[arm].get("steps") for arm in facts.arms}
-    if len(set(steps.values())) <= 1:
-        pictures = facts.config.train.batch_size * facts.config.train.accumulation_steps
-        return Condition(name, "yes", f"{next(iter(steps.values()), 0):,} steps of {pictures} pictures each.")
-    return Condition(name, "no", "Steps: " + ", ".join(f"{arm} {count}" for arm, count in steps.items()) + ".")
+    lengths = {
+        arm: (facts.training[arm].get("steps") or 0, facts.settings[arm].batch_size * facts.config.train.accumulation_steps)
+        for arm in facts.arms
+    }
+    shown = ", ".join(f"{arm} {steps:,} steps of {pictures} pictures" for arm, (steps, pictures) in lengths.items())
+    if len(set(lengths.values())) <= 1:
+        steps, pictures = next(iter(lengths.values()), (0, 0))
+        return Condition(name, "yes", f"{steps:,} steps of {pictures} pictures each.")
+    batches = {facts.settings[arm].batch_size for arm in facts.arms}
+    if len({facts.settings[arm].epochs for arm in facts.arms}) == 1 and len(batches) == len(set(lengths.values())):
+        return Condition(name, "caution", f"Every arm saw the same pictures, but in batches of several sizes: {shown}.")
+    return Condition(name, "no", f"{shown}.")
 
 
 def _same_noise(facts: Facts) -> Condition:
@@ -320,11 +333,7 @@ def _plain(text: str) -> str:
 
 def _training_seeds(facts: Facts) -> Condition:
     name = "Several training seeds"
-    counts: dict[tuple[int, float, float], int] = {}
-    for arm in facts.arms:
-        setting = facts.settings[arm]
-        key = (setting.rank, setting.alpha, setting.lr)
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(_but_seed(facts.settings[arm]) for arm in facts.arms)
     least = min(counts.values(), default=0)
     if least < 2:
         return Condition(
@@ -445,11 +454,13 @@ def list_warnings(facts: Facts) -> list[str]:
     if facts.scores is not None and facts.scores.num_truncated:
         warnings.append(f"{count(facts.scores.num_truncated, 'text')} were longer than the scorer reads and were cut.")
     early = {arm: training["best"]["epoch"] for arm, training in facts.training.items() if training.get("best")}
-    early = {arm: epoch for arm, epoch in early.items() if epoch < facts.config.train.epochs and arm not in facts.failed}
+    early = {arm: epoch for arm, epoch in early.items() if epoch < facts.settings[arm].epochs and arm not in facts.failed}
     if early:
+        lengths = {facts.settings[arm].epochs for arm in early}
+        last = f"the last of {lengths.pop()} epochs" if len(lengths) == 1 else "the last epoch"
         shown = ", ".join(f"{arm} (epoch {epoch})" for arm, epoch in list(early.items())[:5]) + (" and others" if len(early) > 5 else "")
         warnings.append(
-            f"Held-out loss was lowest before the last of {facts.config.train.epochs} epochs in {shown}. Pictures and scores are of "
+            f"Held-out loss was lowest before {last} in {shown}. Pictures and scores are of "
             "the last; the earlier adapters lie in adapters/<arm>/best."
         )
     if facts.merges:

@@ -1,14 +1,13 @@
 """What leaves a run: adapter files with the metadata that their readers show, and whole models with an adapter merged in."""
 
-import copy
-import dataclasses
 import datetime
 import json
 import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -120,8 +119,8 @@ def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str,
         "ss_noise_offset": section.noise_offset,
         "ss_min_snr_gamma": section.min_snr_gamma,
         "ss_caption_dropout_rate": section.caption_dropout,
-        "ss_batch_size_per_device": section.batch_size,
-        "ss_num_epochs": section.epochs,
+        "ss_batch_size_per_device": arm.batch_size,
+        "ss_num_epochs": arm.epochs,
         "ss_max_train_steps": training["steps"],
         "ss_steps": training["steps"],
         "ss_epoch": training["epochs"],
@@ -331,16 +330,25 @@ def _merged(weight: torch.Tensor, module: LoraModule, strength: float, path: str
     return weight + strength * update, strength * update
 
 
-def merged_base(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Base, MergeReport]:
-    """The base with an adapter merged into copies of the parts it adapts, as `merge_weights` does."""
+@contextmanager
+def merged_into(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) -> Iterator[MergeReport]:
+    """Within, the layers of `base` that an adapter adapts hold it merged in, as `merge_weights` does; afterwards their own tensors again.
+
+    Beside the base only the merged weights take memory: the layers point at these for the while, and nothing is written
+    into the base's tensors.
+    """
     parts = {name: part for name, part in base.components.items() if name in adapter.components()}
-    state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    weights = {f"{name}.{key}": weight for name, part in parts.items() for key, weight in part.named_parameters()}
+    state = {key: weight.data for key, weight in weights.items()}
     merged, report = merge_weights(state, adapter, dtype=dtype)
-    copies: dict[str, Any] = {}
-    for name, part in parts.items():
-        copies[name] = copy.deepcopy(part).to(dtype)
-        copies[name].load_state_dict({key: merged[f"{name}.{key}"] for key in part.state_dict()})
-    return dataclasses.replace(base, **copies), report
+    own = {key: tensor for key, tensor in state.items() if merged[key] is not tensor}  # of the layers that change
+    try:
+        for key in own:
+            weights[key].data = merged[key]
+        yield report
+    finally:
+        for key, tensor in own.items():
+            weights[key].data = tensor
 
 
 def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Format, dtype: Dtype, name: str) -> Written:
@@ -353,18 +361,19 @@ def write_merged(section: BaseSection, adapter: Adapter, out: Path, layout: Form
     before = _merged_before(section, base)
     if digest in before:
         raise AdapterError(f"{section.model}: has this adapter merged in already: merge into the model it was trained on")
-    merged, report = merged_base(base, adapter, DTYPES[dtype])
-    for part in (*merged.components.values(), merged.vae):
-        part.to(DTYPES[dtype])
+    save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
+    with merged_into(base, adapter, DTYPES[dtype]) as report:
+        for part in (*base.components.values(), base.vae):
+            part.to(DTYPES[dtype])
+        num_bytes = save(base, out, name, [*before, digest])
     notes = [f"{report.num_modules} modules merged in float32; the rounding error is relative to the update, not to the weights"]
-    if layout == "merged-ldm" and not is_sd15(merged):
+    if layout == "merged-ldm" and not is_sd15(base):
         notes.append(
             "the base is not of Stable Diffusion v1.5's sizes, so only lorascope reads this file: for diffusers write merged-diffusers"
         )
     if adapter.leftover:
         notes.append(f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0][:200]!r}")
-    save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
-    return Written(out, save(merged, out, name, [*before, digest]), report.rounding, tuple(notes))
+    return Written(out, num_bytes, report.rounding, tuple(notes))
 
 
 def adapter_digest(adapter: Adapter) -> str:

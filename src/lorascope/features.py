@@ -6,6 +6,7 @@ the list alone; among other lists a row differs by float noise at most.
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,9 +21,10 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from lorascope.base import resolve_model
 from lorascope.config import ScoreSection
 from lorascope.errors import BaseModelError, RunError, first_line
-from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json
+from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json, kept_digest
 
 SCALE = "100 x cosine"
+_READERS = 4  # threads that decode pictures
 
 Picture: TypeAlias = Path | Image.Image | NDArray[np.uint8]
 Features: TypeAlias = NDArray[np.float32]
@@ -58,7 +60,8 @@ class ClipEncoder:
         """
 
         def encode(part: Sequence[Picture], start: int) -> torch.Tensor:
-            images = [_open(picture, start + n) for n, picture in enumerate(part)]
+            with ThreadPoolExecutor(_READERS) as readers:
+                images = list(readers.map(_open, part, range(start, start + len(part))))
             pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]  # (N, 3, S, S)
             return _projected(self._model.get_image_features(pixel_values=pixels.to(self.device)))
 
@@ -203,7 +206,7 @@ def load_encoder(section: ScoreSection, device: torch.device) -> ClipEncoder:
         raise BaseModelError(f"{whose}: lacks {len(missing)} weights of a CLIP model, such as {missing[0]}: {_REMEDY}")
     identity = {
         "model": section.model,
-        "digest": digest_folder(folder),
+        "digest": digest_folder(folder, digest=kept_digest),
         "dtype": "float32",
         "preprocessing": _preprocessing(processor),
         "scale": SCALE,

@@ -198,7 +198,7 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
     first, second = "training loss, smoothed", "difference from the arms' mean, smoothed"
     lines = [Line(first, arm, *thin([x for x, _ in curves[arm]], smooth([y for _, y in curves[arm]], window))) for arm in drawn]
     complete = [arm for arm in drawn if arm in facts.arms and len(curves[arm]) == max(map(len, curves.values()))]
-    paired = len(complete) > 1 and len({facts.settings[arm].seed for arm in complete}) == 1
+    paired = len(complete) > 1 and len({(facts.settings[arm].seed, facts.settings[arm].batch_size) for arm in complete}) == 1
     if paired:
         means = [sum(values) / len(values) for values in zip(*([y for _, y in curves[arm]] for arm in complete), strict=True)]
         for arm in complete:
@@ -392,6 +392,8 @@ def _cost_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         )
     stacked = any(len(facts.training[arm].get("group", ())) > 1 for arm in arms)
     note = " Arms trained together in one pass share its time and memory." if stacked else ""
+    beside = max(facts.training[arm].get("side_by_side", 1) for arm in arms)
+    note += f" Up to {beside} passes ran side by side: their times are not those of a machine of their own." if beside > 1 else ""
     return Figure(
         key="cost",
         title="Run time, peak memory and file size",

@@ -1,26 +1,41 @@
 """One group of arms trained in one pass, in a run folder: its records, probes, previews, checkpoints and adapters."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import gc
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lorascope.adapter import AdapterBank, Slice, Target, count_parameters
 from lorascope.adapter_files import save_adapter
 from lorascope.base import Base
 from lorascope.cache import Encoded
-from lorascope.config import Arm, StudyConfig
-from lorascope.console import duration, log, size, track
-from lorascope.errors import RunError
+from lorascope.config import StudyConfig, TrainSection
+from lorascope.console import Tally, duration, log, size
+from lorascope.errors import RunError, first_line
+from lorascope.footprint import resolve_checkpointing
+from lorascope.memory import is_out_of_memory, peak_memory, reset_peak_memory, used_bytes
 from lorascope.prompts import Prompt
 from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
-from lorascope.store import JsonLines, RunDir, digest_json, read_json, write_json
+from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.trackers import Trackers
-from lorascope.train import StepRecord, Trainer, count_steps, peak_memory, probe_losses, probe_records
+from lorascope.train import (
+    CheckpointPart,
+    StepRecord,
+    Trainer,
+    count_steps,
+    probe_losses,
+    probe_records,
+    read_checkpoint_facts,
+    split_checkpoint,
+)
+from lorascope.trials import TrialGroup
+from lorascope.weights import save_tensors
+from lorascope.workers import deferred_signals
 
 
 class Group:
@@ -32,79 +47,103 @@ class Group:
         run_dir: RunDir,
         base: Base,
         targets: Sequence[Target],
-        arms: Sequence[Arm],
+        group: TrialGroup,
         train: Encoded,
         heldout: Encoded,
         prompts: Sequence[Prompt],
         trackers: Trackers,
         inputs: str,
+        num_side_by_side: int,
     ) -> None:
-        self.config, self.run_dir, self.base, self.arms, self.trackers = config, run_dir, base, arms, trackers
-        self.bank = AdapterBank(base.components, targets, arms)
-        self.trainer = Trainer(base, self.bank, train, config.train, config.data)
+        self.config, self.run_dir, self.base, self.trackers = config, run_dir, base, trackers
+        self.arms, self.num_side_by_side = group.arms, num_side_by_side
+        reset_peak_memory(base.device)
+        estimate, self.section = resolve_checkpointing(base, targets, self.arms, section_of(config, group), train.largest_shape())
+        self.expected_bytes = used_bytes(base.device) + estimate.training_bytes
+        self.bank = AdapterBank(base.components, targets, self.arms)
+        self.trainer = Trainer(base, self.bank, train, self.section, config.data)
         self.probed = {"heldout": heldout.first(config.train.num_probe), "train": train.first(config.train.num_probe)}
         self.previews = preview_jobs(prompts, config.sample.num_previews) if config.sample.preview_every_epochs else []
-        previewed = range(config.sample.preview_every_epochs or 1, config.train.epochs + 1, config.sample.preview_every_epochs or 1)
-        self.preview_steps = {count_steps(config.train, train.num_entries, epoch) for epoch in previewed}
-        self.metrics = JsonLines(run_dir.metrics_jsonl)
-        self.checkpoint = run_dir.checkpoints_dir / f"{arms[0].name}.safetensors"
-        self.inputs = digest_json([inputs, [arm.name for arm in arms]])
+        previewed = range(config.sample.preview_every_epochs or 1, self.section.epochs + 1, config.sample.preview_every_epochs or 1)
+        self.preview_steps = {count_steps(self.section, train.num_entries, epoch) for epoch in previewed}
+        self.metrics = {name: JsonLines(run_dir.metrics_part(name)) for name in ["base"] * self.has_first_arm + group.names}
+        self.checkpoint, self.inputs = checkpoint_path(run_dir, group), checkpoint_inputs(inputs, group)
         self.failures: dict[str, str] = {}
-        self.last_epoch: dict[str, list[float]] = {arm.name: [] for arm in arms}  # losses
+        self.last_epoch: dict[str, list[float]] = {arm.name: [] for arm in self.arms}  # losses
         self.best: dict[str, dict[str, Any]] = {}
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the study's first group, which also records the base."""
-        return self.arms[0] == self.config.expand_arms()[0]
+    def has_first_arm(self) -> bool:
+        """Whether the study's first arm is here: its group also records the base."""
+        return self.config.expand_arms()[0] in self.arms
 
-    def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the end; a first Ctrl-C ends a step whole and keeps a checkpoint.
+    def run(self, tally: Tally, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Train from the last checkpoint, or from the start, to the end; `tally` counts the steps.
 
-        An arm whose loss or gradient is not finite has failed and stands still from there on. Raises `RunError` where that
-        leaves no arm of the whole study.
+        A first Ctrl-C, or `is_stopped`, ends a step whole, keeps a checkpoint and raises `KeyboardInterrupt`. An arm whose loss or
+        gradient is not finite has failed and stands still from there on.
         """
-        trainer, section = self.trainer, self.config.train
+        trainer, section = self.trainer, self.section
         self._log_plan()
         self.bank.attach()
         try:
             self._resume()
+            tally.skip(trainer.step)
             base_losses = self._probe_base()
             epoch_ends = {count_steps(section, trainer.train.num_entries, epoch): epoch for epoch in range(1, section.epochs + 1)}
-            with _deferred_signals() as interrupted, track("train", trainer.num_steps, "steps", trainer.step) as task:
-                for record in trainer.run():
+            with deferred_signals() as interrupted:
+
+                def stops() -> bool:
+                    return interrupted() or is_stopped()
+
+                def keeps(step: int) -> bool:
+                    return step % section.checkpoint_every_steps == 0 and step < trainer.num_steps
+
+                for record in trainer.run(pause=lambda step: step in epoch_ends or keeps(step) or stops()):
                     self._record_step(record)
                     if record.step in epoch_ends:
                         self._end_epoch(record.step, epoch_ends[record.step], base_losses)
-                    if interrupted() or (record.step % section.checkpoint_every_steps == 0 and record.step < trainer.num_steps):
+                    is_last = stops() and record.step == trainer.step  # else the step after it is done already, and its record comes
+                    if is_last or keeps(record.step):
                         self._save_checkpoint()
-                    rate = section.batch_size * section.accumulation_steps * len(self.arms) / record.seconds
-                    losses = "  ".join(
-                        f"{arm.name} failed" if arm.name in self.failures else f"{arm.name} {loss:.4f}"
-                        for arm, loss in zip(self.arms, record.losses, strict=True)
-                    )
-                    task.advance(1, f"{rate:.0f} pictures/s  {losses}")
-                    if interrupted():
+                    tally.advance(1, self._figures(record))
+                    if is_last:
                         log.info("train    stopped after step %d; the same command goes on from here", record.step)
                         raise KeyboardInterrupt
                     if len(self.failures) == len(self.arms):
                         break
-            self._require_an_arm()
-            self.metrics.sync()
+            for lines in self.metrics.values():
+                lines.sync()
+        except Exception:
+            tally.skip(-trainer.step)  # they will be counted again
+            raise
         finally:
-            self.metrics.close()
+            for lines in self.metrics.values():
+                lines.close()
             self.bank.detach()
+            self.base.unet.disable_gradient_checkpointing()
         for index in range(len(self.arms)):
             self._finish_arm(index)
+        memory, kind = peak_memory(self.base.device)
+        log.info("memory   expected %s, measured %s (%s)", size(self.expected_bytes), size(memory), kind)
         if len(self.failures) < len(self.arms):
             log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
+
+    def _figures(self, record: StepRecord) -> str:
+        """Speed and losses for the bar."""
+        rate = self.section.batch_size * self.section.accumulation_steps * len(self.arms) / record.seconds
+        losses = "  ".join(
+            f"{arm.name} failed" if arm.name in self.failures else f"{arm.name} {loss:.4f}"
+            for arm, loss in zip(self.arms, record.losses, strict=True)
+        )
+        return f"{rate:.0f} pictures/s  {losses}"
 
     def _log_plan(self) -> None:
         counts = {arm.name: count_parameters(self.bank.targets, arm) for arm in self.arms}
         shown = ", ".join(f"{name} {count:,} parameters ({size(4 * count)})" for name, count in counts.items())
         log.info("train    %d modules: %s", len(self.bank.targets), shown)
         together = " each, in one pass" if len(self.arms) > 1 else ""
-        pictures = self.config.train.batch_size * self.config.train.accumulation_steps
+        pictures = self.section.batch_size * self.section.accumulation_steps
         log.info("train    %d steps of %d pictures%s", self.trainer.num_steps, pictures, together)
         if len(self.trainer.feed.buckets) > 1:
             log.info("train    %d shapes of pictures, one shape a batch", len(self.trainer.feed.buckets))
@@ -112,7 +151,12 @@ class Group:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        facts = {"metrics_bytes": self.metrics.sync(), "failures": self.failures, "last_epoch": self.last_epoch, "best": self.best}
+        facts = {
+            "metrics_bytes": {name: lines.sync() for name, lines in self.metrics.items()},
+            "failures": self.failures,
+            "last_epoch": self.last_epoch,
+            "best": self.best,
+        }
         self.trainer.save_checkpoint(self.checkpoint, self.inputs, facts)
 
     def _resume(self) -> None:
@@ -120,9 +164,11 @@ class Group:
             self._save_checkpoint()
             return
         facts = self.trainer.load_checkpoint(self.checkpoint, self.inputs)
-        self.metrics.rewind(facts["metrics_bytes"])
+        for name, lines in self.metrics.items():
+            lines.rewind(facts["metrics_bytes"][name])
         self.failures, self.last_epoch, self.best = facts["failures"], facts["last_epoch"], facts["best"]
-        log.info("train    going on from step %d", self.trainer.step)
+        if self.trainer.step:
+            log.info("train    going on from step %d", self.trainer.step)
 
     # -- records ------------------------------------------------------------------------------------------------------
 
@@ -133,23 +179,15 @@ class Group:
                     self._fail(arm.name, f"loss or gradient is not finite at step {record.step}")
                 continue
             values = {"loss": loss, "grad_norm": norm, "lr": lr}
-            self.metrics.append({"kind": "train", "step": record.step, "epoch": round(record.epoch, 6), "arm": arm.name, **values})
+            epoch = round(record.epoch, 6)
+            self.metrics[arm.name].append({"kind": "train", "step": record.step, "epoch": epoch, "arm": arm.name, **values})
             self.trackers.log(arm.name, record.step, values)
-            if record.step > self.trainer.num_steps - self.trainer.num_steps / self.config.train.epochs:
+            if record.step > self.trainer.num_steps - self.trainer.num_steps / self.section.epochs:
                 self.last_epoch[arm.name].append(loss)
 
     def _fail(self, name: str, reason: str) -> None:
         self.failures[name] = reason
         log.warning("train    %s failed: %s; other arms go on", name, reason)
-
-    def _require_an_arm(self) -> None:
-        """Raise `RunError` if all arms of all groups have failed: this one's, and those before it."""
-        if len(self.failures) < len(self.arms):
-            return
-        others = [self.run_dir.adapters_dir / arm.name / "training.json" for arm in self.config.expand_arms() if arm not in self.arms]
-        if all(path.exists() and read_json(path)["failed"] for path in others):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
-            raise RunError(f"no arm is left ({reasons}): lower arms.lr, or set train.precision = 'fp32'")
 
     def _probe(self, slices: Sequence[Slice]) -> dict[tuple[str, bool], torch.Tensor]:
         """The denoising loss of each slice by split and whether captions were given: float32 [S, pictures, bands] each."""
@@ -161,12 +199,28 @@ class Group:
 
     def _probe_base(self) -> dict[tuple[str, bool], torch.Tensor]:
         """The base's losses, which every record is compared with; recorded once in a study."""
-        losses = {key: values[0] for key, values in self._probe([Slice(0, 0.0)]).items()}
-        if self.trainer.step == 0 and self.is_first:
+        losses = self._base_losses()
+        if self.trainer.step == 0 and self.has_first_arm:
             for key, values in losses.items():
                 self._record_probe("base", 0, 0, key, values, values)
             if self.previews:
                 self._draw_previews({"base": Slice(0, 0.0)}, 0, 0)
+        return losses
+
+    def _base_losses(self) -> dict[tuple[str, bool], torch.Tensor]:
+        """The base's losses as `_probe` gives them, measured once in a run folder: on a CPU that takes longer than to start."""
+        path, pictures = self.run_dir.checkpoints_dir / "base.safetensors", self.probed.values()
+        facts = [self.base.digest, str(self.base.device), str(self.base.unet.dtype), [[part.digests, part.captions] for part in pictures]]
+        key = digest_json(facts)
+        names = {(split, conditional): f"{split} {conditional}" for split in self.probed for conditional in (True, False)}
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata()["key"] == key:
+                    return {probe: file.get_tensor(name) for probe, name in names.items()}
+        except (OSError, SafetensorError, KeyError, TypeError):
+            pass  # not there, or of no use: measured anew
+        losses = {probe: values[0] for probe, values in self._probe([Slice(0, 0.0)]).items()}
+        save_tensors(path, {names[probe]: values for probe, values in losses.items()}, {"key": key})
         return losses
 
     def _end_epoch(self, step: int, epoch: int, base_losses: Mapping[tuple[str, bool], torch.Tensor]) -> None:
@@ -194,7 +248,7 @@ class Group:
     def _record_probe(self, arm: str, step: int, epoch: int, key: tuple[str, bool], losses: torch.Tensor, reference: torch.Tensor) -> None:
         split, conditional = key
         for record in probe_records(losses, reference, len(self.base.alphas_cumprod)):
-            self.metrics.append(
+            self.metrics[arm].append(
                 {"kind": "probe", "step": step, "epoch": epoch, "arm": arm, "split": split, "conditional": conditional, **record}
             )
 
@@ -218,7 +272,7 @@ class Group:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def _finish_arm(self, index: int) -> None:
-        arm, section, trainer = self.arms[index], self.config.train, self.trainer
+        arm, section, trainer = self.arms[index], self.section, self.trainer
         folder = self.run_dir.adapters_dir / arm.name
         memory, memory_kind = peak_memory(self.base.device)
         failure = self.failures.get(arm.name)
@@ -232,8 +286,11 @@ class Group:
             "modules": len(self.bank.targets),
             "parameters": count_parameters(self.bank.targets, arm),
             "group": [other.name for other in self.arms],
+            "side_by_side": self.num_side_by_side,
             "run_time_s": round(trainer.seconds, 3),
             "images_per_s": round(pictures / max(trainer.seconds, 1e-9), 3),
+            "gradient_checkpointing": section.gradient_checkpointing,
+            "expected_memory_bytes": self.expected_bytes,
             "peak_memory_bytes": memory,
             "peak_memory_kind": memory_kind,
             "best": self.best.get(arm.name),
@@ -255,24 +312,49 @@ def preview_jobs(prompts: Sequence[Prompt], count: int) -> list[Job]:
     return plan_jobs(turns[:count], [0])
 
 
-@contextmanager
-def _deferred_signals() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C or SIGTERM only sets a flag, so that a step ends whole; a second one acts at once."""
-    received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield received.is_set
+def section_of(config: StudyConfig, group: TrialGroup) -> TrainSection:
+    """The study's `train` as it is for a group: its batch size and epochs are the arms'."""
+    changes: dict[str, Any] = {"batch_size": group.arms[0].batch_size, "epochs": group.arms[0].epochs}
+    if group.gradient_checkpointing:
+        changes["gradient_checkpointing"] = True
+    return config.train.model_copy(update=changes)
+
+
+def checkpoint_path(run_dir: RunDir, group: TrialGroup) -> Path:
+    """Where the state of a group's unfinished training lies."""
+    return run_dir.checkpoints_dir / f"{group.key}.safetensors"
+
+
+def checkpoint_inputs(inputs: str, group: TrialGroup) -> str:
+    """Digest of all that a group's checkpoint belongs to, from that of the study's training."""
+    return digest_json([inputs, group.names])
+
+
+def split_group(run_dir: RunDir, group: TrialGroup, parts: Sequence[TrialGroup], inputs: str) -> None:
+    """Give each of `parts` its arms' share of a group's last checkpoint, if there is one; the group's own stays."""
+    path = checkpoint_path(run_dir, group)
+    if not path.exists():
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    facts = read_checkpoint_facts(path)
+    shares = []
+    for part in parts:
+        known = {"base", *part.names}
+        own = {key: {name: value for name, value in values.items() if name in known} for key, values in facts.items()}
+        shares.append(CheckpointPart(checkpoint_path(run_dir, part), part.names, checkpoint_inputs(inputs, part), own))
+    split_checkpoint(path, shares)
 
-    def note(number: int, frame: Any) -> None:
-        if received.is_set():
-            raise KeyboardInterrupt
-        received.set()
 
-    for number in previous:
-        signal.signal(number, note)
+def try_group(train: Callable[[], None], device: torch.device) -> str | None:
+    """Call `train`; where memory runs out, free what it held and return what could not be allocated, in words."""
     try:
-        yield received.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        train()
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        size_asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        reason = size_asked[0].lower() if size_asked else first_line(error)
+    gc.collect()  # the error's traceback held everything
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return reason

@@ -18,11 +18,11 @@ from lorascope.base import DTYPES, Base, build_random_base, load_base, read_conf
 from lorascope.cache import Encoded
 from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
 from lorascope.errors import first_line
-from lorascope.memory import is_out_of_memory
+from lorascope.memory import is_out_of_memory, peak_memory
 from lorascope.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
 from lorascope.pictures import decode_picture
 from lorascope.sources import open_source
-from lorascope.train import Trainer, peak_memory
+from lorascope.train import Trainer
 from lorascope.tuning import Tuning, build_workload, tune
 from lorascope.weights import save_tensors
 

@@ -42,6 +42,8 @@ class Step:
         if section.gradient_checkpointing:
             # The U-Net draws nothing at random, and reading the generator's state cannot be recorded.
             base.unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        else:  # a group before this one may have needed it
+            base.unet.disable_gradient_checkpointing()
         self._add_batch: Callable[..., None] = self._backward
         self._finish: Callable[..., None] = self._update
         self.mode = self._choose_mode()

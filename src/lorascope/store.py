@@ -10,7 +10,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +20,7 @@ from typing import IO, Any
 from lorascope.errors import StorageError
 
 _PARTIAL = ".partial"
+_LOCK_WAIT_S = 2.0
 _OTHER_FOLDER = "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache, HF_HOME for downloads)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space and run the same command again",
@@ -29,6 +32,9 @@ _REMEDIES = {
     errno.EEXIST: f"a file stands where a folder is needed: {_OTHER_FOLDER}",
     errno.EISDIR: f"a folder stands where a file is needed: {_OTHER_FOLDER}",
 }
+
+_KEPT_FROM_BYTES = 2**23  # smaller files are digested in a few milliseconds
+_SETTLED_NS = 2 * 10**9
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the files of a PEFT folder
 
@@ -117,6 +123,11 @@ def export_name(name: str, layout: str) -> str:
     return name + {**endings, "merged-diffusers": "-merged", "merged-ldm": "-merged.safetensors"}[layout]
 
 
+def user_cache_dir(name: str) -> Path:
+    """`$XDG_CACHE_HOME/lorascope/<name>`, or `~/.cache/lorascope/<name>`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorascope" / name
+
+
 def digest_bytes(*parts: bytes) -> str:
     """SHA-256 of the parts, each preceded by its length, as 64 hex digits."""
     digest = hashlib.sha256()
@@ -137,10 +148,33 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_folder(directory: Path, patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt")) -> str:
+def kept_digest(path: Path) -> str:
+    """As `digest_file`; of a large file that has not changed since an earlier call, the digest that was kept then.
+
+    It is known by place, size, inode and the times of change of content and inode. A file that changed in the last seconds may
+    change again within the clock's tick, so its digest is not kept.
+    """
+    stat, place = path.stat(), path.resolve()
+    if stat.st_size < _KEPT_FROM_BYTES:
+        return digest_file(path)
+    entry = user_cache_dir("digests") / f"{digest_bytes(os.fsencode(place))[:32]}.json"
+    stamp = [stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    with suppress(StorageError, KeyError, TypeError):
+        if (known := read_json(entry))["stamp"] == stamp:
+            return str(known["digest"])
+    digest = digest_file(path)
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+        with suppress(StorageError):  # a cache that cannot be written costs time, nothing else
+            write_json(entry, {"stamp": stamp, "digest": digest})
+    return digest
+
+
+def digest_folder(
+    directory: Path, patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt"), digest: Callable[[Path], str] = digest_file
+) -> str:
     """SHA-256 over names and contents of the matching files below `directory`."""
     paths = sorted({path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()})
-    return digest_json([[path.relative_to(directory).as_posix(), digest_file(path)] for path in paths])
+    return digest_json([[path.relative_to(directory).as_posix(), digest(path)] for path in paths])
 
 
 class JsonLines:
@@ -220,7 +254,9 @@ class RunDir:
         self.study_toml = path / "study.toml"
         self.manifest_json = path / "manifest.json"
         self.data_json = path / "data.json"
+        self.groups_json = path / "groups.json"
         self.metrics_jsonl = path / "metrics.jsonl"
+        self.metrics_dir = path / "metrics"
         self.scores_parquet = path / "scores.parquet"
         self.features_safetensors = path / "features.safetensors"
         self.merge_check_json = path / "merge_check.json"
@@ -232,10 +268,32 @@ class RunDir:
         self.report_html = path / "report.html"
         self.report_md = path / "report.md"
         self.log_path = path / "lorascope.log"
+        self.lock_descriptor: int | None = None  # of the file that `lock` holds; a process that inherits it holds the folder too
 
     def preview_path(self, arm: str, epoch: int, file_name: str) -> Path:
         """Where a picture drawn during training lies."""
         return self.previews_dir / arm / f"epoch-{epoch:04d}" / file_name
+
+    def metrics_part(self, arm: str) -> Path:
+        """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called `base`."""
+        return self.metrics_dir / f"{arm}.jsonl"
+
+    def read_metrics(self, arms: Iterable[str]) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, or while training is unfinished those there are of the base and `arms`, in its order.
+
+        That is by step, and within a step first training, then probes, each in the order of `arms`.
+        """
+        if self.metrics_jsonl.exists():
+            return JsonLines(self.metrics_jsonl).read()
+        parts = [record for arm in ("base", *arms) for record in JsonLines(self.metrics_part(arm)).read()]
+        return sorted(parts, key=lambda record: (record["step"], record["kind"] != "train"))
+
+    def join_metrics(self, arms: Iterable[str]) -> None:
+        """Make `metrics.jsonl` of the records of all arms, whose training is finished, and remove the parts."""
+        if not self.metrics_jsonl.exists():
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.read_metrics(arms)]
+            write_text(self.metrics_jsonl, "".join(lines))
+        shutil.rmtree(self.metrics_dir, ignore_errors=True)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""
@@ -253,26 +311,42 @@ class RunDir:
         write_json(self.manifest_json, manifest)
 
     def describe(self, **facts: Any) -> None:
-        """Set top-level facts of the manifest: versions, commit, device, times."""
-        write_json(self.manifest_json, {**self.manifest(), **facts})
+        """Set top-level facts of the manifest: versions, commit, device, times; writes nothing where they stand there already."""
+        known = self.manifest()
+        if json.loads(json.dumps({**known, **facts})) != known:
+            write_json(self.manifest_json, {**known, **facts})
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; raise `StorageError` if another process holds it.
 
-        The system lets go of it when the process ends, however it ends. What a killed process left half written is removed.
+        The system lets go of it when the process ends, however it ends, and all that inherited `lock_descriptor` from it: those end
+        within a moment, which is waited for. What a killed process left half written is removed.
         """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
         with file:
             with storage_errors(self.path):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
+                self._take(file)
+            for partial in self.path.rglob(f".*{_PARTIAL}*"):
+                partial.unlink(missing_ok=True)
+            self.lock_descriptor = file.fileno()
+            try:
+                yield
+            finally:
+                self.lock_descriptor = None
+
+    def _take(self, file: IO[str]) -> None:
+        """Lock the open lock file."""
+        give_up = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() >= give_up:
                     raise StorageError(
                         f"{self.path}: another lorascope process is working in this run folder: wait for it, or name another with --run-dir"
                     ) from error
-            for partial in self.path.rglob(f".*{_PARTIAL}*"):
-                partial.unlink(missing_ok=True)
-            yield
+            time.sleep(0.05)

@@ -6,12 +6,15 @@ Every stage can be called alone and again; what is finished for the same inputs 
 import datetime
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +26,30 @@ from lorascope.adapter_files import load_adapter
 from lorascope.base import Base, choose_device, load_base, load_tokenizer, read_configs
 from lorascope.cache import Encoded, default_cache_dir, encode_dataset
 from lorascope.config import Arm, StudyConfig, load_study
-from lorascope.console import duration, log, log_to_file, track
+from lorascope.console import Tally, duration, log, log_to_file, track
 from lorascope.data import Dataset, load_dataset, prepare_data
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_base, write_study_files
+from lorascope.export import merged_into, write_study_files
 from lorascope.features import check_encoder, load_encoder
-from lorascope.group import Group
+from lorascope.group import Group, checkpoint_path, section_of, split_group, try_group
+from lorascope.memory import parked
 from lorascope.optimizers import check_optimizer
+from lorascope.plan import count_models, plan_passes
 from lorascope.prompts import Prompt, load_prompts
 from lorascope.report import Report, build_report
-from lorascope.sample import Job, batches_of, draw_pictures, latent_shape_of, plan_jobs, save_picture
+from lorascope.sample import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
 from lorascope.score import Generated, score_run
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
-from lorascope.trackers import open_trackers, require_trackers
+from lorascope.trackers import Trackers, open_trackers, require_trackers
+from lorascope.train import count_steps
+from lorascope.trials import TrialGroup, TrialPlan, describe_passes
 from lorascope.tuning import Tuning, build_workload, device_name, tune
+from lorascope.workers import Link, run_side_by_side, serve, worker_environments
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative l2 error of the final latents
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
+
+_Ended = tuple[TrialGroup, str | None]  # a group whose training ended, and how memory ran out if it did
 
 
 class Study:
@@ -129,10 +139,11 @@ class Study:
     def tuning(self) -> Tuning:
         """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and on one device all of it."""
         config, configs = self.config, read_configs(self.config.base)
-        stacked = min(len(config.expand_arms()), config.train.max_stacked_arms or 4)
+        arms = config.expand_arms()
+        stacked = min(len(arms), config.train.max_stacked_arms or 4)
         branches = 1 if config.sample.guidance == 1 else 2
         workload = build_workload(
-            configs, config.data.resolution_px, stacked * config.train.batch_size, config.sample.batch_size * branches
+            configs, config.data.resolution_px, stacked * max(arm.batch_size for arm in arms), config.sample.batch_size * branches
         )
         kept = self.run_dir.manifest().get("tuning")
         tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
@@ -237,7 +248,8 @@ class Study:
                 dataset, self.base, self.cache_dir, flip=section.flip, keep_text=keeps_text, progress=task.advance
             )
         seconds = time.perf_counter() - started
-        log.info("encode   %s", f"{num_encoded} pictures in {duration(seconds)}" if num_encoded else "all in the cache")
+        rate = f"{num_encoded:,} pictures in {duration(seconds)}, {num_encoded / seconds:.0f} pictures/s"
+        log.info("encode   %s", rate if num_encoded else "all in the cache")
         if not self.run_dir.is_finished("encode", inputs):
             self.run_dir.finish("encode", inputs, seconds, encoded=num_encoded)
         return train, heldout
@@ -245,27 +257,160 @@ class Study:
     # -- train --------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train all arms, in groups that share one pass; writes `adapters/` and `metrics.jsonl`."""
+        """Train all arms, in groups that share one pass, some side by side; writes `adapters/`, `groups.json` and `metrics.jsonl`.
+
+        A group that runs out of memory goes on as two from its last checkpoint; an arm that does so alone goes on with gradient
+        checkpointing. Raises `RunError` where that is not enough, and where no arm of the study is left.
+        """
         inputs = self._train_inputs()
         if self.run_dir.is_finished("train", inputs):
             return
-        train, heldout = self.encoded
-        stacked = self.config.train.max_stacked_arms or 4
         arms = self.config.expand_arms()
-        groups = [arms[start : start + stacked] for start in range(0, len(arms), stacked)]
-        names, config = [arm.name for arm in arms], self.config
-        with (
-            self._stage("train", inputs) as note,
-            open_trackers(config.trackers, self.run_dir.path, config.name, names, config.model_dump(mode="json")) as trackers,
-        ):
-            for group in groups:
-                if not all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group):
-                    Group(config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts, trackers, inputs).run()
-                (self.run_dir.checkpoints_dir / f"{group[0].name}.safetensors").unlink(missing_ok=True)
-                for arm in group:
-                    if self._training(arm)["failed"] is None:
-                        write_study_files(self.run_dir, config, arm)
-            note(run_time_s=sum(self._training(group[0])["run_time_s"] for group in groups))
+        plan = TrialPlan.load(self.run_dir.groups_json, inputs, arms) or self._plan_trials(inputs)
+        for line in describe_passes([group.names for group in plan.groups], plan.num_workers):
+            log.info("train    %s", line)
+        with self._stage("train", inputs) as note:
+            todo = deque(group for group in plan.groups if not self._is_trained(group))
+            for group in plan.groups:
+                if group not in todo:
+                    self._leave_group(group)
+            with track("train", sum(map(self._num_steps, todo)), "steps") as task:
+                train_all = self._train_here if plan.num_workers == 1 else self._train_side_by_side
+                with closing(train_all(todo, inputs, plan.num_workers, task)) as ended:
+                    for group, lack in ended:
+                        if lack is None:
+                            self._leave_group(group)
+                            continue
+                        parts = self._make_room(group, lack)
+                        split_group(self.run_dir, group, parts, inputs)
+                        plan = plan.split(group, parts)
+                        plan.save(self.run_dir.groups_json, inputs)
+                        todo.extend(parts)
+                        task.set_total(task.total + (len(parts) - 1) * self._num_steps(group))
+            self._require_an_arm()
+            self.run_dir.join_metrics(arm.name for arm in arms)
+            for path in self.run_dir.checkpoints_dir.glob("*.safetensors"):  # of groups that were halved
+                path.unlink()
+            note(side_by_side=plan.num_workers, passes=[group.names for group in plan.groups])
+
+    def _plan_trials(self, inputs: str) -> TrialPlan:
+        """The groups for the memory that is free now, kept in the run folder."""
+        plan = plan_passes(self.config, self.device, count_models(self.config), self.encoded[0].num_entries, self.base.components)
+        plan.save(self.run_dir.groups_json, inputs)
+        return plan
+
+    def _num_steps(self, group: TrialGroup) -> int:
+        return count_steps(section_of(self.config, group), self.encoded[0].num_entries)
+
+    def _is_trained(self, group: TrialGroup) -> bool:
+        return all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group.arms)
+
+    def _leave_group(self, group: TrialGroup) -> None:
+        """What is to do once a group is trained."""
+        for arm in group.arms:
+            if self._training(arm)["failed"] is None:
+                write_study_files(self.run_dir, self.config, arm)
+        checkpoint_path(self.run_dir, group).unlink(missing_ok=True)
+
+    def train_group(
+        self, group: TrialGroup, inputs: str, num_side_by_side: int, trackers: Trackers, tally: Tally, is_stopped: Callable[[], bool]
+    ) -> str | None:
+        """Train one group; returns what could not be allocated if memory runs out, else None."""
+        train, heldout = self.encoded
+        parts = (self.config, self.run_dir, self.base, self.targets, group, train, heldout, self.prompts)
+        with parked(self.device, *self._idle_parts(train)):
+            return try_group(lambda: Group(*parts, trackers, inputs, num_side_by_side).run(tally, is_stopped), self.device)
+
+    def open_trackers(self, arms: Sequence[Arm]) -> Trackers:
+        """The study's trackers, with a run for each of these arms."""
+        config = self.config
+        return open_trackers(config.trackers, self.run_dir.path, config.name, [arm.name for arm in arms], config.model_dump(mode="json"))
+
+    def _train_here(self, todo: deque[TrialGroup], inputs: str, num_workers: int, tally: Tally) -> Generator[_Ended, None, None]:
+        """Train groups one after another in this process; yields each with what lacked, if anything."""
+        with self.open_trackers(self.config.expand_arms()) as trackers:
+            while todo:
+                group = todo.popleft()
+                yield group, self.train_group(group, inputs, num_workers, trackers, tally, lambda: False)
+
+    def _train_side_by_side(self, todo: deque[TrialGroup], inputs: str, num_workers: int, tally: Tally) -> Generator[_Ended, None, None]:
+        """As `_train_here`, but each group in a worker process of its own.
+
+        A worker that dies, as one that the system ends for want of memory, is taken for out of memory the first time.
+        """
+        if self.config.trackers:
+            self.open_trackers(self.config.expand_arms()).close()  # so that no two workers write trackers.json
+        setup = {
+            "run_dir": str(self.run_dir.path.resolve()),
+            "cache_dir": str(self.cache_dir.resolve()),
+            "inputs": inputs,
+            "num_workers": num_workers,
+        }
+        mourned: set[str] = set()
+        environments = worker_environments(self.device.type, num_workers)
+        assert self.run_dir.lock_descriptor is not None
+        with self._aside():
+            for group, answer in run_side_by_side(
+                todo,
+                lambda group: (group.label, {"arms": group.names, "gradient_checkpointing": group.gradient_checkpointing}),
+                "lorascope.study.serve_groups",
+                setup,
+                environments,
+                [self.run_dir.lock_descriptor],
+                tally,
+            ):
+                if answer.death is not None and mourned & set(group.names):
+                    raise RunError(
+                        f"the process that trained {', '.join(group.names)} {answer.death} again: if memory is short, set workers = 1 or "
+                        "lower train.batch_size; the log of the system may say more"
+                    )
+                if answer.death is not None:
+                    mourned |= set(group.names)
+                yield group, f"its process {answer.death}" if answer.death else answer.value
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Within, the base does not hold the memory of a GPU that a worker needs."""
+        models = [*self.base.components.values(), self.base.vae] if self.device.type == "cuda" else []
+        for model in models:
+            model.to("cpu")
+        if models:
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            for model in models:
+                model.to(self.device)
+
+    def _make_room(self, group: TrialGroup, lack: str) -> list[TrialGroup]:
+        """What to go on with where a group ran out of memory."""
+        if len(group.arms) > 1:
+            parts = group.halves()
+            shown = " and ".join(", ".join(part.names) for part in parts)
+            log.warning("train    out of memory (%s): going on from the last checkpoint in passes of %s", lack, shown)
+            return parts
+        name, asked = group.arms[0].name, self.config.train.gradient_checkpointing
+        if group.gradient_checkpointing or asked is not None:
+            more = ", or set train.gradient_checkpointing = true" if asked is False else ""
+            raise RunError(
+                f"arm {name}: not enough memory for it alone ({lack}): in another folder, lower its batch_size "
+                f"(train.accumulation_steps makes up for that) or data.resolution_px{more}"
+            )
+        log.warning("train    out of memory (%s): %s goes on from the last checkpoint with gradient checkpointing", lack, name)
+        return [replace(group, gradient_checkpointing=True)]
+
+    def _require_an_arm(self) -> None:
+        """Raise `RunError` if all arms have failed."""
+        failures = {arm.name: self._training(arm)["failed"] for arm in self.config.expand_arms()}
+        if all(failures.values()):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+            raise RunError(f"no arm is left ({reasons}): lower arms.lr, or set train.precision = 'fp32'")
+
+    def _idle_parts(self, train: Encoded) -> list[torch.nn.Module]:
+        """What of the base training does not touch: the VAE unless it draws previews, the text encoder if all text states are kept."""
+        if self.config.sample.preview_every_epochs:
+            return []
+        return [self.base.vae] if train.text_states is None else [self.base.vae, self.base.text_encoder]
 
     def _train_inputs(self) -> str:
         return digest_json(
@@ -309,20 +454,11 @@ class Study:
         arms = self.trained_arms()
         jobs = plan_jobs(self.prompts, section.seeds)
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
-        bank = self.load_bank(arms).attach()
         models = [("base", Slice(0, 0.0)), *((arm.name, Slice(index)) for index, arm in enumerate(arms))]
+        bank = self.load_bank(arms).attach()
         try:
             with self._stage("sample", inputs) as note, track("sample", len(jobs) * len(models), "pictures") as task:
-                for start in range(0, len(models), section.batch_size):
-                    chunk = models[start : start + section.batch_size]
-                    for batch in batches_of(jobs, len(chunk), section.batch_size):
-                        paths = [[self._image_path(name, job) for job in batch] for name, _ in chunk]
-                        if not all(path.exists() for row in paths for path in row):
-                            pictures, _ = draw_pictures(self.base, bank, [item for _, item in chunk], batch, shape, section)
-                            for (name, _), row, pixels in zip(chunk, paths, pictures.numpy(), strict=True):
-                                for path, job, picture in zip(row, batch, pixels, strict=True):
-                                    save_picture(path, picture, job, name, section)
-                        task.advance(len(batch) * len(chunk))
+                draw_all(self.base, bank, models, jobs, shape, section, self._image_path, task.advance)
                 note(pictures=len(jobs) * len(models))
         finally:
             bank.detach()
@@ -355,9 +491,9 @@ class Study:
                 bank.attach()
                 pictures, latents = draw_pictures(self.base, bank, [Slice(index)], [job], shape, section)
                 bank.detach()
-                merged, _ = merged_base(self.base, load_adapter(self.run_dir.adapters_dir / arm.name))
-                idle = AdapterBank(merged.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
-                merged_pictures, merged_latents = draw_pictures(merged, idle, [Slice(0, 0.0)], [job], shape, section)
+                with merged_into(self.base, load_adapter(self.run_dir.adapters_dir / arm.name)):
+                    idle = AdapterBank(self.base.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
+                    merged_pictures, merged_latents = draw_pictures(self.base, idle, [Slice(0, 0.0)], [job], shape, section)
                 error = float((merged_latents - latents).norm() / latents.norm())
                 results[arm.name] = {
                     "relative_error": error,
@@ -455,3 +591,27 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
         return {"name": properties.name, "threads": torch.get_num_threads(), "memory_bytes": properties.total_memory}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"name": device_name(device), "threads": torch.get_num_threads(), "memory_bytes": memory}
+
+
+def serve_groups() -> None:
+    """Be a worker process of `Study.train`: train the groups that it gives."""
+
+    def start(setup: dict[str, Any]) -> Callable[[dict[str, Any], Link], str | None]:
+        log.setLevel(logging.WARNING)  # what is said of the base and the encoded pictures was said by the parent
+        run_dir = Path(setup["run_dir"])
+        config = load_study(run_dir / "study.toml", environment={})
+        study = Study(config, run_dir, Path(setup["cache_dir"]))
+        if study.device.type == "cpu":
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        arms = {arm.name: arm for arm in config.expand_arms()}
+        _ = study.encoded, study.targets
+        log.setLevel(logging.DEBUG)
+
+        def train_group(task: dict[str, Any], link: Link) -> str | None:
+            group = TrialGroup(tuple(arms[name] for name in task["arms"]), task["gradient_checkpointing"])
+            with study.open_trackers(group.arms) as trackers:
+                return study.train_group(group, setup["inputs"], setup["num_workers"], trackers, link, link.is_stopped)
+
+        return train_group
+
+    serve(start)

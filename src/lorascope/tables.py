@@ -81,9 +81,9 @@ def build_arms_table(facts: Facts) -> Table:
     """Every arm of the study with what was measured: the reference study's Table 1 with the base as its first row."""
     categories = facts.scores.categories if facts.scores else ("normal", "abstract")
     columns = [Column("arm", False), Column("verdict", False)]
-    keys = {"rank": "d", "alpha": "g", "lr": "g", "seed": "d"}
+    keys = {"rank": "d", "alpha": "g", "lr": "g", "seed": "d", "batch_size": "d", "epochs": "d"}
     fixed = {key: form for key, form in keys.items() if len({getattr(arm, key) for arm in facts.settings.values()}) == 1}
-    columns += [Column(key) for key in keys if key not in fixed]
+    columns += [Column(key.replace("_", " ")) for key in keys if key not in fixed]
     columns += [
         *(Column(f"{category} (std)") for category in categories),
         Column("minus base"),
@@ -119,7 +119,7 @@ def build_arms_table(facts: Facts) -> Table:
         "reference study's Table 1; "
         "the difference from the base over all prompts; held-out loss minus the base's"
         + ("; and the epoch at which it was lowest" if any(best.values()) else "")
-    ) + "".join(f"; {key} {format(getattr(facts.settings[arm], key), form)} throughout" for key, form in fixed.items())
+    ) + "".join(f"; {key.replace('_', ' ')} {format(getattr(facts.settings[arm], key), form)} throughout" for key, form in fixed.items())
     return Table(caption, tuple(columns), tuple(rows), sortable=True)
 
 

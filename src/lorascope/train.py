@@ -248,12 +248,3 @@ def probe_records(losses: torch.Tensor, reference: torch.Tensor, num_timesteps: 
             }
         )
     return records
-
-
-def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Peak memory in bytes and its kind: CUDA's allocated peak, or the process's peak resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "cuda"
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rss"
