@@ -303,7 +303,7 @@ class Lane:
 
     def __init__(self, entry: Entry, conditions: Conditions, folder: Path, place: int = 0) -> None:
         self.entry = entry
-        context = multiprocessing.get_context(_START_METHOD)
+        context: Any = multiprocessing.get_context(_START_METHOD)
         self._connection, theirs = context.Pipe()
         self._weights_path = folder / f"{entry.key}-{place}.safetensors"
         self._process = context.Process(target=_serve, args=(theirs, entry, conditions, folder, self._weights_path), daemon=True)
