@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,6 +42,13 @@ RIGHT = [
     Entry("O1b", "ours", "ours", (4,), "bf16", tolerance="bf16"),
     Entry("O6", "ours, stacked", "ours", (4, 8, 4)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _import_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are forked from one that has the libraries: many are started here, and peak memory is of no account."""
+    monkeypatch.setattr("lorascope.lane._START_METHOD", "forkserver")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["lorascope.lane"])
 
 
 @pytest.fixture(scope="module")

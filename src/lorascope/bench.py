@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -165,11 +166,12 @@ def verdict(errors: Mapping[str, float], tolerance: str) -> str | None:
 
 @dataclass
 class _References:
-    """The reference's first steps by (rank, clipping), FLOPs of a step by rank."""
+    """The reference's first steps by (rank, clipping), FLOPs of a step by rank, and the device's FLOP/s by dtype."""
 
     steps: dict[tuple[int, float], Trajectory] = field(default_factory=dict)
     start: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     flops: dict[int, int] = field(default_factory=dict)
+    limit: dict[str, float] = field(default_factory=dict)
 
     def run(self, entries: Iterable[Entry], conditions: Conditions, folder: Path) -> None:
         """Take the steps that `entries` will be held against."""
@@ -181,6 +183,9 @@ class _References:
                 lane = Lane(replace(plain, ranks=(rank,), max_grad_norm=norm), conditions, folder, place)
                 stack.callback(lane.close)
                 lanes[rank, norm] = lane
+            for lane in lanes.values():
+                lane.ask("ready")
+            self.limit = {dtype: lane.ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
             for (rank, norm), lane in lanes.items():
                 lane.ask("build")
                 if rank not in self.start:
@@ -237,6 +242,7 @@ def run_bench(
             if runnable:
                 references = _References()
                 references.run(runnable, conditions, folder)
+                result.setdefault("limit", references.limit)
                 result["flops"] |= {f"r{rank}": flops for rank, flops in references.flops.items()}
                 _measure_all(runnable, conditions, protocol, folder, references, result, lambda: _write(result, out))
             if scaling:
@@ -272,8 +278,6 @@ def _measure_all(
             passed = [run for run in runs if _pass_gate(run, references, result)]
             if len(runs) > 1:
                 groups += [[run.entry] for run in runs if run.crowded]
-            if passed and "limit" not in result:
-                result["limit"] = {dtype: passed[0].lanes[0].ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
             for run in _race(passed, protocol, result):
                 flops = sum(references.flops[rank] for rank in run.entry.ranks)
                 result["entries"][run.entry.key] |= _figures(run, conditions, result["limit"], flops)
@@ -390,7 +394,9 @@ def run_alone(base: str, device_name: str, name: str, num_steps: int, peers_dir:
         raise ConfigError(f"--arms {name}: {reason}")
     conditions = Conditions(base, _RESOLUTION_PX.get(base, 64), batch_size, device.type, torch.get_num_threads(), str(peers_dir))
     with TemporaryDirectory(prefix="lorascope-bench-") as folder:
-        prepare_workload(conditions, Path(folder))
+        preparation = multiprocessing.get_context("spawn").Process(target=prepare_workload, args=(conditions, Path(folder)))
+        preparation.start()  # in a process of its own, so that this one's peak memory is the arm's
+        preparation.join()
         started = time.perf_counter()
         runner = build_runner(entry, conditions, Path(folder))
         setup_s = time.perf_counter() - started

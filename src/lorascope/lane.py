@@ -29,6 +29,7 @@ from lorascope.weights import save_tensors
 NUM_PICTURES = 32
 LR, SCALE, SEED = 5e-4, 2.0, 0  # the pocket study's; alpha = 2 x rank, so that an arm which leaves alpha out is found out
 _KEPT_BATCHES = 32  # made before the timing, then used again: peers get theirs for nothing
+_START_METHOD = "spawn"  # what a fork shares does not count as its peak memory
 _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -302,8 +303,7 @@ class Lane:
 
     def __init__(self, entry: Entry, conditions: Conditions, folder: Path, place: int = 0) -> None:
         self.entry = entry
-        context = multiprocessing.get_context("forkserver")  # the libraries are imported once, by the server
-        context.set_forkserver_preload(["lorascope.lane"])
+        context: Any = multiprocessing.get_context(_START_METHOD)
         self._connection, theirs = context.Pipe()
         self._weights_path = folder / f"{entry.key}-{place}.safetensors"
         self._process = context.Process(target=_serve, args=(theirs, entry, conditions, folder, self._weights_path), daemon=True)
