@@ -9,7 +9,6 @@ import datetime
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -29,7 +28,7 @@ from lorascope.base import choose_device
 from lorascope.benchtable import as_markdown, draw_scaling
 from lorascope.console import log, size
 from lorascope.errors import ConfigError, RunError
-from lorascope.lane import Conditions, Entry, Lane, LaneError, Trajectory, build_runner, prepare_workload
+from lorascope.lane import Conditions, Entry, Lane, LaneError, Trajectory, build_runner, elsewhere, prepare_workload, tune_all
 from lorascope.memory import free_bytes, peak_memory
 from lorascope.peers import Recipe, missing_for
 from lorascope.store import read_json, write_bytes, write_json, write_text
@@ -240,6 +239,7 @@ def run_bench(
                 else:
                     runnable.append(entry)
             if runnable:
+                elsewhere(tune_all, runnable, conditions, folder)
                 references = _References()
                 references.run(runnable, conditions, folder)
                 result.setdefault("limit", references.limit)
@@ -394,9 +394,8 @@ def run_alone(base: str, device_name: str, name: str, num_steps: int, peers_dir:
         raise ConfigError(f"--arms {name}: {reason}")
     conditions = Conditions(base, _RESOLUTION_PX.get(base, 64), batch_size, device.type, torch.get_num_threads(), str(peers_dir))
     with TemporaryDirectory(prefix="lorascope-bench-") as folder:
-        preparation = multiprocessing.get_context("spawn").Process(target=prepare_workload, args=(conditions, Path(folder)))
-        preparation.start()  # in a process of its own, so that this one's peak memory is the arm's
-        preparation.join()
+        elsewhere(prepare_workload, conditions, Path(folder))  # so that this process's peak memory is the arm's
+        elsewhere(tune_all, [entry], conditions, Path(folder))
         started = time.perf_counter()
         runner = build_runner(entry, conditions, Path(folder))
         setup_s = time.perf_counter() - started

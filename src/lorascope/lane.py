@@ -2,7 +2,7 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -82,6 +82,11 @@ class Conditions:
         """Where the base lies: in the work folder, if it was made at random."""
         kept = folder / "base"
         return BaseSection(model=str(kept) if kept.is_dir() else self.base)
+
+
+def threads_of(entry: Entry, conditions: Conditions) -> int:
+    """CPU threads of each of an entry's processes."""
+    return max(1, conditions.num_threads // entry.num_processes)
 
 
 class Trajectory(NamedTuple):
@@ -189,6 +194,16 @@ def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
             return _Peer(base, workload, section, PeftStep(base, bank, section, entry.recipe))
 
 
+def tune_all(entries: Sequence[Entry], conditions: Conditions, folder: Path) -> None:
+    """Time what the entries leave to tuning, so that they find it known, as all starts of a study but the first do.
+
+    Steps of a process that has tuned itself were found 7 to 10 % slower on a CPU (EXPERIMENTS.md): call it in another one.
+    """
+    for entry in entries:
+        torch.set_num_threads(threads_of(entry, conditions))
+        _tune(entry, conditions, folder)
+
+
 def _tune(entry: Entry, conditions: Conditions, folder: Path) -> Tuning | None:
     """What `lorascope study` would find at its start, where the entry leaves something to it."""
     if entry.precision != "auto" and not entry.best_attention:
@@ -290,6 +305,16 @@ def count_flops(runner: Runner) -> int:
 # Its process -----------------------------------------------------------------------------------------------------------
 
 
+def elsewhere(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, whose memory is given back when it ends; raises `LaneError` if it fails."""
+    context: Any = multiprocessing.get_context(_START_METHOD)
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise LaneError(f"{function.__name__} ended with code {process.exitcode}", process.exitcode == -9)
+
+
 class LaneError(Exception):
     """An entry stopped; `out_of_memory` says whether for that."""
 
@@ -358,7 +383,7 @@ def _serve(connection: Connection, entry: Entry, conditions: Conditions, folder:
 
 
 def _handlers(entry: Entry, conditions: Conditions, folder: Path, weights_path: Path) -> Mapping[str, Callable[..., Any]]:
-    threads = max(1, conditions.num_threads // entry.num_processes)
+    threads = threads_of(entry, conditions)
     torch.set_num_threads(threads)
     device = torch.device(conditions.device)
     if device.type == "cuda" and entry.recipe is not None and entry.recipe.cached:

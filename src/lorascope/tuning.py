@@ -104,7 +104,7 @@ def tune(
     """The fastest way to compute the U-Net of this configuration, timed on random weights unless it is known already.
 
     A `precision` other than `auto` is obeyed. `auto` is bf16 on a GPU that has it, else fp16; on a CPU it is fp32, unless it
-    has instructions for bf16 and a forward and backward pass with adapters gains 15 %. `kept` is what the run folder has of
+    has instructions for bf16 and a training pass and a drawing pass together gain 15 %. `kept` is what the run folder has of
     an earlier call as JSON: its precision holds, and on the same device all of it. Where a pass takes under 1 GFLOP nothing
     is timed. Raises `BaseModelError` for a configuration that no U-Net can be built from.
     """
@@ -302,7 +302,7 @@ def _without_coarsest(config: Mapping[str, Any], levels: int) -> dict[str, Any]:
 def _pass_run(
     config: Mapping[str, Any], shape: tuple[int, ...], text_tokens: int, tuning: Tuning, device: torch.device
 ) -> Callable[[], None]:
-    """A forward and backward pass of a U-Net with random weights and adapters of rank 16."""
+    """A training pass of a U-Net with random weights and adapters of rank 16, and a drawing pass of the same samples."""
     generator = torch.Generator(device).manual_seed(0)
     unet: Any = _on_meta(config).to(DTYPES[tuning.precision]).to_empty(device=device).requires_grad_(False)
     for parameter in unet.parameters():
@@ -317,6 +317,8 @@ def _pass_run(
 
     def run() -> None:
         unet(sample, timesteps, text).sample.float().sum().backward()
+        with torch.no_grad():
+            unet(sample, timesteps, text)
 
     return run
 
