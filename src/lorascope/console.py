@@ -36,9 +36,10 @@ class Task:
 
     def __init__(self, label: str, total: int, unit: str, completed: int, progress: Progress | None) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.completed, self._resumed_at = completed, completed
+        self.completed = completed
         self._progress = progress
         self._started = self._last_line = time.monotonic()
+        self._paced_from: tuple[float, int] | None = None  # when, and with how much done, the rate starts to count
         self._has_lines = False
         self._task = progress.add_task(label, total=total, completed=completed, note="") if progress else None
 
@@ -49,22 +50,24 @@ class Task:
             self._progress.update(self._task, total=total)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` units as done."""
+        """Count `count` units as done. The rate counts from the first call on, since what comes before is set-up."""
         self.completed += count
         now = time.monotonic()
-        rate = (self.completed - self._resumed_at) / max(now - self._started, 1e-9)
-        note = f"{rate:.1f} {self.unit}/s  {note}".rstrip()
+        since, done = self._paced_from = self._paced_from or (now, self.completed)
+        rate = (self.completed - done) / (now - since) if now > since else 0.0
+        note = (f"{rate:.1f} {self.unit}/s  " * (rate > 0) + note).rstrip()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self.completed, note=note)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line, self._has_lines = now, True
             left = f"  {duration((self.total - self.completed) / rate)} left" if rate > 0 and self.completed < self.total else ""
-            log.info("%-8s %d/%d  %s%s", self.label, self.completed, self.total, note, left)
+            log.info("%s", f"{self.label:<8} {self.completed}/{self.total}  {note}{left}".rstrip())
 
     def skip(self, count: int) -> None:
         """Count `count` units as done by an earlier run: they are no part of the rate."""
         self.completed += count
-        self._resumed_at += count
+        if self._paced_from is not None:
+            self._paced_from = (self._paced_from[0], self._paced_from[1] + count)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self.completed)
 
