@@ -522,3 +522,11 @@ def test_sd15_in_full_size_trains_and_samples_one_step_at_64_px() -> None:
     pictures, latents = draw_pictures(base, bank, [Slice(0)], [job], latent_shape_of(base, 64), SampleSection(steps=1))
     assert pictures.shape == (1, 1, 64, 64, 3) and latents.isfinite().all()
     bank.detach()
+
+
+def test_a_base_in_fp32_has_the_same_weights_widened(pipeline_folder: Path, base: Base) -> None:
+    half = load_base(BaseSection(model=str(pipeline_folder)), torch.device("cpu"), "bf16")
+    wide = half.in_fp32()
+    for narrow, widened in zip(half.unet.parameters(), wide.unet.parameters(), strict=True):
+        assert (narrow.dtype, widened.dtype) == (torch.bfloat16, torch.float32) and torch.equal(narrow.float(), widened)
+    assert wide.vae is half.vae and base.in_fp32() is base

@@ -257,6 +257,7 @@ def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_st
 
 
 WIDE = (
+    "train.precision=bf16",
     "adapter.targets=['to_q', 'to_v']",
     "adapter.groups=[{targets=['proj_in', '*.conv1'], rank=2, lr=5e-4}, {component='text_encoder', targets=['q_proj', 'fc1'], alpha=4}]",
     "data.buckets=true",
@@ -291,7 +292,9 @@ def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path
     previews = {path.relative_to(tmp_path / "whole" / "previews").as_posix() for path in (tmp_path / "whole" / "previews").rglob("*.png")}
     epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
     assert previews == {f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")}
-    assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values())
+    assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values()), (
+        "in fp32 whatever the base is held in"
+    )
 
 
 def test_arms_of_several_batch_sizes_and_epochs_in_one_study(study_file: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The frozen base: a Stable Diffusion v1 pipeline from a folder, a hub repository or one checkpoint file, in its parts."""
 
+import copy
 import json
 import math
 import re
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ class Base:
     def components(self) -> dict[str, torch.nn.Module]:
         """The parts that can be adapted."""
         return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def in_fp32(self) -> "Base":
+        """The same base with a U-Net in fp32, a copy whose weights are these ones exactly; itself where it is in fp32."""
+        if self.unet.dtype == torch.float32:
+            return self
+        unet = copy.deepcopy(self.unet).float()
+        set_kernels(unet, {})
+        return replace(self, unet=unet)
 
     def build_pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline of this base, with the scheduler that it names (PNDM, as SD v1.5's, without one) and no safety checker."""
