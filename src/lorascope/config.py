@@ -295,7 +295,7 @@ class StudyConfig(Section):
     name: Name = Field(default="study", description="name of the study; the run folder is `runs/<name>`")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes the GPU if there is one")
     workers: Positive | None = Field(
-        default=None, description="groups of arms trained side by side; one a GPU, or on a CPU one a core, when absent"
+        default=None, description="groups of arms trained side by side; one a GPU, or on a CPU one a core and two arms, when absent"
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         default=(), description="send losses, learning rates and previews to these too; each needs its package"

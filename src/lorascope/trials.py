@@ -14,6 +14,7 @@ from lorascope.workers import num_cores, threads_per_worker
 
 MAX_STACKED_CPU = 4  # 4 arms in a pass take 1.12 to 1.20 times less than 4 passes on a CPU; more gain little beyond
 TRAIN_TO_FORWARD_FLOPS = 2.17  # forward, and backward to activations and adapters, over forward; counted on SD v1.5 at rank 16
+_LEAST_ARMS_CPU = 2  # of a worker: two arms in a pass of two threads are as fast as two passes of one thread; four are slower
 _PASS = 0.2  # what a pass costs beside its arms, in arms: 4 in one pass then take 1.14 times less than 4 alone
 _LEAST_FLOPS = {"cpu": 5e11, "cuda": 2e15}  # what a worker must have to do: its start takes as long as some 2e11 on one core
 
@@ -95,8 +96,8 @@ def describe_passes(passes: Sequence[Sequence[str]], num_workers: int) -> list[s
 def most_workers(config: StudyConfig, device_type: str, num_gpus: int, forward_flops: float, num_pictures: int) -> int:
     """How many groups may be trained side by side; 1 trains all in the present process.
 
-    That is `workers`, or one a GPU, or one a core, but no more than there are arms and, unless `workers` is given, no more than
-    have work enough to be worth their start: `forward_flops` of the U-Net for a picture, `num_pictures` in an epoch.
+    That is `workers`, or one a GPU, or one a core and pair of arms, but no more than there are arms and, unless `workers` is given,
+    no more than have work enough to be worth their start: `forward_flops` of the U-Net for a picture, `num_pictures` in an epoch.
     """
     arms = config.expand_arms()
     if device_type == "cuda":
@@ -104,6 +105,7 @@ def most_workers(config: StudyConfig, device_type: str, num_gpus: int, forward_f
     else:
         most = config.workers or max(1, num_cores() // (threads_per_worker(num_cores())))
     if config.workers is None:
+        most = most if device_type == "cuda" else min(most, len(arms) // _LEAST_ARMS_CPU)
         flops = TRAIN_TO_FORWARD_FLOPS * forward_flops * num_pictures * sum(arm.epochs for arm in arms)
         most = min(most, int(flops / _LEAST_FLOPS[device_type]))
     return max(1, min(most, len(arms)))
