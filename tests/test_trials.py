@@ -90,7 +90,7 @@ def test_a_small_study_stays_in_one_process(monkeypatch: pytest.MonkeyPatch) -> 
     assert most_workers(study_of(), "cpu", 0, 1e9, 1) == 1
     assert most_workers(study_of(workers=2), "cpu", 0, 1e9, 1) == 2
     assert [most_workers(study_of(count), "cpu", 0, 1e12, 1000) for count in (1, 2, 3, 4, 7)] == [1, 1, 1, 2, 3]  # two arms each
-    assert most_workers(study_of(), "cpu", 0, 1e12, 1000) == 8
+    assert most_workers(study_of(), "cpu", 0, 1e12, 1000) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert most_workers(study_of(), "cpu", 0, 1e12, 1000) == 2
 
