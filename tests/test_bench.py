@@ -22,7 +22,7 @@ from lorascope.bench import Protocol, choose_entries, compare, plan_entries, pla
 from lorascope.benchtable import as_markdown, draw_scaling, update_document
 from lorascope.cli import main
 from lorascope.errors import ConfigError, HubError, RunError
-from lorascope.lane import Conditions, Entry, Lane, LaneError, Runner, Trajectory, build_runner, matmul_flops, prepare_workload
+from lorascope.lane import Conditions, Entry, Lane, LaneError, Runner, Trajectory, build_runner, prepare_workload
 from lorascope.peers import KOHYA_COMMIT, KOHYA_FILES, Recipe, missing_for
 from lorascope.store import read_json
 
@@ -250,11 +250,6 @@ def test_a_lane_that_dies_says_so(conditions: Conditions, workload: Path) -> Non
     with pytest.raises(LaneError, match="its process ended with code -9"):
         lane.ask("build")
     lane.close()
-
-
-def test_the_limit_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorascope.lane._MATMUL_SIDE", {"cpu": 256})
-    assert 1e8 < matmul_flops(CPU, torch.float32) < 1e14
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(["--alone"], "--arms names 0"), (["--alone", "--arms", "P1,P4"], "--arms names 2")])

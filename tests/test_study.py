@@ -1,6 +1,7 @@
 """The study in its run folder: stages, resuming after a kill, failed arms, bad run folders."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,8 @@ from lorascope.base import Base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.export import merged_into
+from lorascope.feed import Batch
+from lorascope.step import Step
 from lorascope.store import RunDir, read_json
 from lorascope.study import Study
 from lorascope.trials import TrialGroup
@@ -323,46 +326,29 @@ def test_arms_of_several_batch_sizes_and_epochs_in_one_study(study_file: Path, f
     assert (metadata["ss_batch_size_per_device"], metadata["ss_num_epochs"], metadata["ss_steps"]) == ("8", "3", "6")
 
 
-_SHORT_OF_MEMORY = """
-import resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lorascope.config import load_study
-from lorascope.group import Group
-from lorascope.study import Study
-study = Study(load_study(Path(sys.argv[1]), environment={}), Path(sys.argv[2]), cache_dir=Path(sys.argv[3]))
-save, saved = Group._save_checkpoint, []
-def save_and_limit(self):
-    save(self)
-    saved.append(self.trainer.step)
-    if saved == [0, 2]:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        mapped, most = (int(status[key].split()[0]) * 1024 for key in ("VmSize", "VmPeak"))
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + (most - mapped) * 7 // 10,) * 2)
-Group._save_checkpoint = save_and_limit
-with study.working("test"):
-    for stage in (study.prepare_data, study.encode, study.train):
-        stage()
-"""
+def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third step of 8 arms the allocator is asked for more than any machine has; of 4 arms it is not.
 
+    A process that is short of memory in earnest may also end where libraries do not look at what they were given.
+    """
+    add_batch, batches = Step.add_batch, itertools.count(1)
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set by what Linux says is mapped")
-def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(study_file: Path, tmp_path: Path) -> None:
-    # The two steps of a pass of 8 arms mapped so much at most; 0.7 of what that is above what is mapped between steps suffices for 4.
-    choices = ("train.batch_size=32", "train.epochs=8", "train.max_stacked_arms=8", "sample.preview_every_epochs=8")
-    config = load_study(study_file, overrides=[*choices, "arms=[{rank=4, lr=1e-3, seed=[0,1,2,3,4,5,6,7]}]"], environment={})
-    (tmp_path / "short.toml").write_text(config.to_toml())
+    def add_batch_of_few(step: Step, batch: Batch) -> None:
+        if len(step.bank.arms) > 4 and next(batches) == 3:
+            torch.empty(2**50)
+        add_batch(step, batch)
+
+    monkeypatch.setattr(Step, "add_batch", add_batch_of_few)
+    choices = ("train.batch_size=4", "train.epochs=2", "train.max_stacked_arms=8", "train.checkpoint_every_steps=2")
     run = tmp_path / "run"
-    arguments = [str(tmp_path / "short.toml"), str(run), str(study_file.parent / "cache")]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # what is freed goes back
-    result = subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY, *arguments], capture_output=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    train_only(make_study(study_file, run, *choices, "arms=[{rank=4, lr=1e-3, seed=[0,1,2,3,4,5,6,7]}]"))
     log = (run / "lorascope.log").read_text()
     assert re.search(r"WARNING train    out of memory \(.+\): going on from the last checkpoint in passes of r4-s0, .* and r4-s4, ", log)
     assert "train    going on from step 2" in log and not list((run / "checkpoints").iterdir())
     groups = [group["arms"] for group in read_json(run / "groups.json")["groups"]]
-    assert len(groups) >= 2 and sorted(arm for arms in groups for arm in arms) == [f"r4-s{seed}" for seed in range(8)]
+    assert len(groups) == 2 and sorted(arm for arms in groups for arm in arms) == [f"r4-s{seed}" for seed in range(8)]
     few = train_only(make_study(study_file, tmp_path / "few", *choices, "arms=[{rank=4, lr=1e-3, seed=[0,7]}]"))
     for arm in ("r4-s0", "r4-s7"):
         found, expected = (load_adapter(folder / "adapters" / arm) for folder in (run, few))
@@ -372,7 +358,7 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(study_
             [(record["step"], record["loss"]) for record in RunDir(folder).read_metrics([]) if record["arm"] == arm]
             for folder in (run, few)
         ]
-        assert records[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in records[1]] and len(records[0]) == 4 + 4 * 20
+        assert records[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in records[1]] and len(records[0]) == 8 + 2 * 20
     assert {record["arm"] for record in RunDir(run).read_metrics([]) if record["step"] == 0} == {"base"}
 
 

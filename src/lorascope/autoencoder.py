@@ -2,13 +2,13 @@
 
 import copy
 import functools
-import time
 from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.base import Base
+from lorascope.speed import matmul_flops
 
 _DECODED_PIXELS = 4 * 512 * 512  # decoded at once: some 0.5 GB a picture of 512 px in fp16
 _MAX_DECODED = 16
@@ -68,18 +68,7 @@ class Autoencoder:
         """The rate of so many batches of [n, 3, H, W] in so many seconds, as a share of a large matrix product's on this device."""
         with FlopCounterMode(display=False) as counter:
             self._bases[0].encode_pixels(torch.zeros(size, device=self.device))
-        return num_batches * counter.get_total_flops() / seconds / product_flops(self.device, self.dtype)
-
-
-def product_flops(device: torch.device, dtype: torch.dtype, side: int = 8192, repeats: int = 10) -> float:
-    """FLOP a second that a product of two matrices [side, side] reaches."""
-    left, right = torch.randn(2, side, side, device=device, dtype=torch.float32).to(dtype).unbind()
-    (left @ right)[0, 0].item()  # chooses the kernel; reading back waits for the device
-    started = time.perf_counter()
-    for _ in range(repeats):
-        product = left @ right
-    product[0, 0].item()
-    return 2 * side**3 * repeats / (time.perf_counter() - started)
+        return num_batches * counter.get_total_flops() / seconds / matmul_flops(self.device, self.dtype)
 
 
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:

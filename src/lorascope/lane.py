@@ -22,6 +22,7 @@ from lorascope.memory import is_out_of_memory, peak_memory
 from lorascope.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
 from lorascope.pictures import decode_picture
 from lorascope.sources import open_source
+from lorascope.speed import matmul_flops, timed
 from lorascope.train import Trainer
 from lorascope.tuning import Tuning, build_workload, tune
 from lorascope.weights import save_tensors
@@ -30,7 +31,6 @@ NUM_PICTURES = 32
 LR, SCALE, SEED = 5e-4, 2.0, 0  # the pocket study's; alpha = 2 x rank, so that an arm which leaves alpha out is found out
 _KEPT_BATCHES = 32  # made before the timing, then used again: peers get theirs for nothing
 _START_METHOD = "spawn"  # what a fork shares does not count as its peak memory
-_MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -267,32 +267,6 @@ _PARTS = ("down", "up")
 
 def _name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def timed(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of `count` calls on a CPU; on a GPU, which lags behind the calls, their mean by its own clock."""
-    if device.type == "cuda":
-        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        started.record()
-        for _ in range(count):
-            step()
-        ended.record()
-        torch.cuda.synchronize(device)
-        return [started.elapsed_time(ended) / 1e3 / count]
-    seconds = []
-    for _ in range(count):
-        begun = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begun)
-    return seconds
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """FLOP/s of a large square matrix product, the fastest of `repeats`: what this device can do with its present threads."""
-    side = _MATMUL_SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return float(2 * side**3 / min(timed(lambda: left @ right, 1, device)[0] for _ in range(repeats + 2)))
 
 
 def count_flops(runner: Runner) -> int:

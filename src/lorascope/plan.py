@@ -1,11 +1,9 @@
 """What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +17,7 @@ from lorascope.ldm import build_component
 from lorascope.memory import free_bytes
 from lorascope.optimizers import check_optimizer
 from lorascope.prompts import load_prompts
+from lorascope.speed import matmul_flops
 from lorascope.trackers import require_trackers
 from lorascope.train import count_steps
 from lorascope.trials import TRAIN_TO_FORWARD_FLOPS, TrialGroup, TrialPlan, describe_passes, most_workers, plan_trials
@@ -115,7 +114,8 @@ def plan_study(config: StudyConfig) -> Plan:
         training *= _CHECKPOINTING_FLOPS if largest.checkpointing else 1
         denoising = flops["unet"] * sample.steps * (1 if sample.guidance == 1 else 2)
         sampling = (denoising + flops["decode"] + flops["text"]) * (num_pictures + num_previews)
-        seconds = (encoding + training + sampling) / (_matmul_flops_per_s(device) * _EFFICIENCY[device.type])
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        seconds = (encoding + training + sampling) / (matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type])
     counts = [count_parameters(targets, arm) for arm in arms]
     latent_bytes = (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
     picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
@@ -217,15 +217,3 @@ def _pass_memory(
         budget -= weights_bytes(components)
     estimate = estimate_pass(components, counts.targets, arms, arms[0].batch_size, counts.latent_shape, checkpointing, budget)
     return estimate, estimate.training_bytes <= budget
-
-
-def _matmul_flops_per_s(device: torch.device) -> float:
-    """Speed of a large matrix product, median of three, in the precision of training."""
-    side, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    rates = []
-    for _ in range(4):
-        started = time.perf_counter()
-        (matrix @ matrix).sum().item()
-        rates.append(2 * side**3 / (time.perf_counter() - started))
-    return float(np.median(rates[1:]))
