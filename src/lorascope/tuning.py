@@ -29,7 +29,7 @@ from lorascope.store import digest_json, read_json, write_json
 
 _LEAST_FLOPS = 1e9  # of a forward pass: below, differences are noise and nothing is timed
 _LEAST_GAIN, _LEAST_GAIN_S = 1.1, 2e-4  # of another kernel than the default: the factor, and seconds in a pass over the U-Net
-_LEAST_GAIN_PRECISION = 1.15  # of bf16 on a CPU, which costs accuracy
+_LEAST_GAIN_PRECISION = 1.08  # of bf16 on a CPU, which costs accuracy
 _LEAST_GAIN_FORMAT = 1.03
 _MAX_SCORES_BYTES = 2**28  # of one layer, for the kernel that keeps them
 _MAX_REMEMBERED = 100
@@ -104,7 +104,7 @@ def tune(
     """The fastest way to compute the U-Net of this configuration, timed on random weights unless it is known already.
 
     A `precision` other than `auto` is obeyed. `auto` is bf16 on a GPU that has it, else fp16; on a CPU it is fp32, unless it
-    has instructions for bf16 and a training pass and a drawing pass together gain 15 %. `kept` is what the run folder has of
+    has instructions for bf16 and a training pass and a drawing pass together gain 8 %. `kept` is what the run folder has of
     an earlier call as JSON: its precision holds, and on the same device all of it. Where a pass takes under 1 GFLOP nothing
     is timed. Raises `BaseModelError` for a configuration that no U-Net can be built from.
     """
