@@ -29,7 +29,7 @@ from lorascope.console import log
 from lorascope.data import Dataset, Example
 from lorascope.errors import CacheError
 from lorascope.memory import free_bytes
-from lorascope.store import digest_json, user_cache_dir
+from lorascope.store import digest_json, user_cache_path
 from lorascope.weights import save_tensors
 
 MAX_RESIDENT_BYTES = 2 * 2**30
@@ -107,7 +107,7 @@ class Encoded:
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/lorascope/encoded`, or `~/.cache/lorascope/encoded`."""
-    return user_cache_dir("encoded")
+    return user_cache_path("encoded")
 
 
 def encode_dataset(

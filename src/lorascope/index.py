@@ -19,7 +19,7 @@ import PIL
 from lorascope.console import log
 from lorascope.pictures import PictureFacts, RefusedError
 from lorascope.sources import Stamp
-from lorascope.store import digest_bytes, user_cache_dir
+from lorascope.store import digest_bytes, user_cache_path
 
 _VERSION = f"1, Pillow {PIL.__version__}"  # decoders differ between versions, and what they refuse
 _FIXED = struct.Struct("<32s32sQ768sII")
@@ -32,7 +32,7 @@ Outcome = PictureFacts | RefusedError
 
 def default_index_dir() -> Path:
     """`$XDG_CACHE_HOME/lorascope/pictures`, or `~/.cache/lorascope/pictures`."""
-    return user_cache_dir("pictures")
+    return user_cache_path("pictures")
 
 
 class PictureIndex:

@@ -1,7 +1,7 @@
 """What one training step computes: forward, backward, clipping and the optimizer, for all arms of a group.
 
 Everything lies in buffers at fixed places and nothing is read back by the host, so that on a GPU the kernels of a step are
-recorded once in CUDA graphs and replayed: some 3,600 launches a step take a host as long as a fast GPU takes to run them.
+recorded once in CUDA graphs and replayed: a host that launches thousands of kernels a step may be slower than the GPU.
 """
 
 import functools
@@ -20,8 +20,8 @@ from lorascope.objective import add_noise, prediction_target, training_losses
 from lorascope.optimizers import build_optimizer
 
 _FP16_LOSS_SCALE = 4096.0
-"""What losses are multiplied by before the backward pass of an fp16 base, and gradients divided by after it: gradients of
-activations are some 1e-5 and would vanish among fp16's smallest numbers (6e-5 normal, 6e-8 at all)."""
+"""What losses are multiplied by before the backward pass of an fp16 base, and gradients divided by after it: those of
+activations would vanish among fp16's smallest numbers (6e-5 normal, 6e-8 at all)."""
 
 _WARM_UPS = 3  # passes before a recording, in which libraries choose kernels and allocate
 

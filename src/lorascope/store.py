@@ -123,7 +123,7 @@ def export_name(name: str, layout: str) -> str:
     return name + {**endings, "merged-diffusers": "-merged", "merged-ldm": "-merged.safetensors"}[layout]
 
 
-def user_cache_dir(name: str) -> Path:
+def user_cache_path(name: str) -> Path:
     """`$XDG_CACHE_HOME/lorascope/<name>`, or `~/.cache/lorascope/<name>`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorascope" / name
 
@@ -157,7 +157,7 @@ def kept_digest(path: Path) -> str:
     stat, place = path.stat(), path.resolve()
     if stat.st_size < _KEPT_FROM_BYTES:
         return digest_file(path)
-    entry = user_cache_dir("digests") / f"{digest_bytes(os.fsencode(place))[:32]}.json"
+    entry = user_cache_path("digests") / f"{digest_bytes(os.fsencode(place))[:32]}.json"
     stamp = [stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     with suppress(StorageError, KeyError, TypeError):
         if (known := read_json(entry))["stamp"] == stamp:

@@ -12,10 +12,10 @@ from lorascope.errors import StorageError
 from lorascope.store import read_json, write_json
 from lorascope.workers import num_cores, threads_per_worker
 
-MAX_STACKED_CPU = 4  # 4 arms in a pass take 1.12 to 1.20 times less than 4 passes on a CPU; more gain little beyond
+MAX_STACKED_CPU = 4  # an arm's share of a step: 113 ms alone, 78 of 2, 68 of 4, 67 of 8 (docs/performance.md): more gain nothing
 TRAIN_TO_FORWARD_FLOPS = 2.17  # forward, and backward to activations and adapters, over forward; counted on SD v1.5 at rank 16
 _LEAST_ARMS_CPU = 2  # of a worker: two arms in a pass of two threads are as fast as two passes of one thread; four are slower
-_PASS = 0.2  # what a pass costs beside its arms, in arms: 4 in one pass then take 1.14 times less than 4 alone
+_PASS = 0.2  # what a pass costs beside its arms, in arms: less than the 0.7 by those figures, so that no worker is left without work
 _LEAST_FLOPS = {"cpu": 5e11, "cuda": 2e15}  # what a worker must have to do: its start takes as long as some 2e11 on one core
 
 

@@ -6,7 +6,6 @@ Nothing changes what is computed but by rounding. What was found is kept for the
 
 import gc
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from lorascope.config import REFERENCE_TARGETS, Arm
 from lorascope.console import log
 from lorascope.errors import StorageError, first_line
 from lorascope.ldm import build_component
-from lorascope.store import digest_json, read_json, write_json
+from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
 _LEAST_FLOPS = 1e9  # of a forward pass: below, differences are noise and nothing is timed
 _LEAST_GAIN, _LEAST_GAIN_S = 1.1, 2e-4  # of another kernel than the default: the factor, and seconds in a pass over the U-Net
@@ -412,7 +411,7 @@ def _cpuinfo() -> dict[str, str]:
 
 def tuning_path() -> Path:
     """`$XDG_CACHE_HOME/lorascope/tuning.json`, or `~/.cache/lorascope/tuning.json`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorascope" / "tuning.json"
+    return user_cache_path("tuning.json")
 
 
 def _recall(key: Mapping[str, Any]) -> Tuning | None:
