@@ -1,7 +1,8 @@
-"""Fetch kohya's modules for arm P3 of `lorascope bench` into `benchmarks/peers/`, at a pinned commit, with checked digests.
+"""Fetch kohya's modules for arm P3 of `lorascope bench` into `benchmarks/peers/`, at a pinned commit, with
+checked digests.
 
-They are Apache-2.0 licensed (https://github.com/kohya-ss/sd-scripts) and no part of this repository. What is there already
-and right is not fetched again.
+They are Apache-2.0 licensed (https://github.com/kohya-ss/sd-scripts) and no part of this repository. What is
+there already and right is not fetched again.
 """
 
 import hashlib
@@ -11,8 +12,8 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorascope.bench.peers import KOHYA_COMMIT, KOHYA_FILES
 from lorascope.errors import HubError, LorascopeError
-from lorascope.peers import KOHYA_COMMIT, KOHYA_FILES
 from lorascope.store import digest_file, write_bytes
 
 URL = f"https://raw.githubusercontent.com/kohya-ss/sd-scripts/{KOHYA_COMMIT}"
@@ -34,9 +35,14 @@ def fetch(url: str, files: Mapping[str, str], folder: Path) -> list[Path]:
             with urllib.request.urlopen(f"{url}/{name}", timeout=60) as answer:
                 content = answer.read(MAX_BYTES + 1)
         except (urllib.error.URLError, OSError) as error:
-            raise HubError(f"{url}/{name}: cannot be fetched ({error}): check the network, or copy the file to {path}") from error
+            raise HubError(
+                f"{url}/{name}: cannot be fetched ({error}): check the network, or copy the file to {path}"
+            ) from error
         if (found := hashlib.sha256(content).hexdigest()) != digest:
-            raise HubError(f"{url}/{name}: has SHA-256 {found}, expected {digest}: not written; try again on another network")
+            raise HubError(
+                f"{url}/{name}: has SHA-256 {found}, expected {digest}: not written; try again on "
+                "another network"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
         fetched.append(path)

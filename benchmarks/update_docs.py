@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lorascope.benchtable import update_document
+from lorascope.bench.table import update_document
 from lorascope.errors import LorascopeError
 
 ROOT = Path(__file__).parents[1]

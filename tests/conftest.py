@@ -1,4 +1,6 @@
-"""Tiny real models and data: the same classes as Stable Diffusion v1.5, small enough to run in milliseconds."""
+"""Tiny real models and data: the same classes as Stable Diffusion v1.5, small enough to run in
+milliseconds.
+"""
 
 import os
 
@@ -27,10 +29,10 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from lorascope.base import Base, load_base
-from lorascope.cache import Encoded
+from lorascope.base.loading import Base, load_base
 from lorascope.config import BaseSection, load_study
-from lorascope.objective import seeded
+from lorascope.data.encoding import Encoded
+from lorascope.seeding import seeded
 from lorascope.study import Study
 
 torch.set_num_threads(1)
@@ -41,13 +43,17 @@ def make_tokenizer() -> CLIPTokenizer:
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = [chr(b) for b in visible] + [chr(256 + n) for n in range(256 - len(visible))]
     tokens = [*characters, *[c + "</w>" for c in characters], "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77
+    )
 
 
 def make_text_config(num_layers: int) -> CLIPTextConfig:
     """A small CLIP text tower for `make_tokenizer`'s vocabulary."""
     tokens = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    return CLIPTextConfig(**tokens, hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=2)
+    return CLIPTextConfig(
+        **tokens, hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=2
+    )
 
 
 def make_vae() -> AutoencoderKL:
@@ -79,7 +85,12 @@ def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
     )
     vae = make_vae()
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -99,8 +110,17 @@ def make_scorer_folder(folder: Path) -> Path:
     """A CLIP model and processor folder with random weights."""
     torch.manual_seed(7)
     text = make_text_config(num_layers=1)
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(folder)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    ).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, make_tokenizer()).save_pretrained(folder)
     return folder
@@ -121,7 +141,12 @@ def make_pictures(count: int, seed: int = 0, side: int = 40) -> list[tuple[bytes
 def write_parquet(path: Path, rows: list[tuple[bytes, str]]) -> Path:
     """Rows in the layout of hub data sets: an image struct and a text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"image": [{"bytes": picture, "path": None} for picture, _ in rows], "text": [text for _, text in rows]})
+    table = pa.table(
+        {
+            "image": [{"bytes": picture, "path": None} for picture, _ in rows],
+            "text": [text for _, text in rows],
+        }
+    )
     pq.write_table(table, path)
     return path
 
@@ -173,7 +198,12 @@ def picture_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def study_file(pipeline_folder: Path, scorer_folder: Path, picture_parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study_file(
+    pipeline_folder: Path,
+    scorer_folder: Path,
+    picture_parquet: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "prompts.txt").write_text("[normal]\npicture 1 of blocks\nred\nblue\n[abstract]\nluck\njoy\n")
     path = folder / "tiny.toml"

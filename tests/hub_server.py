@@ -1,8 +1,9 @@
-"""A hub on this machine: the parts of its protocol that huggingface_hub uses to fetch a snapshot, with faults on demand.
+"""A hub on this machine: the parts of its protocol that huggingface_hub uses to fetch a snapshot, with faults
+on demand.
 
-Served are `/api/models/ID/revision/REV` and the tree listing in pages (and the same below `/api/datasets`), and files
-below `/ID/resolve/REV/PATH`. Binary files stand in large-file storage, so a request for one is sent on to another host
-name, as the hub sends it on to its content network; `Range` is honoured there.
+Served are `/api/models/ID/revision/REV` and the tree listing in pages (and the same below `/api/datasets`),
+and files below `/ID/resolve/REV/PATH`. Binary files stand in large-file storage, so a request for one is sent
+on to another host name, as the hub sends it on to its content network; `Range` is honoured there.
 """
 
 import hashlib
@@ -49,8 +50,8 @@ class Repo:
 class Fault:
     """What goes wrong, `times` times, with requests whose path contains `part`.
 
-    With a `status` the hub answers that; otherwise the connection is closed after `sent` bytes of the file, or reset
-    (`reset`), or the file is said to end there (`short`).
+    With a `status` the hub answers that; otherwise the connection is closed after `sent` bytes of the file,
+    or reset (`reset`), or the file is said to end there (`short`).
     """
 
     part: str
@@ -65,7 +66,9 @@ class Fault:
 
 
 class HubServer:
-    """The hub; `requests` lists method and path of all it was asked, and `tokens` what it was told by whom."""
+    """The hub; `requests` lists method and path of all it was asked, and `tokens` what it was told by
+    whom.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -86,7 +89,11 @@ class HubServer:
 
     def add_folder(self, name: str, folder: Path, *refs: str) -> str:
         """A repository with the files of a folder; `name` is `models/owner/name` or `datasets/owner/name`."""
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         return self.repos.setdefault(name, Repo()).commit(files, *(refs or ("main",)))
 
     def fetched(self) -> list[str]:
@@ -104,7 +111,9 @@ class HubServer:
     @contextmanager
     def running(self) -> Iterator["HubServer"]:
         """Serve until the block ends."""
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         thread.start()
         try:
             yield self
@@ -153,7 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_api(path, token)
         elif path.startswith("/storage/"):
             contents = {
-                hashlib.sha256(c).hexdigest(): c for r in hub.repos.values() for files in r.commits.values() for c in files.values()
+                hashlib.sha256(c).hexdigest(): c
+                for r in hub.repos.values()
+                for files in r.commits.values()
+                for c in files.values()
             }
             self._send_file(contents[path.removeprefix("/storage/")], {}, fault)
         else:
@@ -181,17 +193,26 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repo, commit = found
         if action == "revision":
-            self._send_json({"id": f"{owner}/{name}", "sha": commit, "siblings": [], "gated": repo.gated, "tags": []})
+            self._send_json(
+                {"id": f"{owner}/{name}", "sha": commit, "siblings": [], "gated": repo.gated, "tags": []}
+            )
             return
         entries = [self._entry(repo, name, content) for name, content in repo.commits[commit].items()]
         first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         headers = {}
         if first + PAGE < len(entries):
-            headers["Link"] = f'<{self.server_hub.url}{path}?recursive=True&cursor={first + PAGE}>; rel="next"'
+            headers["Link"] = (
+                f'<{self.server_hub.url}{path}?recursive=True&cursor={first + PAGE}>; rel="next"'
+            )
         self._send_json(entries[first : first + PAGE], headers)
 
     def _entry(self, repo: Repo, name: str, content: bytes) -> dict[str, object]:
-        entry: dict[str, object] = {"type": "file", "path": name, "size": len(content), "oid": git_digest(content)}
+        entry: dict[str, object] = {
+            "type": "file",
+            "path": name,
+            "size": len(content),
+            "oid": git_digest(content),
+        }
         if _is_large(name):
             digest = hashlib.sha256(content).hexdigest()
             entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
@@ -246,16 +267,23 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 os.close(self.connection.detach())
 
-    def _refuse(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
+    def _refuse(
+        self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None
+    ) -> None:
         marks = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
-        self._send(status, json.dumps({"error": message}).encode(), {**marks, "Content-Type": "application/json"})
+        self._send(
+            status, json.dumps({"error": message}).encode(), {**marks, "Content-Type": "application/json"}
+        )
 
     def _send_json(self, value: object, headers: dict[str, str] | None = None) -> None:
         self._send(200, json.dumps(value).encode(), {**(headers or {}), "Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body) if length is None else length)}.items():
+        for name, value in {
+            **headers,
+            "Content-Length": str(len(body) if length is None else length),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -6,21 +6,25 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lorascope.adapter_files import Adapter, LoraModule
-from lorascope.layers import stable_diffusion_layers
+from lorascope.adapters.files import Adapter, LoraModule
+from lorascope.base.layers import stable_diffusion_layers
 
 RANK = 4
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, requires_safety_checker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def layers_of(pipeline: StableDiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The layers that plain LoRA adapts, by our paths: attention, feed-forward, proj_in/out, and the text encoder's."""
+    """The layers that plain LoRA adapts, by our paths: attention, feed-forward, proj_in/out, and the text
+    encoder's.
+    """
     found = {}
     for path, module in pipeline.unet.named_modules():
         if ".attentions." in path and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -31,16 +35,22 @@ def layers_of(pipeline: StableDiffusionPipeline) -> dict[str, torch.nn.Module]:
     return found
 
 
-def random_module(shape: tuple[int, ...], rank: int, alpha: float | None, generator: torch.Generator) -> LoraModule:
+def random_module(
+    shape: tuple[int, ...], rank: int, alpha: float | None, generator: torch.Generator
+) -> LoraModule:
     """A module for a weight of `shape`, [out, in] or [out, in, kh, kw]."""
     down = torch.randn(rank, *shape[1:], generator=generator) / math.prod(shape[1:]) ** 0.5
     up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator) * 0.3
     return LoraModule(down, up, alpha)
 
 
-def random_adapter(shapes: dict[str, tuple[int, ...]], alpha: float | None = 8.0, rank: int = RANK) -> Adapter:
+def random_adapter(
+    shapes: dict[str, tuple[int, ...]], alpha: float | None = 8.0, rank: int = RANK
+) -> Adapter:
     generator = torch.Generator().manual_seed(5)
-    return Adapter({path: random_module(shape, rank, alpha, generator) for path, shape in shapes.items()}, "kohya", {})
+    return Adapter(
+        {path: random_module(shape, rank, alpha, generator) for path, shape in shapes.items()}, "kohya", {}
+    )
 
 
 def shapes_of(pipeline: StableDiffusionPipeline) -> dict[str, tuple[int, ...]]:
@@ -49,4 +59,8 @@ def shapes_of(pipeline: StableDiffusionPipeline) -> dict[str, tuple[int, ...]]:
 
 def plain_lora_modules() -> dict[str, tuple[int, ...]]:
     """The modules that plain LoRA adapts in Stable Diffusion v1.5."""
-    return {path: shape for path, shape in stable_diffusion_layers().items() if ".attentions." in path or path.startswith("text_encoder.")}
+    return {
+        path: shape
+        for path, shape in stable_diffusion_layers().items()
+        if ".attentions." in path or path.startswith("text_encoder.")
+    }

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image, ImageDraw
 
 from lorascope.config import DataSection
-from lorascope.data import Dataset, Example, prepare_data
+from lorascope.data.dataset import Dataset, Example, prepare_data
 
 SIDE = 16
 Row = tuple[Any, Any]
@@ -42,8 +42,13 @@ def plain(count: int, first: int = 0) -> list[Row]:
 
 def write(path: Path, rows: Sequence[Row], row_group_size: int | None = None, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = pa.array([{"bytes": image, "path": None} for image, _ in rows], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    table = pa.table({"image": images, "text": pa.array([caption for _, caption in rows], pa.string()), **columns})
+    images = pa.array(
+        [{"bytes": image, "path": None} for image, _ in rows],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    table = pa.table(
+        {"image": images, "text": pa.array([caption for _, caption in rows], pa.string()), **columns}
+    )
     pq.write_table(table, path, row_group_size=row_group_size)
     return path
 
@@ -63,7 +68,9 @@ def captions(examples: Sequence[Example]) -> set[str]:
 def write_pictures(folder: Path, names: Sequence[str]) -> None:
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(encode(pixels(seed), {".jpg": "JPEG"}.get(Path(name).suffix.lower(), "PNG")))
+        (folder / name).write_bytes(
+            encode(pixels(seed), {".jpg": "JPEG"}.get(Path(name).suffix.lower(), "PNG"))
+        )
 
 
 def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
@@ -77,7 +84,8 @@ def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
 
 def shard_of(first: int, count: int = 4, **more: Any) -> list[dict[str, Any]]:
     return [
-        {"__key__": f"{seed:05}", "png": encode(pixels(seed)), "txt": f"picture {seed}", **more} for seed in range(first, first + count)
+        {"__key__": f"{seed:05}", "png": encode(pixels(seed)), "txt": f"picture {seed}", **more}
+        for seed in range(first, first + count)
     ]
 
 
@@ -103,4 +111,9 @@ def drawing(seed: int, side: int = 128, number_of_shapes: int = 6) -> Image.Imag
 
 def near_duplicates(image: Image.Image) -> list[bytes]:
     half = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
-    return [encode(image), encode(image, "JPEG", quality=80), encode(half), encode(image.point(lambda value: value * 99 // 100))]
+    return [
+        encode(image),
+        encode(image, "JPEG", quality=80),
+        encode(half),
+        encode(image.point(lambda value: value * 99 // 100)),
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lorascope.config import Arm, StudyConfig
-from lorascope.score import ScoreRow, Scores, write_scores
+from lorascope.evaluation.score import ScoreRow, Scores, write_scores
 from lorascope.store import JsonLines, RunDir, digest_bytes, write_json, write_text
 
 NORMAL = (
@@ -86,20 +86,27 @@ def make_run(
     odd_text: str | None = None,
     num_steps: int = 600,
 ) -> RunDir:
-    """Write the run folder at `path`: base model and scorer are called `pocket`; `odd_text` becomes the first prompt and caption."""
+    """Write the run folder at `path`: base model and scorer are called `pocket`; `odd_text` becomes the first
+    prompt and caption.
+    """
     run = RunDir(path)
     rng = np.random.default_rng(7)
     config = StudyConfig.model_validate(
         {
             "name": path.name,
-            "arms": [{"rank": list(ranks), "alpha_per_rank": 2.0, "lr": list(lrs), "seed": list(training_seeds)}],
+            "arms": [
+                {"rank": list(ranks), "alpha_per_rank": 2.0, "lr": list(lrs), "seed": list(training_seeds)}
+            ],
             "train": {"epochs": 4},
             "sample": {"num_prompts": num_prompts, "seeds": list(sample_seeds)},
             "score": {"resamples": 500},
         }
     )
     write_text(run.study_toml, config.to_toml())
-    facts = {name: {"inputs": digest_bytes(name.encode()), "seconds": 10.0 + 7 * i} for i, name in enumerate(stages)}
+    facts = {
+        name: {"inputs": digest_bytes(name.encode()), "seconds": 10.0 + 7 * i}
+        for i, name in enumerate(stages)
+    }
     run.describe(
         lorascope="0.1.0",
         versions={"numpy": "2.0.0", "torch": "2.13.0+cpu"},
@@ -127,7 +134,12 @@ def make_run(
         write_json(
             run.merge_check_json,
             {
-                arm.name: {"relative_error": 3e-7 * (1 + i), "tolerance": 1e-3, "mean_pixel_difference": 0.0, "ok": True}
+                arm.name: {
+                    "relative_error": 3e-7 * (1 + i),
+                    "tolerance": 1e-3,
+                    "mean_pixel_difference": 0.0,
+                    "ok": True,
+                }
                 for i, arm in enumerate(arms)
             },
         )
@@ -168,7 +180,12 @@ def _damage(arm: Arm) -> float:
 
 
 def _write_training(
-    run: RunDir, planned: list[Arm], failed: Sequence[str], with_probes: bool, num_steps: int, rng: np.random.Generator
+    run: RunDir,
+    planned: list[Arm],
+    failed: Sequence[str],
+    with_probes: bool,
+    num_steps: int,
+    rng: np.random.Generator,
 ) -> None:
     log = JsonLines(run.metrics_jsonl)
     arms = [arm for arm in planned if arm.name not in failed]
@@ -198,8 +215,20 @@ def _write_training(
         for arm in planned:
             if arm.name in failed and step > 40:
                 continue
-            loss = float(shared[step - 1] * (0.85 + 0.25 * math.exp(-step / 150) + 0.01 * math.log2(arm.rank)))
-            log.append({"kind": "train", "step": step, "epoch": epoch, "arm": arm.name, "loss": loss, "grad_norm": 0.2, "lr": arm.lr})
+            loss = float(
+                shared[step - 1] * (0.85 + 0.25 * math.exp(-step / 150) + 0.01 * math.log2(arm.rank))
+            )
+            log.append(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "epoch": epoch,
+                    "arm": arm.name,
+                    "loss": loss,
+                    "grad_norm": 0.2,
+                    "lr": arm.lr,
+                }
+            )
         if with_probes and step % (num_steps // 4) == 0:
             for arm in arms:
                 for split in ("train", "heldout"):
@@ -268,12 +297,36 @@ def _write_samples(
     rows: list[ScoreRow] = []
 
     def add(
-        kind: str, name: str, category: str, index: int, prompt: str, seed: int, score: float, image: str = "", arm: Arm | None = None
+        kind: str,
+        name: str,
+        category: str,
+        index: int,
+        prompt: str,
+        seed: int,
+        score: float,
+        image: str = "",
+        arm: Arm | None = None,
     ) -> None:
         rank = arm.rank if arm else 0 if name == "base" else None
         alpha, lr, training_seed = (arm.alpha, arm.lr, arm.seed) if arm else (None, None, None)
         digest = digest_bytes(image.encode()) if image else ""
-        rows.append(ScoreRow(kind, name, rank, alpha, lr, training_seed, category, index, prompt, seed, score, image, digest))
+        rows.append(
+            ScoreRow(
+                kind,
+                name,
+                rank,
+                alpha,
+                lr,
+                training_seed,
+                category,
+                index,
+                prompt,
+                seed,
+                score,
+                image,
+                digest,
+            )
+        )
 
     for category, level in (("normal", 27.0), ("abstract", 22.0)):
         for index, prompt in enumerate(prompts[category]):
@@ -284,21 +337,52 @@ def _write_samples(
                     score = level + easy + damage + float(rng.normal(0, 1))
                     image = f"images/{name}/{category}-{index:03d}-{seed}.png"
                     _draw(
-                        run.path / image, index, category, seed, side_px, 0.0 if arm is None else -damage, None if arm is None else arm.rank
+                        run.path / image,
+                        index,
+                        category,
+                        seed,
+                        side_px,
+                        0.0 if arm is None else -damage,
+                        None if arm is None else arm.rank,
                     )
                     add("arm", name, category, index, prompt, seed, score, image, arm)
                     if name == "base":
-                        add("calibration", "shuffled prompts", category, index, prompt, seed, 16 + float(rng.normal(0, 1.5)), image)
+                        add(
+                            "calibration",
+                            "shuffled prompts",
+                            category,
+                            index,
+                            prompt,
+                            seed,
+                            16 + float(rng.normal(0, 1.5)),
+                            image,
+                        )
             add("calibration", "noise", category, index, prompt, 0, 14 + float(rng.normal(0, 0.8)))
     for index in range(28):
-        add("calibration", "real held-out", "captions", index, f"drawing number {100 + index}", 0, 30 + float(rng.normal(0, 2)))
+        add(
+            "calibration",
+            "real held-out",
+            "captions",
+            index,
+            f"drawing number {100 + index}",
+            0,
+            30 + float(rng.normal(0, 2)),
+        )
     if not with_scores:
         return
-    scorer = {"model": "pocket", "digest": "c" * 64, "dtype": "float32", "preprocessing": "64 px, bicubic", "scale": "100 x cosine"}
+    scorer = {
+        "model": "pocket",
+        "digest": "c" * 64,
+        "dtype": "float32",
+        "preprocessing": "64 px, bicubic",
+        "scale": "100 x cosine",
+    }
     write_scores(run, Scores.from_rows(rows, scorer))
 
 
-def _draw(path: Path, index: int, category: str, seed: int, side_px: int, damage: float, rank: int | None) -> None:
+def _draw(
+    path: Path, index: int, category: str, seed: int, side_px: int, damage: float, rank: int | None
+) -> None:
     """A plain scene per prompt and seed; arms flatten its colours, damage adds noise."""
     rng = np.random.default_rng([index, seed, category == "normal"])
     sky, ground, thing = rng.integers(60, 255, (3, 3))
@@ -308,7 +392,12 @@ def _draw(path: Path, index: int, category: str, seed: int, side_px: int, damage
     x, y, r = (rng.uniform(0.25, 0.75, 3) * side_px).tolist()
     box = (x - r / 2, y - r / 2, x + r / 2, y + r / 2)
     if category == "normal":
-        draw.ellipse(box, fill=tuple(int(c) for c in thing), outline=None if rank is None else (20, 20, 20), width=max(1, side_px // 32))
+        draw.ellipse(
+            box,
+            fill=tuple(int(c) for c in thing),
+            outline=None if rank is None else (20, 20, 20),
+            width=max(1, side_px // 32),
+        )
     else:
         draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=tuple(int(c) for c in thing))
     if damage > 0.5:

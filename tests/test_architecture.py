@@ -1,4 +1,6 @@
-"""ARCHITECTURE.md holds: the order of imports, what stays free of torch, and the habits a machine can check."""
+"""ARCHITECTURE.md holds: the order of imports, what stays free of torch, and the habits a machine can
+check.
+"""
 
 import ast
 import os
@@ -22,7 +24,9 @@ SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAG
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 MODULES = [name for name in SOURCES if name not in ENTRY_POINTS]
 # The table of ARCHITECTURE.md: module and what it says about torch, in the order of the flow.
-TABLE = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE)
+TABLE = re.findall(
+    r"^\| `(\w+)` \|.*\| ([^|]+) \|$", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE
+)
 ORDER = [name for name, _ in TABLE]
 
 
@@ -40,18 +44,28 @@ def imported(tree: ast.AST) -> set[str]:
 
 def own_modules(tree: ast.AST) -> set[str]:
     """The modules of this package that a tree imports."""
-    return {parts[1] for name in imported(tree) if (parts := name.split("."))[0] == "lorascope" and len(parts) > 1 and parts[1] in SOURCES}
+    return {
+        parts[1]
+        for name in imported(tree)
+        if (parts := name.split("."))[0] == "lorascope" and len(parts) > 1 and parts[1] in SOURCES
+    }
 
 
 def public(tree: ast.Module) -> list[ast.FunctionDef | ast.ClassDef]:
     """Public functions and classes."""
-    return [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+    return [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def test_the_table_lists_every_module_once() -> None:
@@ -65,9 +79,13 @@ def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
     assert own_modules(TREES[module]) - before == set()
 
 
-@pytest.mark.parametrize("module", [name for name, torch in TABLE if torch.strip() == "no" and name in MODULES])
+@pytest.mark.parametrize(
+    "module", [name for name, torch in TABLE if torch.strip() == "no" and name in MODULES]
+)
 def test_a_module_without_torch_stays_so_in_all_it_imports(module: str) -> None:
-    result = python(f"import lorascope.{module}, sys; print(*[name for name in {HEAVY} if name in sys.modules])")
+    result = python(
+        f"import lorascope.{module}, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    )
     assert result.stderr == ""
     assert result.stdout.split() == []
 
@@ -75,7 +93,7 @@ def test_a_module_without_torch_stays_so_in_all_it_imports(module: str) -> None:
 def test_the_help_is_quick_and_imports_no_torch() -> None:
     code = f"""
 import sys
-from lorascope.cli import main
+from lorascope.cli.app import main
 code = main(["--help"])
 loaded = [name for name in {HEAVY} if name in sys.modules]
 print(loaded, code, file=sys.stderr)
@@ -92,7 +110,15 @@ print(loaded, code, file=sys.stderr)
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_module_has_a_name_that_says_nothing(path: Path) -> None:
-    assert not {path.stem, *path.parent.relative_to(PACKAGE).parts} & {"utils", "util", "helpers", "common", "misc", "core", "shared"}
+    assert not {path.stem, *path.parent.relative_to(PACKAGE).parts} & {
+        "utils",
+        "util",
+        "helpers",
+        "common",
+        "misc",
+        "core",
+        "shared",
+    }
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -108,13 +134,21 @@ def test_lines_fit_the_page(module: str) -> None:
 
 def errors_raised(tree: ast.AST) -> set[str]:
     """The names of our user errors that a tree raises."""
-    ours = {name for name, value in vars(lorascope.errors).items() if isinstance(value, type) and issubclass(value, LorascopeError)}
-    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    ours = {
+        name
+        for name, value in vars(lorascope.errors).items()
+        if isinstance(value, type) and issubclass(value, LorascopeError)
+    }
+    calls = [
+        node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    ]
     return {call.func.id for call in calls if isinstance(call.func, ast.Name)} & ours
 
 
 # The command line turns errors into exit codes, which its tests look at instead.
-RAISED = [(module, error) for module in MODULES if module != "cli" for error in sorted(errors_raised(TREES[module]))]
+RAISED = [
+    (module, error) for module in MODULES if module != "cli" for error in sorted(errors_raised(TREES[module]))
+]
 
 
 @pytest.mark.parametrize(("module", "error"), RAISED)

@@ -9,7 +9,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorascope.config import Arm, ArmGrid, StudyConfig, TargetGroup, TrainSection, load_study, preset_names, preset_text, reference_table
+from lorascope.config import (
+    Arm,
+    ArmGrid,
+    StudyConfig,
+    TargetGroup,
+    TrainSection,
+    load_study,
+    preset_names,
+    preset_text,
+    reference_table,
+)
 from lorascope.errors import ConfigError
 
 COUNTS = st.integers(1, 10_000)
@@ -32,7 +42,9 @@ def grids(draw: st.DrawFn) -> ArmGrid:
     )
 
 
-def study(*overrides: str, preset: str | None = None, path: Path | None = None, **environment: str) -> StudyConfig:
+def study(
+    *overrides: str, preset: str | None = None, path: Path | None = None, **environment: str
+) -> StudyConfig:
     return load_study(path, preset, overrides, environment)
 
 
@@ -55,7 +67,7 @@ def names(config: StudyConfig) -> list[str]:
     return [arm.name for arm in config.expand_arms()]
 
 
-# -- layers -------------------------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------------------------
 
 
 def test_the_study_without_file_and_preset_is_pocket() -> None:
@@ -98,8 +110,19 @@ def test_lists_are_replaced_whole_and_reached_by_index(tmp_path: Path) -> None:
 
 
 def test_override_values_are_toml_and_bare_words_are_text() -> None:
-    config = study("train.betas=[0.8, 0.9]", "name=first", "sample.prompts=my/prompts.txt", 'score.model="a b"', "sample.guidance=5")
-    assert (config.train.betas, config.name, config.sample.prompts, config.score.model) == ((0.8, 0.9), "first", "my/prompts.txt", "a b")
+    config = study(
+        "train.betas=[0.8, 0.9]",
+        "name=first",
+        "sample.prompts=my/prompts.txt",
+        'score.model="a b"',
+        "sample.guidance=5",
+    )
+    assert (config.train.betas, config.name, config.sample.prompts, config.score.model) == (
+        (0.8, 0.9),
+        "first",
+        "my/prompts.txt",
+        "a b",
+    )
     assert config.sample.guidance == 5.0
 
 
@@ -127,10 +150,17 @@ def test_every_scalar_key_can_come_from_the_environment() -> None:
         LORASCOPE_ARMS_0_ALPHA_PER_RANK="3",
         LORASCOPE_DEBUG="1",
     )
-    assert (config.name, config.device, config.train.max_grad_norm, config.arms[0].alpha_per_rank) == ("n", "cpu", 1.5, 3.0)
+    assert (config.name, config.device, config.train.max_grad_norm, config.arms[0].alpha_per_rank) == (
+        "n",
+        "cpu",
+        1.5,
+        3.0,
+    )
 
 
-def test_the_process_environment_is_read_unless_another_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_process_environment_is_read_unless_another_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("LORASCOPE_TRAIN_EPOCHS", "77")
     assert load_study().train.epochs == 77
     frozen = write(tmp_path, study(preset="paper").to_toml(), "study.toml")
@@ -150,13 +180,20 @@ def test_alpha_takes_the_alpha_per_rank_of_a_weaker_layer_away(tmp_path: Path) -
 
 def test_both_alphas_in_one_layer_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "[[arms]]\nalpha = 2\nalpha_per_rank = 2\n")
-    assert refusal("arms.0.lr=1e-3", path=path) == f"{path}: arms.0.alpha_per_rank = 2: excludes alpha = 2.0: give one of the two"
-    assert "--set: arms.0.alpha_per_rank = 1: excludes alpha" in refusal("arms.0.alpha_per_rank=1", "arms.0.alpha=3")
+    assert (
+        refusal("arms.0.lr=1e-3", path=path)
+        == f"{path}: arms.0.alpha_per_rank = 2: excludes alpha = 2.0: give one of the two"
+    )
+    assert "--set: arms.0.alpha_per_rank = 1: excludes alpha" in refusal(
+        "arms.0.alpha_per_rank=1", "arms.0.alpha=3"
+    )
     both = refusal(LORASCOPE_ARMS_0_ALPHA="3", LORASCOPE_ARMS_0_ALPHA_PER_RANK="1")
-    assert both.startswith("environment LORASCOPE_ARMS_0_ALPHA_PER_RANK: arms.0.alpha_per_rank = 1: excludes alpha")
+    assert both.startswith(
+        "environment LORASCOPE_ARMS_0_ALPHA_PER_RANK: arms.0.alpha_per_rank = 1: excludes alpha"
+    )
 
 
-# -- arms ---------------------------------------------------------------------------------------------------------------
+# -- arms ----------------------------------------------------------------------------------------------------
 
 
 def arms_of(*grids: ArmGrid) -> tuple[Arm, ...]:
@@ -175,21 +212,36 @@ def test_a_grid_is_the_product_of_its_lists_in_order() -> None:
 
 
 def test_alpha_per_rank_is_the_scale_and_alpha_defaults_to_the_rank() -> None:
-    assert [(arm.alpha, arm.scale) for arm in arms_of(ArmGrid(rank=(4, 8), alpha_per_rank=2.0))] == [(8.0, 2.0), (16.0, 2.0)]
+    assert [(arm.alpha, arm.scale) for arm in arms_of(ArmGrid(rank=(4, 8), alpha_per_rank=2.0))] == [
+        (8.0, 2.0),
+        (16.0, 2.0),
+    ]
     assert [(arm.name, arm.alpha) for arm in arms_of(ArmGrid(rank=(4, 8)))] == [("r4", 4.0), ("r8", 8.0)]
 
 
 def test_names_say_what_varies_within_a_rank() -> None:
-    assert [arm.name for arm in arms_of(ArmGrid(rank=(4, 8), seed=(0, 12345678)))] == ["r4-s0", "r4-s12345678", "r8-s0", "r8-s12345678"]
-    assert [arm.name for arm in arms_of(ArmGrid(rank=4, alpha=(1.0, 2.5), lr=(1e-5, 1e-4), seed=(0, 1)))][-1] == "r4-a2.5-lr0.0001-s1"
-    assert [arm.name for arm in arms_of(ArmGrid(rank=4), ArmGrid(rank=4, lr=1e-5))] == ["r4-lr0.0001", "r4-lr1e-05"]
+    assert [arm.name for arm in arms_of(ArmGrid(rank=(4, 8), seed=(0, 12345678)))] == [
+        "r4-s0",
+        "r4-s12345678",
+        "r8-s0",
+        "r8-s12345678",
+    ]
+    assert [arm.name for arm in arms_of(ArmGrid(rank=4, alpha=(1.0, 2.5), lr=(1e-5, 1e-4), seed=(0, 1)))][
+        -1
+    ] == "r4-a2.5-lr0.0001-s1"
+    assert [arm.name for arm in arms_of(ArmGrid(rank=4), ArmGrid(rank=4, lr=1e-5))] == [
+        "r4-lr0.0001",
+        "r4-lr1e-05",
+    ]
     assert [arm.name for arm in arms_of(ArmGrid(rank=4, lr=1e-5), ArmGrid(rank=8, lr=1e-4))] == ["r4", "r8"]
     assert [arm.name for arm in arms_of(ArmGrid(rank=4, alpha=(1e7, 1.0)))] == ["r4-a1e07", "r4-a1"]
     assert [arm.name for arm in arms_of(ArmGrid(name="small", rank=4), ArmGrid(rank=8))] == ["small", "r8"]
 
 
 def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
-    config = StudyConfig(arms=(ArmGrid(rank=4, batch_size=(4, 8)), ArmGrid(rank=8, epochs=20, seed=(0, 1)), ArmGrid(rank=16)))
+    config = StudyConfig(
+        arms=(ArmGrid(rank=4, batch_size=(4, 8)), ArmGrid(rank=8, epochs=20, seed=(0, 1)), ArmGrid(rank=16))
+    )
     assert [(arm.name, arm.batch_size, arm.epochs) for arm in config.expand_arms()] == [
         ("r4-b4-s0", 4, 10),
         ("r4-b8-s0", 8, 10),
@@ -197,8 +249,13 @@ def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
         ("r8-b4-s1", 4, 20),
         ("r16-b4-s0", 4, 10),
     ]
-    both = StudyConfig(arms=(ArmGrid(rank=4), ArmGrid(rank=4, epochs=2)), train=TrainSection(epochs=3, batch_size=1))
-    assert [(arm.name, arm.batch_size, arm.epochs) for arm in both.expand_arms()] == [("r4-e3", 1, 3), ("r4-e2", 1, 2)]
+    both = StudyConfig(
+        arms=(ArmGrid(rank=4), ArmGrid(rank=4, epochs=2)), train=TrainSection(epochs=3, batch_size=1)
+    )
+    assert [(arm.name, arm.batch_size, arm.epochs) for arm in both.expand_arms()] == [
+        ("r4-e3", 1, 3),
+        ("r4-e2", 1, 2),
+    ]
     assert "arms.0.batch_size = 0: must be at least 1" in refusal("arms=[{batch_size=0}]")
 
 
@@ -207,22 +264,46 @@ def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
     [
         (
             "[{rank=4}, {rank=4}]",
-            "two arms are called 'r4': give them names of their own, or vary rank, alpha, lr, seed, batch_size or epochs",
+            (
+                "two arms are called 'r4': give them names of their own, or vary rank, alpha, lr, seed, "
+                "batch_size or epochs"
+            ),
         ),
         ('[{name="a", rank=4}, {name="A", rank=8}]', "arm names differ only in case: 'a' and 'A'"),
         (
             '[{name="a", rank=4, epochs=10}, {name="b", rank=4, alpha=4, epochs=10}]',
             "arms 'a' and 'b' have the same rank, alpha, lr, seed, batch size and epochs: leave one out",
         ),
-        ('[{name="base"}]', "an arm is called 'base', which is kept for the unadapted model: choose another name"),
-        ('[{name="Base"}]', "an arm is called 'Base', which is kept for the unadapted model: choose another name"),
+        (
+            '[{name="base"}]',
+            "an arm is called 'base', which is kept for the unadapted model: choose another name",
+        ),
+        (
+            '[{name="Base"}]',
+            "an arm is called 'Base', which is kept for the unadapted model: choose another name",
+        ),
         (
             '[{name="a", rank=[4, 8]}]',
-            "arms.0: the name 'a' stands on a table that makes 2 arms: leave the name out, or give single values",
+            (
+                "arms.0: the name 'a' stands on a table that makes 2 arms: leave the name out, or give "
+                "single values"
+            ),
         ),
-        ('[{name="a/b"}]', "arms.0.name = \"a/b\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"),
-        ("[{rank=[4, 4]}]", "arms.0.rank = [4, 4]: must not repeat a value, but 4 stands there more than once"),
-        ("[{lr=[1e-4, 0.0001]}]", "arms.0.lr = [0.0001, 0.0001]: must not repeat a value, but 0.0001 stands there more than once"),
+        (
+            '[{name="a/b"}]',
+            (
+                "arms.0.name = \"a/b\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a "
+                "letter or digit"
+            ),
+        ),
+        (
+            "[{rank=[4, 4]}]",
+            "arms.0.rank = [4, 4]: must not repeat a value, but 4 stands there more than once",
+        ),
+        (
+            "[{lr=[1e-4, 0.0001]}]",
+            "arms.0.lr = [0.0001, 0.0001]: must not repeat a value, but 0.0001 stands there more than once",
+        ),
         ("[]", "arms = []: must be a list with at least one item"),
         ("3", "arms = 3: must be a list of tables"),
         ("[3]", "arms.0 = 3: must be a table"),
@@ -232,7 +313,7 @@ def test_arms_that_cannot_be_told_apart_or_stored_are_refused(arms: str, message
     assert refusal(f"arms={arms}").startswith(f"--set: {message}")
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------
+# -- mistakes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,17 +330,29 @@ def test_arms_that_cannot_be_told_apart_or_stored_are_refused(arms: str, message
         ("arms.0.lr=[1e-4,inf]", "arms.0.lr.1 = Infinity: must be a finite number"),
         ("arms.0.lr=0", "arms.0.lr = 0: must be more than 0"),
         ("arms.0=3", "arms.0 = 3: must be a table"),
-        ("arms.0.seed=9223372036854775808", "arms.0.seed = 9223372036854775808: must be less than 9223372036854775808"),
+        (
+            "arms.0.seed=9223372036854775808",
+            "arms.0.seed = 9223372036854775808: must be less than 9223372036854775808",
+        ),
         ("sample.seeds=[-1]", "sample.seeds.0 = -1: must be at least 0"),
         ("sample.seeds=[]", "sample.seeds = []: must be a list with at least one item"),
-        ("sample.seeds=[1,1]", "sample.seeds = [1, 1]: must not repeat a value, but 1 stands there more than once"),
+        (
+            "sample.seeds=[1,1]",
+            "sample.seeds = [1, 1]: must not repeat a value, but 1 stands there more than once",
+        ),
         ("sample.guidance=nan", "sample.guidance = NaN: must be a finite number"),
         (
             "sample.scheduler=dpmsolver",
-            "sample.scheduler = \"dpmsolver\": must be one of ddim, euler, dpmsolver++ - did you mean 'dpmsolver++'?",
+            (
+                'sample.scheduler = "dpmsolver": must be one of ddim, euler, dpmsolver++ - did you mean '
+                "'dpmsolver++'?"
+            ),
         ),
         ("train.precision=double", 'train.precision = "double": must be one of auto, fp32, bf16, fp16'),
-        ("train.precision=16", "train.precision = 16: must be one of auto, fp32, bf16, fp16 - did you mean 'fp16'?"),
+        (
+            "train.precision=16",
+            "train.precision = 16: must be one of auto, fp32, bf16, fp16 - did you mean 'fp16'?",
+        ),
         ("train.epochs=true", "train.epochs = true: must be a whole number"),
         ('train.epochs="2"', 'train.epochs = "2": must be a whole number'),
         ("train.epochs=1.5", "train.epochs = 1.5: must be a whole number"),
@@ -270,10 +363,22 @@ def test_arms_that_cannot_be_told_apart_or_stored_are_refused(arms: str, message
         ("train=3", "train = 3: must be a table"),
         ("data.resolution_px=65", "data.resolution_px = 65: must be a multiple of 8"),
         ("adapter.targets=to_q", 'adapter.targets = "to_q": must be a list of text'),
-        ('adapter.targets=["a","a"]', 'adapter.targets = ["a", "a"]: must not repeat a value, but \'a\' stands there more than once'),
+        (
+            'adapter.targets=["a","a"]',
+            'adapter.targets = ["a", "a"]: must not repeat a value, but \'a\' stands there more than once',
+        ),
         ('base.model=""', 'base.model = "": must be text that is not empty'),
-        ("name=runs/a", "name = \"runs/a\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"),
-        ("name=..", "name = \"..\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"),
+        (
+            "name=runs/a",
+            (
+                "name = \"runs/a\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a letter "
+                "or digit"
+            ),
+        ),
+        (
+            "name=..",
+            "name = \"..\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place_and_constraint(override: str, message: str) -> None:
@@ -283,9 +388,17 @@ def test_a_wrong_value_is_named_with_its_place_and_constraint(override: str, mes
 @pytest.mark.parametrize(
     ("override", "start", "end"),
     [
-        ("train.epocs=3", "train.epocs: unknown key; known here: epochs, batch_size,", " - did you mean 'epochs'?"),
+        (
+            "train.epocs=3",
+            "train.epocs: unknown key; known here: epochs, batch_size,",
+            " - did you mean 'epochs'?",
+        ),
         ("arms.0.ranks=3", "arms.0.ranks: unknown key; known here: name, rank,", " - did you mean 'rank'?"),
-        ("trian.epochs=2", "trian: unknown key; known here: name, device, workers, trackers, base,", " - did you mean 'train'?"),
+        (
+            "trian.epochs=2",
+            "trian: unknown key; known here: name, device, workers, trackers, base,",
+            " - did you mean 'train'?",
+        ),
         ("zzz=2", "zzz: unknown key; known here: name, device, workers, trackers, base,", "preset"),
         ("train..epochs=2", "train.: unknown key; known here: epochs,", "keep_best"),
         ("a\nb=2", "a\\nb: unknown key; known here: name,", "preset"),
@@ -314,11 +427,17 @@ def test_an_index_that_is_not_there_is_refused(override: str) -> None:
 
 
 def test_an_index_into_an_empty_list_is_refused() -> None:
-    assert refusal("sample.seeds=[]", "sample.seeds.0=3") == "--set: sample.seeds.0: items are counted from 0; there is none here"
+    assert (
+        refusal("sample.seeds=[]", "sample.seeds.0=3")
+        == "--set: sample.seeds.0: items are counted from 0; there is none here"
+    )
 
 
 def test_a_preset_cannot_be_an_override() -> None:
-    assert refusal("preset=smoke") == "--set preset=smoke: a preset cannot be set over other layers: use --preset smoke"
+    assert (
+        refusal("preset=smoke")
+        == "--set preset=smoke: a preset cannot be set over other layers: use --preset smoke"
+    )
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -337,8 +456,12 @@ def test_the_origin_of_a_wrong_value_is_the_layer_that_gave_it(tmp_path: Path) -
     assert refusal("arms.0.lr=1e-3", path=path) == f"{path}: arms.0.rank = 0: must be at least 1"
     variable = refusal(path=write(tmp_path, "[train]\nepochs = 3\n"), LORASCOPE_TRAIN_EPOCHS="abc")
     assert variable == 'environment LORASCOPE_TRAIN_EPOCHS: train.epochs = "abc": must be a whole number'
-    assert refusal(LORASCOPE_TRAIN_EPOCH="3").startswith("environment LORASCOPE_TRAIN_EPOCH: train.epoch: unknown key")
-    assert names(study("arms=[{rank=4}]", path=path, LORASCOPE_ARMS_0_LR="x")) == ["r4"]  # the mistakes are replaced
+    assert refusal(LORASCOPE_TRAIN_EPOCH="3").startswith(
+        "environment LORASCOPE_TRAIN_EPOCH: train.epoch: unknown key"
+    )
+    assert names(study("arms=[{rank=4}]", path=path, LORASCOPE_ARMS_0_LR="x")) == [
+        "r4"
+    ]  # the mistakes are replaced
     two = write(tmp_path, "[[arms]]\nrank = 4\n[[arms]]\nrank = 4\n")
     assert refusal("train.epochs=2", path=two).startswith(f"{two}: two arms are called 'r4'")
 
@@ -358,7 +481,9 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
-    assert refusal(path=missing).startswith(f"{missing}: no such study file: check the path, or use --preset with one of paper, ")
+    assert refusal(path=missing).startswith(
+        f"{missing}: no such study file: check the path, or use --preset with one of paper, "
+    )
     assert refusal(path=tmp_path) == f"{tmp_path}: is a folder: name the study's TOML file"
     latin = tmp_path / "latin.toml"
     latin.write_bytes('name = "\xe9"'.encode("latin-1"))
@@ -373,7 +498,11 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 
 
 @given(
-    keys=st.lists(st.sampled_from(["train", "arms", "0", "rank", "seeds", "sample", "name", "x", "epochs", "1"]), min_size=1, max_size=4),
+    keys=st.lists(
+        st.sampled_from(["train", "arms", "0", "rank", "seeds", "sample", "name", "x", "epochs", "1"]),
+        min_size=1,
+        max_size=4,
+    ),
     value=st.text(max_size=8),
 )
 def test_any_override_gives_a_study_or_one_line(keys: list[str], value: str) -> None:
@@ -386,7 +515,7 @@ def test_any_override_gives_a_study_or_one_line(keys: list[str], value: str) -> 
     assert "pydantic" not in message
 
 
-# -- the frozen file ----------------------------------------------------------------------------------------------------
+# -- the frozen file -----------------------------------------------------------------------------------------
 
 
 def read_back(config: StudyConfig, folder: Path) -> StudyConfig:
@@ -409,9 +538,19 @@ def test_presets_come_back_from_their_frozen_file(preset: str, tmp_path: Path) -
     epochs=COUNTS,
 )
 def test_any_study_comes_back_from_its_frozen_file(
-    arms: list[ArmGrid], name: str, model: str, dropout: float, epochs: int, tmp_path_factory: pytest.TempPathFactory
+    arms: list[ArmGrid],
+    name: str,
+    model: str,
+    dropout: float,
+    epochs: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    values = {"name": name, "arms": arms, "base": {"model": model}, "train": {"caption_dropout": dropout, "epochs": epochs}}
+    values = {
+        "name": name,
+        "arms": arms,
+        "base": {"model": model},
+        "train": {"caption_dropout": dropout, "epochs": epochs},
+    }
     try:
         config = StudyConfig.model_validate(values)
     except ValidationError:
@@ -447,12 +586,22 @@ def test_the_reference_table_has_a_row_for_every_key() -> None:
 
     def leaves(key: str, kind: Any) -> list[str]:
         fields = getattr(tables.get(key, kind), "model_fields", None)
-        return [key] if fields is None else [leaf for name in fields for leaf in leaves(f"{key}.{name}", fields[name].annotation)]
+        return (
+            [key]
+            if fields is None
+            else [leaf for name in fields for leaf in leaves(f"{key}.{name}", fields[name].annotation)]
+        )
 
-    expected = [leaf for name, field in StudyConfig.model_fields.items() for leaf in leaves(name, field.annotation)]
+    expected = [
+        leaf for name, field in StudyConfig.model_fields.items() for leaf in leaves(name, field.annotation)
+    ]
     assert keys == expected
     assert all(row.count("|") == 5 and not row.endswith("None |") for row in rows)
-    assert "| `trackers` | list of `tensorboard` or `wandb` or `mlflow` or `trackio` | `[]` | " in "\n".join(rows)
+    assert "| `trackers` | list of `tensorboard` or `wandb` or `mlflow` or `trackio` | `[]` | " in "\n".join(
+        rows
+    )
     assert "| `train.betas` | list of 2 numbers | `[0.9, 0.999]` | AdamW's decay rates |" in rows
     assert "| `arms.rank` | whole number or list of whole numbers | `16` | rank r of the adapter |" in rows
-    assert '| `device` | `auto` or `cpu` or `cuda` | `"auto"` | `auto` takes the GPU if there is one |' in rows
+    assert (
+        '| `device` | `auto` or `cpu` or `cuda` | `"auto"` | `auto` takes the GPU if there is one |' in rows
+    )

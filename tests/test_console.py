@@ -29,7 +29,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     moved = Clock()
-    monkeypatch.setattr("lorascope.console.time", type("Time", (), {"monotonic": moved.monotonic, "gmtime": time.gmtime}))
+    monkeypatch.setattr(
+        "lorascope.console.time", type("Time", (), {"monotonic": moved.monotonic, "gmtime": time.gmtime})
+    )
     return moved
 
 
@@ -40,10 +42,12 @@ def _own_handlers() -> Iterator[None]:
     log.handlers[:], log.level, log.propagate = before
 
 
-# -- without a terminal -------------------------------------------------------------------------------------------------
+# -- without a terminal --------------------------------------------------------------------------------------
 
 
-def test_plain_lines_come_every_few_seconds_and_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_come_every_few_seconds_and_at_the_end(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     configure_logging(logging.INFO)
     with track("train", 40, "steps", completed=10) as task:
         for _ in range(30):
@@ -85,7 +89,9 @@ def test_a_failed_stage_does_not_claim_an_end(clock: Clock, capsys: pytest.Captu
     assert capsys.readouterr().err.splitlines() == ["train    1/10"]
 
 
-def test_a_total_may_come_late_and_progress_may_stand_still(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_total_may_come_late_and_progress_may_stand_still(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     configure_logging(logging.INFO)
     with track("data", 1, "pictures") as task:
         clock.now += 6
@@ -101,9 +107,12 @@ def test_a_total_may_come_late_and_progress_may_stand_still(clock: Clock, capsys
 
 
 @pytest.mark.parametrize(
-    ("level", "shown"), [(logging.WARNING, ["bad"]), (logging.INFO, ["good", "bad"]), (logging.DEBUG, ["detail", "good", "bad"])]
+    ("level", "shown"),
+    [(logging.WARNING, ["bad"]), (logging.INFO, ["good", "bad"]), (logging.DEBUG, ["detail", "good", "bad"])],
 )
-def test_the_level_chooses_what_is_shown(level: int, shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_level_chooses_what_is_shown(
+    level: int, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     configure_logging(level)
     configure_logging(level)  # again, as in a notebook: no line twice
     log.debug("detail")
@@ -112,7 +121,7 @@ def test_the_level_chooses_what_is_shown(level: int, shown: list[str], capsys: p
     assert capsys.readouterr().err.splitlines() == shown
 
 
-# -- on a terminal ------------------------------------------------------------------------------------------------------
+# -- on a terminal -------------------------------------------------------------------------------------------
 
 WORK = """
 import logging, time
@@ -131,10 +140,17 @@ log.info("after")
 def on_terminal(level: str = "INFO", **environment: str) -> str:
     """What a terminal receives on stderr."""
     ours, theirs = pty.openpty()
-    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "CI")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "CI")
+    }
     command = [sys.executable, "-c", WORK.format(level=level)]
     process = subprocess.Popen(
-        command, stderr=theirs, stdout=subprocess.DEVNULL, env={**kept, "TERM": "xterm", "COLUMNS": "120", **environment}
+        command,
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+        env={**kept, "TERM": "xterm", "COLUMNS": "120", **environment},
     )
     os.close(theirs)
     received = b""
@@ -153,7 +169,9 @@ def test_a_terminal_gets_a_bar_and_lines_stand_above_it() -> None:
     assert re.search(r"\x1b\[[0-9;]*3[0-9]m|\x1b\[38;5", text)  # colours
     assert "20/20" in text
     assert "steps/s  [r16] 0.1200" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip() for line in text.replace("\r", "\n").split("\n")]
+    lines = [
+        re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip() for line in text.replace("\r", "\n").split("\n")
+    ]
     assert "a line in between" in lines
     assert "after" in lines
 
@@ -173,11 +191,17 @@ def test_quiet_runs_and_dumb_terminals_get_no_bar(level: str, environment: dict[
 
 def test_force_color_does_not_put_a_bar_into_a_file() -> None:
     environment = {**os.environ, "FORCE_COLOR": "1"}
-    result = subprocess.run([sys.executable, "-c", WORK.format(level="INFO")], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WORK.format(level="INFO")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stderr == "a line in between\nafter\n"
 
 
-# -- figures ------------------------------------------------------------------------------------------------------------
+# -- figures -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,10 +239,12 @@ def test_sizes(num_bytes: float, shown: str) -> None:
     assert size(num_bytes) == shown
 
 
-# -- the log file -------------------------------------------------------------------------------------------------------
+# -- the log file --------------------------------------------------------------------------------------------
 
 
-def test_the_log_file_has_everything_with_times_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_file_has_everything_with_times_in_utc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
@@ -246,7 +272,9 @@ def test_a_log_file_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_under_the_log_does_not_bury_the_error_that_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_under_the_log_does_not_bury_the_error_that_ends_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     configure_logging(logging.INFO)
 
     def fail() -> None:

@@ -11,9 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorascope.adapter import resolve_section
-from lorascope.base import read_configs
-from lorascope.cli import app
+from lorascope.adapters.bank import resolve_section
+from lorascope.base.loading import read_configs
+from lorascope.cli.app import app
 from lorascope.config import AdapterSection, BaseSection, StudyConfig, preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ben
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -60,7 +62,9 @@ def test_the_layers_of_the_example_are_stable_diffusions() -> None:
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
         components = {"unet": UNet2DConditionModel.from_config(configs["unet"]), "text_encoder": text_encoder}
     [section] = [
-        tomllib.loads(block)["adapter"] for block in blocks(ROOT / "docs" / "study-file.md", "toml") if "[[adapter.groups]]" in block
+        tomllib.loads(block)["adapter"]
+        for block in blocks(ROOT / "docs" / "study-file.md", "toml")
+        if "[[adapter.groups]]" in block
     ]
     targets = resolve_section(components, AdapterSection.model_validate(section))
     sizes = Counter((target.component, target.group.targets[0] if target.group else "") for target in targets)
@@ -68,7 +72,9 @@ def test_the_layers_of_the_example_are_stable_diffusions() -> None:
 
 
 def test_the_readme_names_every_preset() -> None:
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)) == set(preset_names())
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)) == set(
+        preset_names()
+    )
 
 
 def test_the_readme_states_the_pocket_worlds_measured_quality() -> None:

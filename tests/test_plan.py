@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.adapter import count_parameters, resolve_targets
-from lorascope.base import load_base
+from lorascope.adapters.bank import count_parameters, resolve_targets
+from lorascope.base.loading import load_base
 from lorascope.config import REFERENCE_TARGETS, StudyConfig, load_study
 from lorascope.errors import ConfigError
-from lorascope.plan import Plan, count_models, plan_study
+from lorascope.plan import Plan, plan_study
+from lorascope.training.passes import count_models
 
 
 def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
@@ -25,14 +26,18 @@ def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
     plan = plan_study(config)
     targets = resolve_targets(load_base(config.base, torch.device("cpu")).unet, REFERENCE_TARGETS)
     assert (plan.steps, plan.pictures, plan.modules) == (12, 6 * 2 * 3, len(targets))
-    assert [arm["parameters"] for arm in plan.arms] == [count_parameters(targets, arm) for arm in config.expand_arms()]
+    assert [arm["parameters"] for arm in plan.arms] == [
+        count_parameters(targets, arm) for arm in config.expand_arms()
+    ]
     assert plan.estimated_s is not None
     assert 0 < plan.estimated_s < 600
     assert plan.estimated_bytes > 0
     assert "12 steps" in plan.as_text()
 
 
-@pytest.mark.parametrize(("preset", "modules", "steps"), [("paper", 160, 3750), ("paper-as-run", 144, 3750), ("style", 160, None)])
+@pytest.mark.parametrize(
+    ("preset", "modules", "steps"), [("paper", 160, 3750), ("paper-as-run", 144, 3750), ("style", 160, None)]
+)
 def test_a_hub_id_is_taken_for_stable_diffusion_v1_5(preset: str, modules: int, steps: int | None) -> None:
     plan = plan_study(load_study(preset=preset, environment={}))
     assert (plan.modules, plan.steps) == (modules, steps)
@@ -49,26 +54,49 @@ def test_repeats_accumulation_previews_and_copies_are_counted(pipeline_folder: P
     plain = plan_of()
     assert plain.steps == 8
     assert plan_of("data.repeats=3").steps == 24
-    assert plan_of("train.accumulation_steps=2").steps == 4 and "batch 4 x 2: 4 steps" in plan_of("train.accumulation_steps=2").as_text()
-    for more in ("sample.preview_every_epochs=1", 'export.formats=["kohya", "diffusers"]', 'export.dtype="fp32"', "data.flip=true"):
+    assert (
+        plan_of("train.accumulation_steps=2").steps == 4
+        and "batch 4 x 2: 4 steps" in plan_of("train.accumulation_steps=2").as_text()
+    )
+    for more in (
+        "sample.preview_every_epochs=1",
+        'export.formats=["kohya", "diffusers"]',
+        'export.dtype="fp32"',
+        "data.flip=true",
+    ):
         assert plan_of(more).estimated_bytes > plain.estimated_bytes, more
     assert plan_of("train.keep_best=false").estimated_bytes < plain.estimated_bytes
 
 
 def test_a_study_that_could_not_start_is_not_planned() -> None:
-    with pytest.raises(ConfigError, match=r"^train.optimizer = 'prodigi': must be adamw, prodigy or a torch.optim class"):
+    with pytest.raises(
+        ConfigError, match=r"^train.optimizer = 'prodigi': must be adamw, prodigy or a torch.optim class"
+    ):
         plan_study(load_study(preset="smoke", overrides=["train.optimizer=prodigi"], environment={}))
 
 
-def test_a_plan_tells_the_memory_and_stacks_what_fits(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_tells_the_memory_and_stacks_what_fits(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def plan_with(free_bytes: float, *overrides: str) -> Plan:
         monkeypatch.setattr("lorascope.plan.free_bytes", lambda device: int(free_bytes))
-        own = [f"base.model={pipeline_folder}", "data.resolution_px=32", "arms=[{rank=[4, 8], seed=[0, 1]}]", "workers=1"]
+        own = [
+            f"base.model={pipeline_folder}",
+            "data.resolution_px=32",
+            "arms=[{rank=[4, 8], seed=[0, 1]}]",
+            "workers=1",
+        ]
         return plan_study(load_study(preset="smoke", overrides=[*own, *overrides], environment={}))
 
     plan = plan_with(100e9)
-    assert [len(names) for names in plan.passes] == [4] and plan.memory.num_arms == 4 and not plan.memory.checkpointing
-    assert plan.memory_bytes == plan.memory.total_bytes == plan.memory.weights_bytes + plan.memory.training_bytes
+    assert (
+        [len(names) for names in plan.passes] == [4]
+        and plan.memory.num_arms == 4
+        and not plan.memory.checkpointing
+    )
+    assert (
+        plan.memory_bytes == plan.memory.total_bytes == plan.memory.weights_bytes + plan.memory.training_bytes
+    )
     assert "are free; the base takes" in plan.as_text() and "will probably not fit" not in plan.as_text()
     room = plan.memory.weights_bytes + plan.memory.training_bytes * 0.6
     assert [len(names) for names in plan_with(room / 0.9).passes] == [2, 2]
@@ -79,6 +107,8 @@ def test_a_plan_tells_the_memory_and_stacks_what_fits(pipeline_folder: Path, mon
 
 
 def test_encoding_text_and_decoding_take_time_too(pipeline_folder: Path) -> None:
-    counts = count_models(load_study(preset="smoke", overrides=[f"base.model={pipeline_folder}"], environment={}))
+    counts = count_models(
+        load_study(preset="smoke", overrides=[f"base.model={pipeline_folder}"], environment={})
+    )
     assert set(counts.flops) == {"encode", "text", "unet", "decode"} and all(counts.flops.values())
     assert counts.latent_shape == (4, 16, 16)

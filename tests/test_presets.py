@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.config import REFERENCE_TARGETS, StudyConfig, load_study, preset_names, preset_text, reference_table
+from lorascope.config import (
+    REFERENCE_TARGETS,
+    StudyConfig,
+    load_study,
+    preset_names,
+    preset_text,
+    reference_table,
+)
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "study-file.md"
@@ -46,7 +53,9 @@ def test_the_documents_list_of_presets_is_the_packages() -> None:
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
 def test_presets_named_in_the_documentation_exist(path: Path) -> None:
-    named = re.findall(r"(?:--preset |lorascope presets |preset = \")([a-z][\w-]*)", path.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"(?:--preset |lorascope presets |preset = \")([a-z][\w-]*)", path.read_text(encoding="utf-8")
+    )
     assert set(named) <= {*PRESETS}
 
 
@@ -81,11 +90,19 @@ def arms(preset: str) -> list[tuple[int, float, float, int]]:
 def test_paper_is_the_reference_studys_protocol() -> None:
     config = load("paper")
     assert config.base.model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert (config.data.source, config.data.num_train, config.data.resolution_px) == ("Norod78/cartoon-blip-captions", 1500, 512)
+    assert (config.data.source, config.data.num_train, config.data.resolution_px) == (
+        "Norod78/cartoon-blip-captions",
+        1500,
+        512,
+    )
     assert config.adapter.targets == REFERENCE_TARGETS
     assert arms("paper") == [(16, 32.0, 5e-4, 0), (64, 128.0, 5e-4, 0)]
     assert (config.train.epochs, config.train.batch_size, config.train.betas) == (10, 4, (0.9, 0.999))
-    assert (config.train.warmup_steps, config.train.max_grad_norm, config.train.caption_dropout) == (0, 0.0, 0.0)
+    assert (config.train.warmup_steps, config.train.max_grad_norm, config.train.caption_dropout) == (
+        0,
+        0.0,
+        0.0,
+    )
     assert (config.sample.steps, config.sample.guidance, config.sample.prompts) == (30, 7.5, "sd15")
 
 

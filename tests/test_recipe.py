@@ -8,10 +8,12 @@ import torch
 
 from conftest import make_vae
 from lorascope.config import DataSection
-from lorascope.data import prepare_data
-from lorascope.prompts import load_prompts
+from lorascope.data.dataset import prepare_data
+from lorascope.evaluation.prompts import load_prompts
 
-pytest.importorskip("resvg_py", reason="the recipe's drawing library is an extra: pip install 'lorascope[pocket]'")
+pytest.importorskip(
+    "resvg_py", reason="the recipe's drawing library is an extra: pip install 'lorascope[pocket]'"
+)
 
 from recipes.pocket.captions import subject_captions
 from recipes.pocket.cartoon import write_cartoon
@@ -47,7 +49,10 @@ def make_drawings(count: int) -> Drawings:
             pixels[index] = pixels[index - 1]
         elif index % 7 == 0:
             pixels[index] = np.clip(pixels[index - 1].astype(int) + 1, 0, 255)
-    subjects = {f"{index:x}": Subject(f"{index:x}", f"thing {index}", ("object", "toy"), 7, 82) for index in range(count)}
+    subjects = {
+        f"{index:x}": Subject(f"{index:x}", f"thing {index}", ("object", "toy"), 7, 82)
+        for index in range(count)
+    }
     return Drawings(subjects, pixels, [CARTOON_VENDOR] * count, list(subjects))
 
 
@@ -56,7 +61,9 @@ def test_the_cartoon_set_has_no_copies_and_no_near_duplicate_on_both_sides(tmp_p
     write_cartoon(make_drawings(110), config, ("thing 3", "thing 8"), tmp_path, tmp_path)
     dataset = prepare_data(DataSection(source=str(tmp_path / "cartoon")), lambda caption: 5)
     assert (len(dataset.train), len(dataset.heldout)) == (60, 20)
-    assert all(note["kind"] == "near" and "dropped" not in note["action"] for note in dataset.summary["duplicates"])
+    assert all(
+        note["kind"] == "near" and "dropped" not in note["action"] for note in dataset.summary["duplicates"]
+    )
     shown = {example.caption.split(",")[0] for example in dataset.train}
     assert not {"thing 3", "thing 8"} & shown
 
@@ -67,7 +74,9 @@ def test_the_shipped_cartoon_set_is_1500_rows_to_train_on_and_others_held_out() 
     assert len(dataset.heldout) >= 300
     assert dataset.summary["refused"] == []
     names = {example.caption.split(",")[0] for example in dataset.train}
-    normal = [prompt.text.split(",")[0] for prompt in load_prompts("pocket", None) if prompt.category == "normal"]
+    normal = [
+        prompt.text.split(",")[0] for prompt in load_prompts("pocket", None) if prompt.category == "normal"
+    ]
     assert len(normal) == 25
     assert not names & set(normal)
 

@@ -48,7 +48,7 @@ def failing(number: int) -> Callable[..., Any]:
     return fail
 
 
-# -- atomic writes ------------------------------------------------------------------------------------------------------
+# -- atomic writes -------------------------------------------------------------------------------------------
 
 
 def test_a_write_makes_folders_and_replaces_the_old_content(tmp_path: Path) -> None:
@@ -60,7 +60,9 @@ def test_a_write_makes_folders_and_replaces_the_old_content(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_writer_leaves_the_old_content_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failed_writer_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     path = tmp_path / "file.bin"
     write_bytes(path, b"old")
 
@@ -127,12 +129,17 @@ def test_a_disk_that_is_really_full_leaves_the_old_content(tiny_disk: Path) -> N
 def test_a_full_disk_is_told_from_the_errors_of_writers_in_rust(tiny_disk: Path) -> None:
     numpy = pytest.importorskip("numpy")
     safetensors = pytest.importorskip("safetensors.numpy")
-    with pytest.raises(StorageError, match="the disk is full"), atomic_path(tiny_disk / "w.safetensors") as partial:
+    with (
+        pytest.raises(StorageError, match="the disk is full"),
+        atomic_path(tiny_disk / "w.safetensors") as partial,
+    ):
         safetensors.save_file({"weight": numpy.zeros(1 << 18)}, partial)
     assert files_in(tiny_disk) == []
 
 
-@pytest.mark.parametrize(("number", "remedy"), [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only")])
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only")]
+)
 def test_a_folder_that_may_not_be_written_is_named_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
@@ -171,7 +178,9 @@ def test_files_have_the_users_usual_permissions(tmp_path: Path, umask: int) -> N
     old = os.umask(umask)
     try:
         write_text(tmp_path / "file.txt", "text")
-        with atomic_path(tmp_path / "private.txt") as partial:  # as safetensors does, which renames a file of its own
+        with atomic_path(
+            tmp_path / "private.txt"
+        ) as partial:  # as safetensors does, which renames a file of its own
             private = partial.with_suffix(".own")
             private.touch(mode=0o600)
             private.replace(partial)
@@ -218,7 +227,7 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch:
     assert files_in(tmp_path) == ["file.txt"]
 
 
-# -- JSON ---------------------------------------------------------------------------------------------------------------
+# -- JSON ----------------------------------------------------------------------------------------------------
 
 
 @given(value=JSON)
@@ -242,7 +251,9 @@ def test_what_json_cannot_hold_is_refused_before_the_file_is_touched(tmp_path: P
 def test_damaged_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "value.json"
     path.write_bytes(content)
-    with pytest.raises(StorageError, match=r"value\.json: damaged .*: delete it and run the same command again"):
+    with pytest.raises(
+        StorageError, match=r"value\.json: damaged .*: delete it and run the same command again"
+    ):
         read_json(path)
 
 
@@ -253,7 +264,7 @@ def test_json_that_is_not_there_or_not_a_file_is_named(tmp_path: Path) -> None:
         read_json(tmp_path)
 
 
-# -- digests ------------------------------------------------------------------------------------------------------------
+# -- digests -------------------------------------------------------------------------------------------------
 
 
 def test_digests_are_stable() -> None:
@@ -262,11 +273,25 @@ def test_digests_are_stable() -> None:
 
 
 def test_parts_do_not_run_into_each_other() -> None:
-    assert len({digest_bytes(b"ab", b"c"), digest_bytes(b"a", b"bc"), digest_bytes(b"abc"), digest_bytes(b"abc", b"")}) == 4
+    assert (
+        len(
+            {
+                digest_bytes(b"ab", b"c"),
+                digest_bytes(b"a", b"bc"),
+                digest_bytes(b"abc"),
+                digest_bytes(b"abc", b""),
+            }
+        )
+        == 4
+    )
 
 
 @given(
-    values=st.dictionaries(st.text(max_size=4), st.integers() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=4), max_size=5)
+    values=st.dictionaries(
+        st.text(max_size=4),
+        st.integers() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=4),
+        max_size=5,
+    )
 )
 def test_the_order_of_keys_is_of_no_account(values: dict[str, Any]) -> None:
     assert digest_json(values) == digest_json(dict(reversed(values.items())))
@@ -292,10 +317,13 @@ def test_a_folders_digest_covers_names_and_contents(tmp_path: Path) -> None:
     assert build("d", {**files, "vocab.txt": ""}) != same
     assert build("e", {"config.json": "{}", "vae/model.safetensors": "w"}) != same
     assert build("f", {**files, "config.json": "[]"}) != same
-    assert digest_file(tmp_path / "a" / "config.json") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    assert (
+        digest_file(tmp_path / "a" / "config.json")
+        == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    )
 
 
-# -- lines --------------------------------------------------------------------------------------------------------------
+# -- lines ---------------------------------------------------------------------------------------------------
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
@@ -343,7 +371,10 @@ def test_a_log_can_be_rewound_to_nothing_and_to_its_own_length(tmp_path: Path) -
 
 def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "a.jsonl")
-    with pytest.raises(StorageError, match="has 0 bytes, but 9 were written before the checkpoint: start again in an empty run folder"):
+    with pytest.raises(
+        StorageError,
+        match="has 0 bytes, but 9 were written before the checkpoint: start again in an empty run folder",
+    ):
         lines.rewind(9)
     lines.append({})
     with pytest.raises(StorageError, match="has 3 bytes, but 9"):
@@ -395,7 +426,7 @@ def test_a_log_whose_folder_cannot_be_made_is_a_storage_error(tmp_path: Path) ->
         JsonLines(tmp_path / "file" / "a.jsonl").append({})
 
 
-# -- the run folder -----------------------------------------------------------------------------------------------------
+# -- the run folder ------------------------------------------------------------------------------------------
 
 
 def test_a_stage_is_finished_for_the_inputs_it_had(tmp_path: Path) -> None:
@@ -409,7 +440,10 @@ def test_a_stage_is_finished_for_the_inputs_it_had(tmp_path: Path) -> None:
     assert run.is_finished("data", "abc")
     assert not run.is_finished("data", "other")
     assert not run.is_finished("sample", "abc")
-    stages = {"data": {"inputs": "abc", "seconds": 1.235, "fingerprint": "f"}, "train": {"inputs": "def", "seconds": 2}}
+    stages = {
+        "data": {"inputs": "abc", "seconds": 1.235, "fingerprint": "f"},
+        "train": {"inputs": "def", "seconds": 2},
+    }
     assert read_json(run.manifest_json) == {"stages": stages, "commit": None, "lorascope": "2"}
 
 
@@ -421,8 +455,14 @@ def test_a_manifest_without_stages_has_none_finished(tmp_path: Path) -> None:
 
 def test_the_layout_is_that_of_the_documentation() -> None:
     text = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    listed = {line.split()[0] for line in text.partition("runs/<name>/\n")[2].partition("```")[0].splitlines()}
-    names = {path.name for key, path in vars(RunDir(Path("run"))).items() if isinstance(path, Path) and key != "path"}
+    listed = {
+        line.split()[0] for line in text.partition("runs/<name>/\n")[2].partition("```")[0].splitlines()
+    }
+    names = {
+        path.name
+        for key, path in vars(RunDir(Path("run"))).items()
+        if isinstance(path, Path) and key != "path"
+    }
     known = {entry.rstrip("/,").split("/")[0] for entry in listed} | {"report.md"}
     assert names <= known
 
@@ -443,7 +483,12 @@ def test_a_run_folder_has_one_owner_until_that_process_dies(tmp_path: Path) -> N
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(StorageError, match="another lorascope process is working in this run folder: wait for it"), run.lock():
+        with (
+            pytest.raises(
+                StorageError, match="another lorascope process is working in this run folder: wait for it"
+            ),
+            run.lock(),
+        ):
             pass
         partial = run.images_dir / ".picture-1234.partial.png"
         partial.parent.mkdir()
@@ -462,18 +507,30 @@ def test_a_lock_ends_with_its_block_even_on_an_error(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with pytest.raises(FileNotFoundError), run.lock():
         raise FileNotFoundError("not the folder's")
-    with run.lock(), pytest.raises(LorascopeError, match="another lorascope process"), RunDir(tmp_path).lock():
+    with (
+        run.lock(),
+        pytest.raises(LorascopeError, match="another lorascope process"),
+        RunDir(tmp_path).lock(),
+    ):
         pass
     with run.lock():
         pass
 
 
-def test_a_folder_that_cannot_be_locked_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_locked_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"), RunDir(tmp_path / "file").lock():
+    with (
+        pytest.raises(StorageError, match="a file stands where a folder is needed"),
+        RunDir(tmp_path / "file").lock(),
+    ):
         pass
     monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
-    with pytest.raises(StorageError, match="cannot be written: No locks available"), RunDir(tmp_path / "run").lock():
+    with (
+        pytest.raises(StorageError, match="cannot be written: No locks available"),
+        RunDir(tmp_path / "run").lock(),
+    ):
         pass
 
 
@@ -497,7 +554,9 @@ def test_records_of_arms_are_read_in_order_and_joined_once(tmp_path: Path) -> No
     assert found() == expected
     run.join_metrics(["r4", "r8"])
     assert found() == expected and run.metrics_jsonl.exists() and not run.metrics_dir.exists()
-    base.append({"kind": "probe", "step": 0, "arm": "base"})  # as if the parts had not been removed when the process was killed
+    base.append(
+        {"kind": "probe", "step": 0, "arm": "base"}
+    )  # as if the parts had not been removed when the process was killed
     base.close()
     run.join_metrics(["r4", "r8"])
     assert found() == expected and not run.metrics_dir.exists()
@@ -513,14 +572,18 @@ def test_a_manifest_that_says_so_already_is_not_written_again(tmp_path: Path) ->
     assert run.manifest() == {"stages": {}, "started": "now", "device": {"name": "gpu"}}
 
 
-def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lorascope.store._KEPT_FROM_BYTES", 10)
     read: list[Path] = []
     monkeypatch.setattr("lorascope.store.digest_file", lambda path: read.append(path) or digest_file(path))
     path, small = tmp_path / "model.safetensors", tmp_path / "config.json"
     path.write_bytes(b"weights of a model")
     small.write_bytes(b"{}")
-    assert kept_digest(path) == kept_digest(path) == digest_file(path) and len(read) == 2  # it changed just now
+    assert (
+        kept_digest(path) == kept_digest(path) == digest_file(path) and len(read) == 2
+    )  # it changed just now
     monkeypatch.setattr("lorascope.store._SETTLED_NS", -1)
     assert [kept_digest(path) for _ in range(3)] == [digest_file(path)] * 3 and len(read) == 3
     assert [kept_digest(small) for _ in range(2)] == [digest_file(small)] * 2 and len(read) == 5
@@ -532,7 +595,9 @@ def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path: Pat
     entry.write_text("[]")
     assert kept_digest(path) == digest_file(path) and len(read) == 7
     monkeypatch.setenv("XDG_CACHE_HOME", str(small))
-    assert kept_digest(path) == digest_file(path) and len(read) == 8  # a cache that cannot be written is of no account
+    assert (
+        kept_digest(path) == digest_file(path) and len(read) == 8
+    )  # a cache that cannot be written is of no account
 
 
 def test_a_folders_digest_is_the_same_from_kept_digests(tmp_path: Path) -> None:

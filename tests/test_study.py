@@ -23,17 +23,17 @@ import torch
 from safetensors import safe_open
 
 from conftest import make_pictures, make_study, write_parquet
-from lorascope.adapter_files import Adapter, load_adapter
-from lorascope.base import Base
+from lorascope.adapters.export import merged_into
+from lorascope.adapters.files import Adapter, load_adapter
+from lorascope.base.loading import Base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_into
-from lorascope.feed import Batch
-from lorascope.step import Step
+from lorascope.machine.workers import Answer
 from lorascope.store import RunDir, read_json
 from lorascope.study import Study
-from lorascope.trials import TrialGroup
-from lorascope.workers import Answer
+from lorascope.training.feed import Batch
+from lorascope.training.packing import ArmGroup
+from lorascope.training.step import Step
 
 
 def digests(run: Path) -> dict[str, str]:
@@ -46,7 +46,11 @@ def digests(run: Path) -> dict[str, str]:
         run / "metrics.jsonl",
         run / "data.json",
     ]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths) if path.exists()}
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(paths)
+        if path.exists()
+    }
 
 
 def train_only(study: Study) -> Path:
@@ -65,7 +69,15 @@ def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
-    for name in ("study.toml", "manifest.json", "data.json", "metrics.jsonl", "merge_check.json", "features.safetensors", "scores.parquet"):
+    for name in (
+        "study.toml",
+        "manifest.json",
+        "data.json",
+        "metrics.jsonl",
+        "merge_check.json",
+        "features.safetensors",
+        "scores.parquet",
+    ):
         assert (finished / name).is_file(), name
     adapters = ("adapters/r4/adapter_model.safetensors", "adapters/r4/tiny-r4.safetensors")
     for name in ("report.html", "report.md", "lorascope.log", *adapters, "images/base/normal-000-0.png"):
@@ -80,7 +92,11 @@ def test_metrics_hold_every_step_and_probe(finished: Path) -> None:
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [(record["step"], record["arm"]) for record in records if record["kind"] == "train"]
     assert steps == [(step, arm) for step in range(1, 13) for arm in ("r4", "r8")]
-    probes = {(r["step"], r["arm"], r["split"], r["conditional"], r["band"]) for r in records if r["kind"] == "probe"}
+    probes = {
+        (r["step"], r["arm"], r["split"], r["conditional"], r["band"])
+        for r in records
+        if r["kind"] == "probe"
+    }
     expected_models = {(0, "base")} | {(step, arm) for step in (4, 8, 12) for arm in ("r4", "r8")}
     assert {probe[:2] for probe in probes} == expected_models
     assert len(probes) == len(expected_models) * 2 * 2 * 5
@@ -99,7 +115,9 @@ def test_the_best_epoch_by_held_out_loss_is_kept_beside_the_last(finished: Path)
             and record["band"] == "all"
         }
         best = read_json(finished / "adapters" / arm / "training.json")["best"]
-        assert best["epoch"] == min(losses, key=losses.__getitem__) and best["heldout_loss"] == pytest.approx(losses[best["epoch"]])
+        assert best["epoch"] == min(losses, key=losses.__getitem__) and best["heldout_loss"] == pytest.approx(
+            losses[best["epoch"]]
+        )
         last, kept = (load_adapter(finished / "adapters" / arm / part).modules for part in ("", "best"))
         assert all(torch.equal(last[name].up, kept[name].up) for name in last) == (best["epoch"] == 3)
 
@@ -110,7 +128,11 @@ def test_scores_have_one_row_a_picture_with_the_base_among_them(finished: Path) 
     assert {row["arm"] for row in arms} == {"base", "r4", "r8"} and len(arms) == 5 * 2 * 3
     assert {"arm", "rank", "category", "prompt", "seed", "clip_score", "image"} <= set(rows[0])
     assert all((finished / row["image"]).is_file() for row in arms)
-    assert {row["arm"] for row in rows if row["kind"] == "calibration"} == {"shuffled prompts", "noise", "real held-out"}
+    assert {row["arm"] for row in rows if row["kind"] == "calibration"} == {
+        "shuffled prompts",
+        "noise",
+        "real held-out",
+    }
 
 
 def test_training_facts_match_the_files(finished: Path) -> None:
@@ -119,13 +141,23 @@ def test_training_facts_match_the_files(finished: Path) -> None:
     assert (facts["rank"], facts["alpha"], facts["scale"], facts["steps"]) == (8, 16, 2, 12)
     assert facts["group"] == ["r4", "r8"] and facts["run_time_s"] > 0 and facts["peak_memory_bytes"] > 0
     assert not facts["gradient_checkpointing"]
-    assert facts["expected_memory_bytes"] == pytest.approx(facts["peak_memory_bytes"], rel=0.3), "little beside the libraries themselves"
+    assert facts["expected_memory_bytes"] == pytest.approx(facts["peak_memory_bytes"], rel=0.3), (
+        "little beside the libraries themselves"
+    )
 
 
-def test_the_same_command_again_does_nothing(study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_again_does_nothing(
+    study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
-    for name in ("training.Group", "study.draw_all", "study.draw_pictures", "study.load_encoder", "study.prepare_data"):
+    for name in (
+        "training.Group",
+        "study.draw_all",
+        "study.draw_pictures",
+        "study.load_encoder",
+        "study.prepare_data",
+    ):
         monkeypatch.setattr(f"lorascope.{name}", None)
     make_study(study_file, run).run()
     assert digests(run) == before
@@ -140,12 +172,12 @@ def test_stages_one_by_one_give_the_same_run(study_file: Path, finished: Path, t
 
 
 _KILL_AT = {
-    "before the first checkpoint": ("lorascope.feed.Feed.load", 2),
-    "between checkpoints": ("lorascope.feed.Feed.load", 7),
-    "while adapters are written": ("lorascope.group.Group._finish_arm", 2),
-    "before an arm's files for other programs": ("lorascope.training.write_study_files", 2),
-    "in the middle of sampling": ("lorascope.sample.save_picture", 13),
-    "while scoring": ("lorascope.score.write_scores", 1),
+    "before the first checkpoint": ("lorascope.training.feed.Feed.load", 2),
+    "between checkpoints": ("lorascope.training.feed.Feed.load", 7),
+    "while adapters are written": ("lorascope.training.group.Group._finish_arm", 2),
+    "before an arm's files for other programs": ("lorascope.training.stage.write_study_files", 2),
+    "in the middle of sampling": ("lorascope.evaluation.sampling.save_picture", 13),
+    "while scoring": ("lorascope.evaluation.score.write_scores", 1),
 }
 _KILLER = """
 import os, signal, sys
@@ -174,7 +206,9 @@ Study(load_study(Path(sys.argv[3]), environment={}), Path(sys.argv[4]), cache_di
 
 
 @pytest.mark.parametrize("point", _KILL_AT)
-def test_a_killed_run_started_again_ends_in_the_same_bytes(study_file: Path, finished: Path, tmp_path: Path, point: str) -> None:
+def test_a_killed_run_started_again_ends_in_the_same_bytes(
+    study_file: Path, finished: Path, tmp_path: Path, point: str
+) -> None:
     name, count = _KILL_AT[point]
     run = tmp_path / "run"
     arguments = [name, str(count), str(study_file), str(run), str(study_file.parent / "cache")]
@@ -182,21 +216,26 @@ def test_a_killed_run_started_again_ends_in_the_same_bytes(study_file: Path, fin
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     make_study(study_file, run).run()
     assert digests(run) == digests(finished)
-    assert sorted(path.name for path in run.glob("adapters/*/tiny-*")) == ["tiny-r4.safetensors", "tiny-r8.safetensors"]
+    assert sorted(path.name for path in run.glob("adapters/*/tiny-*")) == [
+        "tiny-r4.safetensors",
+        "tiny-r8.safetensors",
+    ]
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(study_file: Path, finished: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(
+    study_file: Path, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     code = (
-        "import os, signal, sys, lorascope.train as t\n"
+        "import os, signal, sys, lorascope.training.trainer as t\n"
         "original = t.Feed.load\n"
         "def load(self, step):\n"
         "    if step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return original(self, step)\n"
         "t.Feed.load = load\n"
         "import torch; torch.set_num_threads(1)\n"
-        "from lorascope.cli import main\n"
+        "from lorascope.cli.app import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg")}
@@ -220,8 +259,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import lorascope.cache, lorascope.features, lorascope.feed, lorascope.group, lorascope.store
-from lorascope.base import Base
+import lorascope.data.encoding, lorascope.evaluation.features, lorascope.training.feed, lorascope.training.group, lorascope.store
+from lorascope.base.loading import Base
 from lorascope.config import load_study
 from lorascope.study import Study
 lorascope.store._KEPT_FROM_BYTES, lorascope.store._SETTLED_NS = 0, -1  # as if the weights were large and old
@@ -236,7 +275,7 @@ for owner, name in (
     (lorascope.store, "digest_file"),
     (Base, "encode_pixels"),
     (Base, "encode_text"),
-    (lorascope.group, "probe_losses"),
+    (lorascope.training.group, "probe_losses"),
     (lorascope.study, "load_tokenizer"),
     (lorascope.study, "load_encoder"),
 ):
@@ -245,14 +284,23 @@ def begin(self, number):
     heavy = [name for name in ("matplotlib", "tensorboard") if name in sys.modules]
     print(sum(counts.values()), counts, heavy, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-lorascope.feed.Feed.load = begin
+lorascope.training.feed.Feed.load = begin
 Study(load_study(Path(sys.argv[1]), environment={}), Path(sys.argv[2]), cache_dir=Path(sys.argv[3])).run()
 """
 
 
-def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_step(study_file: Path, tmp_path: Path) -> None:
+def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_step(
+    study_file: Path, tmp_path: Path
+) -> None:
     """Its time is left to imports and to loading the base; EXPERIMENTS.md has the seconds."""
-    arguments = [sys.executable, "-c", _START, str(study_file), str(tmp_path / "run"), str(tmp_path / "encoded")]
+    arguments = [
+        sys.executable,
+        "-c",
+        _START,
+        str(study_file),
+        str(tmp_path / "run"),
+        str(tmp_path / "encoded"),
+    ]
     starts = [subprocess.run(arguments, capture_output=True, text=True, check=False) for _ in range(2)]
     assert [start.returncode for start in starts] == [-signal.SIGKILL] * 2, starts[1].stderr[-2000:]
     assert int(starts[0].stdout.split()[0]) > 10
@@ -262,7 +310,10 @@ def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_st
 WIDE = (
     "train.precision=bf16",
     "adapter.targets=['to_q', 'to_v']",
-    "adapter.groups=[{targets=['proj_in', '*.conv1'], rank=2, lr=5e-4}, {component='text_encoder', targets=['q_proj', 'fc1'], alpha=4}]",
+    (
+        "adapter.groups=[{targets=['proj_in', '*.conv1'], rank=2, lr=5e-4}, {component='text_encoder', "
+        "targets=['q_proj', 'fc1'], alpha=4}]"
+    ),
     "data.buckets=true",
     "data.bucket_step_px=8",
     "data.flip=true",
@@ -285,25 +336,45 @@ def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path
     whole = make_study(study_file, tmp_path / "whole", *WIDE)
     whole.run()
     frozen = str(tmp_path / "whole" / "study.toml")
-    arguments = ["lorascope.feed.Feed.load", "11", frozen, str(tmp_path / "parts"), str(study_file.parent / "cache")]
+    arguments = [
+        "lorascope.training.feed.Feed.load",
+        "11",
+        frozen,
+        str(tmp_path / "parts"),
+        str(study_file.parent / "cache"),
+    ]
     killed = subprocess.run([sys.executable, "-c", _KILLER, *arguments], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     again = Study(whole.config, tmp_path / "parts", cache_dir=study_file.parent / "cache")
     again.run()
     assert "going on from step" in (tmp_path / "parts" / "lorascope.log").read_text()
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
-    previews = {path.relative_to(tmp_path / "whole" / "previews").as_posix() for path in (tmp_path / "whole" / "previews").rglob("*.png")}
+    previews = {
+        path.relative_to(tmp_path / "whole" / "previews").as_posix()
+        for path in (tmp_path / "whole" / "previews").rglob("*.png")
+    }
     epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
-    assert previews == {f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")}
+    assert previews == {
+        f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")
+    }
     assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values()), (
         "in fp32 whatever the base is held in"
     )
 
 
-def test_arms_of_several_batch_sizes_and_epochs_in_one_study(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    study = make_study(study_file, tmp_path / "run", "arms=[{rank=4, alpha=8, lr=1e-3, batch_size=[4, 8]}, {rank=8, lr=1e-3, epochs=2}]")
+def test_arms_of_several_batch_sizes_and_epochs_in_one_study(
+    study_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    study = make_study(
+        study_file,
+        tmp_path / "run",
+        "arms=[{rank=4, alpha=8, lr=1e-3, batch_size=[4, 8]}, {rank=8, lr=1e-3, epochs=2}]",
+    )
     study.run()
-    facts = {arm: read_json(tmp_path / "run" / "adapters" / arm / "training.json") for arm in ("r4-b4", "r4-b8", "r8-b4")}
+    facts = {
+        arm: read_json(tmp_path / "run" / "adapters" / arm / "training.json")
+        for arm in ("r4-b4", "r4-b8", "r8-b4")
+    }
     assert {arm: (item["steps"], item["batch_size"], item["epochs"]) for arm, item in facts.items()} == {
         "r4-b4": (12, 4, 3),
         "r4-b8": (6, 8, 3),
@@ -311,19 +382,36 @@ def test_arms_of_several_batch_sizes_and_epochs_in_one_study(study_file: Path, f
     }
     assert [item["group"] for item in facts.values()] == [["r4-b4"], ["r4-b8"], ["r8-b4"]]
     records = RunDir(tmp_path / "run").read_metrics([])
-    assert [record["arm"] for record in records if record["kind"] == "train" and record["step"] == 7] == ["r4-b4", "r8-b4"]
-    ends = {(record["arm"], record["epoch"]): record["step"] for record in records if record["kind"] == "probe"}
+    assert [record["arm"] for record in records if record["kind"] == "train" and record["step"] == 7] == [
+        "r4-b4",
+        "r8-b4",
+    ]
+    ends = {
+        (record["arm"], record["epoch"]): record["step"] for record in records if record["kind"] == "probe"
+    }
     assert (ends["r4-b8", 1], ends["r4-b8", 3], ends["r8-b4", 2]) == (2, 6, 8) and ("r8-b4", 3) not in ends
-    losses = {arm: [record["loss"] for record in records if record["kind"] == "train" and record["arm"] == arm] for arm in facts}
-    first = [record["loss"] for record in RunDir(finished).read_metrics([]) if record["kind"] == "train" and record["arm"] == "r4"]
+    losses = {
+        arm: [record["loss"] for record in records if record["kind"] == "train" and record["arm"] == arm]
+        for arm in facts
+    }
+    first = [
+        record["loss"]
+        for record in RunDir(finished).read_metrics([])
+        if record["kind"] == "train" and record["arm"] == "r4"
+    ]
     assert losses["r4-b4"] == pytest.approx(first, rel=1e-4)
-    # From the same pictures and noise: the first batch of 8 is the first two of 4 (the adapter hardly moves in a step)
+    # From the same pictures and noise: the first batch of 8 is the first two of 4 (the adapter hardly moves
+    # in a step)
     assert losses["r4-b8"][0] == pytest.approx(sum(losses["r4-b4"][:2]) / 2, rel=1e-3)
     text = (tmp_path / "run" / "report.md").read_text()
     assert "batch size" in text and "r8-b4 8 steps of 4 pictures" in text
     with safe_open(tmp_path / "run" / "adapters" / "r4-b8" / "tiny-r4-b8.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert (metadata["ss_batch_size_per_device"], metadata["ss_num_epochs"], metadata["ss_steps"]) == ("8", "3", "6")
+    assert (metadata["ss_batch_size_per_device"], metadata["ss_num_epochs"], metadata["ss_steps"]) == (
+        "8",
+        "3",
+        "6",
+    )
 
 
 def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
@@ -331,7 +419,8 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
 ) -> None:
     """In the third step of 8 arms the allocator is asked for more than any machine has; of 4 arms it is not.
 
-    A process that is short of memory in earnest may also end where libraries do not look at what they were given.
+    A process that is short of memory in earnest may also end where libraries do not look at what they were
+    given.
     """
     add_batch, batches = Step.add_batch, itertools.count(1)
 
@@ -341,48 +430,88 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
         add_batch(step, batch)
 
     monkeypatch.setattr(Step, "add_batch", add_batch_of_few)
-    choices = ("train.batch_size=4", "train.epochs=2", "train.max_stacked_arms=8", "train.checkpoint_every_steps=2")
+    choices = (
+        "train.batch_size=4",
+        "train.epochs=2",
+        "train.max_stacked_arms=8",
+        "train.checkpoint_every_steps=2",
+    )
     run = tmp_path / "run"
     train_only(make_study(study_file, run, *choices, "arms=[{rank=4, lr=1e-3, seed=[0,1,2,3,4,5,6,7]}]"))
     log = (run / "lorascope.log").read_text()
-    assert re.search(r"WARNING train    out of memory \(.+\): going on from the last checkpoint in passes of r4-s0, .* and r4-s4, ", log)
+    assert re.search(
+        r"WARNING train    out of memory \(.+\): going on from the last checkpoint in passes of r4-s0, "
+        r".* and r4-s4, ",
+        log,
+    )
     assert "train    going on from step 2" in log and not list((run / "checkpoints").iterdir())
     groups = [group["arms"] for group in read_json(run / "groups.json")["groups"]]
-    assert len(groups) == 2 and sorted(arm for arms in groups for arm in arms) == [f"r4-s{seed}" for seed in range(8)]
-    few = train_only(make_study(study_file, tmp_path / "few", *choices, "arms=[{rank=4, lr=1e-3, seed=[0,7]}]"))
+    assert len(groups) == 2 and sorted(arm for arms in groups for arm in arms) == [
+        f"r4-s{seed}" for seed in range(8)
+    ]
+    few = train_only(
+        make_study(study_file, tmp_path / "few", *choices, "arms=[{rank=4, lr=1e-3, seed=[0,7]}]")
+    )
     for arm in ("r4-s0", "r4-s7"):
         found, expected = (load_adapter(folder / "adapters" / arm) for folder in (run, few))
         for name, module in found.modules.items():
             torch.testing.assert_close(module.up, expected.modules[name].up, rtol=1e-3, atol=1e-5)
         records = [
-            [(record["step"], record["loss"]) for record in RunDir(folder).read_metrics([]) if record["arm"] == arm]
+            [
+                (record["step"], record["loss"])
+                for record in RunDir(folder).read_metrics([])
+                if record["arm"] == arm
+            ]
             for folder in (run, few)
         ]
-        assert records[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in records[1]] and len(records[0]) == 8 + 2 * 20
+        assert (
+            records[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in records[1]]
+            and len(records[0]) == 8 + 2 * 20
+        )
     assert {record["arm"] for record in RunDir(run).read_metrics([]) if record["step"] == 0} == {"base"}
 
 
 def test_a_worker_that_dies_again_with_the_same_arm_ends_the_study(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(tasks: deque[TrialGroup], *rest: object) -> Iterator[tuple[TrialGroup, Answer]]:
+    def die(tasks: deque[ArmGroup], *rest: object) -> Iterator[tuple[ArmGroup, Answer]]:
         while tasks:
             yield tasks.popleft(), Answer(death="was ended by SIGKILL")
 
-    monkeypatch.setattr("lorascope.training.run_side_by_side", die)
+    monkeypatch.setattr("lorascope.training.stage.run_side_by_side", die)
     study = make_study(study_file, tmp_path / "run", "workers=2", "arms=[{rank=[2, 4, 6]}]")
-    with pytest.raises(RunError, match=r"^the process that trained r2 was ended by SIGKILL again: if memory is short, set workers = 1"):
+    with pytest.raises(
+        RunError,
+        match=r"^the process that trained r2 was ended by SIGKILL again: if memory is short, set workers = 1",
+    ):
         train_only(study)
-    assert [group["arms"] for group in read_json(tmp_path / "run" / "groups.json")["groups"]] == [["r2"], ["r4"], ["r6"]]
-    assert "out of memory (its process was ended by SIGKILL): going on" in (tmp_path / "run" / "lorascope.log").read_text()
+    assert [group["arms"] for group in read_json(tmp_path / "run" / "groups.json")["groups"]] == [
+        ["r2"],
+        ["r4"],
+        ["r6"],
+    ]
+    assert (
+        "out of memory (its process was ended by SIGKILL): going on"
+        in (tmp_path / "run" / "lorascope.log").read_text()
+    )
 
 
-SIDE_BY_SIDE = ("train.max_stacked_arms=1", "train.epochs=8", "train.checkpoint_every_steps=2", "sample.preview_every_epochs=8")
+SIDE_BY_SIDE = (
+    "train.max_stacked_arms=1",
+    "train.epochs=8",
+    "train.checkpoint_every_steps=2",
+    "sample.preview_every_epochs=8",
+)
 
 
-def test_groups_side_by_side_killed_and_gone_on_with_end_in_the_same_bytes_as_one_after_another(study_file: Path, tmp_path: Path) -> None:
+def test_groups_side_by_side_killed_and_gone_on_with_end_in_the_same_bytes_as_one_after_another(
+    study_file: Path, tmp_path: Path
+) -> None:
     alone = train_only(make_study(study_file, tmp_path / "alone", *SIDE_BY_SIDE))
-    run, command = tmp_path / "beside", [sys.executable, "-m", "lorascope", "study", str(tmp_path / "beside.toml"), "--run-dir"]
+    run, command = (
+        tmp_path / "beside",
+        [sys.executable, "-m", "lorascope", "study", str(tmp_path / "beside.toml"), "--run-dir"],
+    )
     config = load_study(study_file, overrides=[*SIDE_BY_SIDE, "workers=2"], environment={})
     (tmp_path / "beside.toml").write_text(config.to_toml())
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "OMP_NUM_THREADS": "1"}
@@ -401,14 +530,19 @@ def test_groups_side_by_side_killed_and_gone_on_with_end_in_the_same_bytes_as_on
     study = Study(config, run, cache_dir=study_file.parent / "cache")
     train_only(study)
     said_again = (run / "lorascope.log").read_text()
-    assert re.search(r"\[r[48]\] train    going on from step \d+", said_again) and "2 passes, 2 side by side" in said_again
+    assert (
+        re.search(r"\[r[48]\] train    going on from step \d+", said_again)
+        and "2 passes, 2 side by side" in said_again
+    )
     assert digests(run) == digests(alone)
     assert not (run / "metrics").exists() and not list((run / "checkpoints").iterdir())
     facts = {arm: read_json(run / "adapters" / arm / "training.json") for arm in ("r4", "r8")}
     assert all(item["side_by_side"] == 2 and item["group"] == [arm] for arm, item in facts.items())
 
 
-def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path, finished: Path, tmp_path: Path) -> None:
+def test_arms_trained_in_separate_groups_see_the_same_as_in_one(
+    study_file: Path, finished: Path, tmp_path: Path
+) -> None:
     make_study(study_file, tmp_path / "run", "train.max_stacked_arms=1").run()
 
     def losses(run: Path, arm: str) -> list[float]:
@@ -419,10 +553,20 @@ def test_arms_trained_in_separate_groups_see_the_same_as_in_one(study_file: Path
         assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=1e-4)
 
 
-def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(study_file: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(
+    study_file: Path, finished: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     frozen = tomllib.loads((run / "study.toml").read_text())
-    for key in ("buckets", "bucket_step_px", "bucket_max_ratio", "flip", "repeats", "shuffle_tags", "keep_tags"):
+    for key in (
+        "buckets",
+        "bucket_step_px",
+        "bucket_max_ratio",
+        "flip",
+        "repeats",
+        "shuffle_tags",
+        "keep_tags",
+    ):
         del frozen["data"][key]
     for key in ("optimizer", "optimizer_args", "accumulation_steps", "loss", "noise_offset", "keep_best"):
         del frozen["train"][key]
@@ -439,7 +583,9 @@ def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(study_file: P
 
 
 def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_path: Path) -> None:
-    study = make_study(study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e30, lr=1e30}]')
+    study = make_study(
+        study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e30, lr=1e30}]'
+    )
     with pytest.raises(RunError, match=r"arm wild failed: loss or gradient is not finite at step"):
         study.run()
     assert (tmp_path / "run" / "report.html").is_file()
@@ -447,7 +593,9 @@ def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_pat
     assert "wild" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @contextmanager
     def wrong_merge(base: Base, adapter: Adapter) -> Iterator[None]:
         weight, own = base.unet.conv_in.weight, base.unet.conv_in.weight.data
@@ -474,11 +622,16 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
 
 def test_a_stage_before_its_input_is_refused(study_file: Path, tmp_path: Path) -> None:
     study = make_study(study_file, tmp_path / "run")
-    with study.working("test"), pytest.raises(StorageError, match=r"data.json: not there: run the stage that writes it first"):
+    with (
+        study.working("test"),
+        pytest.raises(StorageError, match=r"data.json: not there: run the stage that writes it first"),
+    ):
         study.train()
 
 
-def test_a_lost_data_json_is_made_again_if_the_data_is_the_same(study_file: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_lost_data_json_is_made_again_if_the_data_is_the_same(
+    study_file: Path, finished: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "data.json").unlink()
     make_study(study_file, run).run()
@@ -489,7 +642,12 @@ def test_a_lost_data_json_is_made_again_if_the_data_is_the_same(study_file: Path
         other.prepare_data()
     write_parquet(source, make_pictures(21))
     (tmp_path / "other" / "data.json").unlink()
-    with other.working("test"), pytest.raises(StorageError, match=r"data.json: lost, and pictures or captions of .* have changed since"):
+    with (
+        other.working("test"),
+        pytest.raises(
+            StorageError, match=r"data.json: lost, and pictures or captions of .* have changed since"
+        ),
+    ):
         other.prepare_data()
     assert not (tmp_path / "other" / "data.json").exists()
 
@@ -501,7 +659,10 @@ def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: P
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "images" / "r8" / "normal-001-0.png").unlink()
     study = make_study(study_file, run)
-    with study.working("test"), pytest.raises(StorageError, match=r"normal-001-0.png: not there: run `lorascope sample"):
+    with (
+        study.working("test"),
+        pytest.raises(StorageError, match=r"normal-001-0.png: not there: run `lorascope sample"),
+    ):
         study.score()
 
 

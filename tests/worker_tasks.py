@@ -1,4 +1,4 @@
-"""Tasks for the tests of `lorascope.workers`, which its worker processes import."""
+"""Tasks for the tests of `lorascope.machine.workers`, which its worker processes import."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 from lorascope.console import log
 from lorascope.errors import ConfigError, StorageError
-from lorascope.workers import Link, run_side_by_side, serve
+from lorascope.machine.workers import Link, run_side_by_side, serve
 
 
 def start(setup: dict[str, Any]) -> Any:
@@ -60,8 +60,14 @@ def be_worker() -> None:
     serve(start)
 
 
-def run(tasks: list[Any], tally: Any, environments: list[dict[str, str]], inherited: list[int], **setup: Any) -> list[Any]:
+def run(
+    tasks: list[Any], tally: Any, environments: list[dict[str, str]], inherited: list[int], **setup: Any
+) -> list[Any]:
     """All tasks with their answers, in the order in which they end."""
     entry = "worker_tasks.be_worker"
     setup = {"name": "w", **setup}
-    return list(run_side_by_side(deque(tasks), lambda task: (task[0], task), entry, setup, environments, inherited, tally))
+    return list(
+        run_side_by_side(
+            deque(tasks), lambda task: (task[0], task), entry, setup, environments, inherited, tally
+        )
+    )

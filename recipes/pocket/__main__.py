@@ -1,7 +1,7 @@
 """Make the pocket world: a small Stable Diffusion, a cartoon data set and a scorer.
 
-Command:  python -m recipes.pocket --work-dir build/pocket --out src/lorascope/pocket
-Time:     about 3 hours on one busy CPU core with bf16 matrix units (VAE 17, text encoder 8, U-Net 86, scorer 69 minutes);
+Command:  python -m recipes.pocket --work-dir build/pocket --out src/lorascope/pocket Time:     about 3 hours
+on one busy CPU core with bf16 matrix units (VAE 17, text encoder 8, U-Net 86, scorer 69 minutes);
           `--preset gpu` trains on more drawings for longer and has not been run.
 Score:    R@5 among 100 captions: scorer 0.76 (aim 0.9), base 0.85 (aim 0.8); EXPERIMENTS.md has the rest.
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -30,6 +30,7 @@ from recipes.pocket.checkpoint import save_half
 from recipes.pocket.config import (
     CARTOON_VENDOR,
     CPU,
+    CPU_LONGER,
     DRAFT_SIZE_PX,
     GPU,
     IMAGE_SIZE_PX,
@@ -54,6 +55,7 @@ from recipes.pocket.unet import train_unet
 from recipes.pocket.vae import encode_drawings, normalize_latents, reconstruction_l1, train_vae
 
 OTHER_VENDORS = tuple(vendor for vendor in VENDORS if vendor not in (SCORER_TEST_VENDOR, CARTOON_VENDOR))
+PRESETS = {"cpu": CPU, "cpu-longer": CPU_LONGER, "gpu": GPU}
 STAGES = ("data", "vae", "text", "scorer", "unet", "evaluate")
 
 
@@ -80,17 +82,23 @@ class World:
 def main() -> None:
     """Run the chosen stages in order."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m recipes.pocket"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m recipes.pocket",
     )
-    parser.add_argument("--work-dir", type=Path, required=True, help="downloads, checkpoints, metrics.jsonl, sheets")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="downloads, checkpoints, metrics.jsonl, sheets"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the package's pocket folder")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
-    parser.add_argument("--preset", choices=("cpu", "gpu"), help="default: gpu where there is one")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order"
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: gpu where there is one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = {"cpu": CPU, "gpu": GPU, None: GPU if device.type == "cuda" else CPU}[args.preset]
+    config = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     def log(**record: Any) -> None:
@@ -102,7 +110,7 @@ def main() -> None:
     drawings = draw_all(args.work_dir)
     known = known_subjects(drawings, config.unet)
     split = write_cartoon(drawings, config, NORMAL, args.work_dir, args.out)
-    write_prompts(known, NORMAL, ABSTRACT, args.out.parent / "prompts" / "pocket.txt")
+    write_prompts(known, NORMAL, ABSTRACT, args.out.parent / "evaluation" / "prompt_lists" / "pocket.txt")
     pixels = torch.from_numpy(drawings.pixels).permute(0, 3, 1, 2)
     world = World(config, args.work_dir, args.out, device, log, drawings, pixels, known, split)
     log(stage="data", known=len(known), **{name: len(rows) for name, rows in split.items()})
@@ -170,16 +178,19 @@ def make_unet(world: World) -> None:
         for size_px in (DRAFT_SIZE_PX, IMAGE_SIZE_PX)
     }
     captions = [caption for subject in world.known for caption in subject_captions(subject, config.seed)]
-    states = encode_captions(encoder, tokenizer, captions, torch.device("cpu")).unflatten(0, (len(world.known), -1))
+    states = encode_captions(encoder, tokenizer, captions, torch.device("cpu")).unflatten(
+        0, (len(world.known), -1)
+    )
     empty_state = encode_captions(encoder, tokenizer, [""], torch.device("cpu"))[0]
     world.log(stage="unet", subjects=len(world.known), drawings=len(rows))
     vae.to(device)
     encoder.to(device)
     by_name = {subject.name: subject for subject in world.known}
     prompts = [prompt_of(by_name[name]) for name in NORMAL]
+    start = UNet2DConditionModel.from_pretrained(base_dir / "unet") if config.unet.goes_on else None
     for samples, average in train_unet(
         latents, subject_index, states, empty_state, config.unet, config.text, config.seed, world.work_dir, device,
-        world.log,
+        world.log, start,
     ):  # fmt: skip
         pipeline = build_pipeline(vae, encoder, tokenizer, average.eval())
         size_px = DRAFT_SIZE_PX if samples <= config.unet.draft_samples else IMAGE_SIZE_PX
@@ -195,7 +206,9 @@ def evaluate(world: World) -> None:
     scorer_dir = world.out_dir / "scorer"
     scorer = CLIPModel.from_pretrained(scorer_dir, dtype=torch.float32).eval()
     scorer_tokenizer = CLIPTokenizer.from_pretrained(scorer_dir)
-    scorer_r1, scorer_r5 = score_drawings(scorer, scorer_tokenizer, world.drawings, SCORER_TEST_VENDOR, subjects)
+    scorer_r1, scorer_r5 = score_drawings(
+        scorer, scorer_tokenizer, world.drawings, SCORER_TEST_VENDOR, subjects
+    )
     vae = AutoencoderKL.from_pretrained(world.out_dir / "base" / "vae", torch_dtype=torch.float32).eval()
     test_rows = world.split["test"] + world.drawings.rows_of((SCORER_TEST_VENDOR,))
     vae_l1 = reconstruction_l1(vae, world.pixels[test_rows], torch.device("cpu"))
@@ -225,7 +238,9 @@ def evaluate(world: World) -> None:
         "config": asdict(config),
     }
     (world.out_dir / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-    world.log(stage="evaluate", **{key: quality[key] for key in ("scorer_r1", "scorer_r5", "base_r1", "base_r5")})
+    world.log(
+        stage="evaluate", **{key: quality[key] for key in ("scorer_r1", "scorer_r5", "base_r1", "base_r5")}
+    )
     write_cards(world.out_dir, quality)
 
 

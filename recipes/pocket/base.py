@@ -51,8 +51,12 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 
 @torch.no_grad()
-def draw_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, size_px: int, batch_size: int = 25) -> list[Image.Image]:
-    """One image per prompt at 30 DDIM steps and guidance 7.5; prompt i starts from the noise of `seed + i`."""
+def draw_prompts(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, size_px: int, batch_size: int = 25
+) -> list[Image.Image]:
+    """One image per prompt at 30 DDIM steps and guidance 7.5; prompt i starts from the noise of `seed +
+    i`.
+    """
     images: list[Image.Image] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]

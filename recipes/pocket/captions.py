@@ -15,8 +15,10 @@ KNOWN_SUBGROUPS = (14, *range(34, 48), 50, 53, 54, 55, 56, 59, 60, 61, 62, 63, 6
 # Faces of people, clocks, signs, scenes that vendors draw too differently, and near twins of other subjects.
 NOT_DRAWN = (
     r"clock|moon face|sun with face|wind face|face with|front facing|oncoming|sign$|stop|signal|traffic|medal"
-    r"|button|suit$|joker|mahjong|playing cards|dolls|clothes|swimsuit|bikini|kimono|performing|spiral calendar"
-    r"|(waxing|waning|first quarter|last quarter|new|full) .*moon|new moon|full moon|behind (small|large|rain)"
+    r"|button|suit$|joker|mahjong|playing cards|dolls|clothes|swimsuit|bikini|kimono|performing|spiral "
+    r"calendar"
+    r"|(waxing|waning|first quarter|last quarter|new|full) .*moon|new moon|full moon|behind "
+    r"(small|large|rain)"
     r"|cloud with (snow|lightning|rain)$|admission|envelope|ceremony|streamer|tilted right|dvd|pen$|black nib"
     r"|with key|locked with|hammer and|closed umbrella|umbrella on ground|umbrella with|snowman without"
     r"|guide dog|service dog|small airplane|departure|arrival|articulated|minibus|trolleybus|light rail|metro"
@@ -27,8 +29,10 @@ NOT_DRAWN = (
     r"|water buffalo|^ox$|^ewe$|^boar$|paw prints|pig nose|black cat|black bird|microbe|motor boat|speedboat"
     r"|passenger ship|ferry$|construction|police car light|videocassette|film|projector|camera with|tear off"
     r"|chart|glasses$|womans|mans shoe|pile|beverage box|sake|pouring|clinking|without handle|letter|ribbon$"
-    r"|(growing|beating|revolving|two|on|orange|yellow|brown|black|white|grey|light blue|pink|purple|green|blue) hearts?$"
-    r"|heart exclamation|heart decoration|on fire|mending|^fog$|sparkler|barber|^seat$|tanabata|pine dec|prayer"
+    r"|(growing|beating|revolving|two|on|orange|yellow|brown|black|white|grey|light "
+    r"blue|pink|purple|green|blue) hearts?$"
+    r"|heart exclamation|heart decoration|on fire|mending|^fog$|sparkler|barber|^seat$|tanabata|pine "
+    r"dec|prayer"
     r"|^memo$|^link$|clamp|^ticket$|goal net|confetti|slot"
 )
 

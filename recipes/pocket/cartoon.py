@@ -18,7 +18,9 @@ from recipes.pocket.captions import prompt_of, subject_captions
 from recipes.pocket.config import CARTOON_VENDOR, PocketConfig
 from recipes.pocket.drawings import Drawings, Subject
 
-HF_FEATURES = {"info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}
+HF_FEATURES = {
+    "info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}
+}
 
 
 def write_cartoon(
@@ -26,13 +28,19 @@ def write_cartoon(
 ) -> dict[str, list[int]]:
     """Write `cartoon/data/{train,test}-00000-of-00001.parquet` and return the rows of each split.
 
-    The subjects in `normal_names` go to the test split with everything that looks like them. Of drawings that are equal in
-    every pixel ("chef" and "man cook") only one is used.
+    The subjects in `normal_names` go to the test split with everything that looks like them. Of drawings that
+    are equal in every pixel ("chef" and "man cook") only one is used.
     """
     rows = _without_copies(drawings, drawings.rows_of((CARTOON_VENDOR,)))
-    groups = _group_near_duplicates(drawings.pixels[rows], config.cartoon.near_hamming, config.cartoon.near_difference)
+    groups = _group_near_duplicates(
+        drawings.pixels[rows], config.cartoon.near_hamming, config.cartoon.near_difference
+    )
     digests = [hashlib.sha256(drawings.pixels[row].tobytes()).hexdigest() for row in rows]
-    held = {groups[i] for i, row in enumerate(rows) if drawings.subjects[drawings.subject_id[row]].name in normal_names}
+    held = {
+        groups[i]
+        for i, row in enumerate(rows)
+        if drawings.subjects[drawings.subject_id[row]].name in normal_names
+    }
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
@@ -55,7 +63,9 @@ def write_cartoon(
     return split
 
 
-def write_prompts(known: list[Subject], normal_names: tuple[str, ...], abstract: tuple[str, ...], path: Path) -> None:
+def write_prompts(
+    known: list[Subject], normal_names: tuple[str, ...], abstract: tuple[str, ...], path: Path
+) -> None:
     """Write the prompt file: subjects held out of the cartoon training rows, then abstract phrases."""
     by_name = {subject.name: subject for subject in known}
     words = {word for subject in by_name.values() for word in subject.keywords}
@@ -90,8 +100,12 @@ def _write_parquet(drawings: Drawings, rows: list[int], seed: int, path: Path) -
         images.append({"bytes": buffer.getvalue(), "path": f"{subject.id}.png"})
         texts.append(captions[digest[0] % len(captions)])
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("image", image_type), ("text", pa.string())], metadata={"huggingface": json.dumps(HF_FEATURES)})
-    table = pa.table({"image": pa.array(images, image_type), "text": pa.array(texts, pa.string())}, schema=schema)
+    schema = pa.schema(
+        [("image", image_type), ("text", pa.string())], metadata={"huggingface": json.dumps(HF_FEATURES)}
+    )
+    table = pa.table(
+        {"image": pa.array(images, image_type), "text": pa.array(texts, pa.string())}, schema=schema
+    )
     part = path.with_suffix(".part")
     pq.write_table(table, part)
     part.replace(path)
@@ -104,9 +118,13 @@ def _without_copies(drawings: Drawings, rows: list[int]) -> list[int]:
 
 
 def _group_near_duplicates(images: np.ndarray, max_hamming: int, max_difference: float) -> list[int]:
-    """The group of each image of (N, 64, 64, 3) uint8: near duplicates, and their near duplicates, share one."""
+    """The group of each image of (N, 64, 64, 3) uint8: near duplicates, and their near duplicates, share
+    one.
+    """
     hashes = np.stack([_difference_hash(image) for image in images])  # (N, 64) bool
-    small = images.reshape(len(images), 32, 2, 32, 2, 3).mean((2, 4)).astype(np.float32) / 255  # (N, 32, 32, 3)
+    small = (
+        images.reshape(len(images), 32, 2, 32, 2, 3).mean((2, 4)).astype(np.float32) / 255
+    )  # (N, 32, 32, 3)
     parent = list(range(len(images)))
 
     def root(i: int) -> int:
@@ -125,5 +143,7 @@ def _group_near_duplicates(images: np.ndarray, max_hamming: int, max_difference:
 
 def _difference_hash(image: np.ndarray) -> np.ndarray:
     """64 bits: is each of 8x8 cells darker than its right neighbour."""
-    grey = np.asarray(Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BILINEAR), dtype=np.int16)
+    grey = np.asarray(
+        Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BILINEAR), dtype=np.int16
+    )
     return (grey[:, :-1] < grey[:, 1:]).ravel()

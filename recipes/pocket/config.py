@@ -79,6 +79,8 @@ class UnetConfig:
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
     ema_half_life_samples: int = 12_000
+    goes_on: bool = False
+    """Begin with the denoiser in `--out` instead of a random one."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,19 @@ class PocketConfig:
 
 CPU = PocketConfig()
 """About three hours on one core: 314 subjects of three vendors."""
+
+CPU_LONGER = PocketConfig(
+    unet=UnetConfig(
+        draft_samples=0,
+        final_samples=500_000,
+        final_learning_rate=6e-4,
+        warmup_samples=4_000,
+        ema_half_life_samples=12_000,
+        goes_on=True,
+    )
+)
+"""More of the denoiser's training at full size: `--preset cpu-longer --stages unet evaluate` after the first.
+"""
 
 GPU = PocketConfig(
     vae=VaeConfig(num_samples=640_000, batch_size=64),

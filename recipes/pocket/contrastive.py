@@ -78,11 +78,16 @@ def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -
     saturation = (1 + uniform(-0.7, 0.5, 1, 1, 1) * strength) * (1 - chance(0.15 * strength))
     images = grey + (images - grey) * saturation
     # A random mixing of the channels that keeps white white: hue, within reason.
-    mixing = torch.eye(3) + 0.25 * torch.randn(batch, 3, 3, generator=generator) * chance(0.6 * strength)[:, :, :, 0]
+    mixing = (
+        torch.eye(3)
+        + 0.25 * torch.randn(batch, 3, 3, generator=generator) * chance(0.6 * strength)[:, :, :, 0]
+    )
     mixing = mixing + (1 - mixing.sum(2, keepdim=True)) / 3
     images = 1 - torch.einsum("bij,bjhw->bihw", mixing, 1 - images)
     images = 1 - (1 - images) * uniform(0.6, 1.25, 1, 1, 1)
-    blurred = F.avg_pool2d(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), 3, 1, 1, count_include_pad=False)
+    blurred = F.avg_pool2d(
+        F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), 3, 1, 1, count_include_pad=False
+    )
     images = torch.lerp(images, blurred, chance(0.4 * strength) * uniform(0, 1, 1, 1, 1))
     images = images * (1 - chance(0.3 * strength) * uniform(0, 0.5, 3, 1, 1))
     noise = torch.randn(images.shape, generator=generator)

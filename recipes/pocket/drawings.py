@@ -50,10 +50,21 @@ class Drawings:
 def install_packages(work_dir: Path) -> Path:
     """Install the pinned packages below `work_dir` unless they are there; return `node_modules`."""
     modules = work_dir / "node_modules"
-    missing = [f"{name}@{version}" for name, version in NPM_PACKAGES.items() if _version(modules / name) != version]
+    missing = [
+        f"{name}@{version}" for name, version in NPM_PACKAGES.items() if _version(modules / name) != version
+    ]
     if missing:
         work_dir.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--prefix", str(work_dir), "--no-save", "--no-audit", "--no-fund", *missing]
+        command = [
+            "npm",
+            "install",
+            "--prefix",
+            str(work_dir),
+            "--no-save",
+            "--no-audit",
+            "--no-fund",
+            *missing,
+        ]
         subprocess.run(command, check=True)
     return modules
 
@@ -120,7 +131,9 @@ def _read_subjects(modules: Path) -> dict[str, Subject]:
     return subjects
 
 
-def _match_icons(modules: Path, vendor: str, icons: dict[str, Any], subjects: dict[str, Subject]) -> dict[str, str]:
+def _match_icons(
+    modules: Path, vendor: str, icons: dict[str, Any], subjects: dict[str, Subject]
+) -> dict[str, str]:
     """Which icon of a vendor draws which subject: by code point where the package says, else by name."""
     chars = json.loads((modules / "@iconify-json" / vendor / "chars.json").read_text())
     known = icons["icons"].keys() | icons.get("aliases", {}).keys()
@@ -166,7 +179,13 @@ def _draw(icons: dict[str, Any], icon: str) -> np.ndarray:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{data["body"]}</svg>'
     )
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE_PX, height=IMAGE_SIZE_PX, background="#ffffff", skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=IMAGE_SIZE_PX,
+        height=IMAGE_SIZE_PX,
+        background="#ffffff",
+        skip_system_fonts=True,
+    )
     drawn = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     if drawn.size != (IMAGE_SIZE_PX, IMAGE_SIZE_PX):  # an icon that is not square
         square = Image.new("RGB", (IMAGE_SIZE_PX, IMAGE_SIZE_PX), "white")

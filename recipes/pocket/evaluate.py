@@ -36,13 +36,17 @@ def score_drawings(
     return score_pixels(scorer, tokenizer, torch.from_numpy(pixels).permute(0, 3, 1, 2), subjects)
 
 
-def score_images(scorer: CLIPModel, tokenizer: CLIPTokenizer, images: list[Image.Image], subjects: list[Subject]) -> tuple[float, float]:
+def score_images(
+    scorer: CLIPModel, tokenizer: CLIPTokenizer, images: list[Image.Image], subjects: list[Subject]
+) -> tuple[float, float]:
     """Recall at 1 and at 5 of generated images, one per subject, among the subjects' captions."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     return score_pixels(scorer, tokenizer, pixels, subjects)
 
 
-def score_pixels(scorer: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, subjects: list[Subject]) -> tuple[float, float]:
+def score_pixels(
+    scorer: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, subjects: list[Subject]
+) -> tuple[float, float]:
     """Recall at 1 and at 5 of (N, 3, 64, 64) uint8 images, image i showing subject i."""
     text = embed_captions(scorer, tokenizer, [prompt_of(subject) for subject in subjects])
     image = embed_images(scorer, pixels)

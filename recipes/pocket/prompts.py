@@ -5,7 +5,9 @@ NORMAL = (
     "strawberry", "watermelon", "hamburger", "pizza", "doughnut", "mushroom", "cactus", "sunflower",
     "palm tree", "sailboat", "airplane", "fire engine", "guitar", "umbrella", "crown", "snowman",
 )  # fmt: skip
-"""Names of subjects that the base draws; `cartoon` keeps them, and what looks like them, out of its training rows."""
+"""Names of subjects that the base draws; `cartoon` keeps them, and what looks like them, out of its training
+rows.
+"""
 
 ABSTRACT = (
     "celebration, party",

@@ -97,7 +97,9 @@ def train_scorer(
         rows = torch.multinomial(row_weights, config.batch_size, generator=generator)
         variant = torch.randint(num_variants, (config.batch_size,), generator=generator)
         caption = subject_index[rows] * num_variants + variant
-        strength = min(config.strength, 0.3 + 2 * step / num_steps)  # easy drawings first: a transformer starts slowly
+        strength = min(
+            config.strength, 0.3 + 2 * step / num_steps
+        )  # easy drawings first: a transformer starts slowly
         images = augment(pixels[rows].float() / 255, generator, strength)
         for group in optimizer.param_groups:
             warmup, done = min(1.0, (step + 1) / 100), step / num_steps
@@ -109,14 +111,22 @@ def train_scorer(
             text = model.text_projection(model.text_model(tokens[caption, :length].to(device)).pooler_output)
         pairs = fits[caption][:, subject_index[rows]].to(device)
         scale = model.logit_scale.exp().clamp(max=60)
-        loss = contrastive_loss(F.normalize(text.float(), dim=1), F.normalize(image.float(), dim=1), scale, pairs)
+        loss = contrastive_loss(
+            F.normalize(text.float(), dim=1), F.normalize(image.float(), dim=1), scale, pairs
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
         if step % 50 == 0 or step == num_steps:
-            log(stage="scorer", samples=step * config.batch_size, loss=loss.item(), scale=scale.item(), seconds=time.monotonic() - start)
+            log(
+                stage="scorer",
+                samples=step * config.batch_size,
+                loss=loss.item(),
+                scale=scale.item(),
+                seconds=time.monotonic() - start,
+            )
         if step % 50 == 0 or step == num_steps:
             save_checkpoint(work_dir / "scorer.ckpt", step, model=model, optimizer=optimizer)
     return model.eval()

@@ -87,7 +87,9 @@ def train_text_encoder(
     model.register_parameter("log_scale", log_scale)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05, fused=True)
     num_steps = config.num_samples // config.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, num_steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, num_steps + 1, pct_start=0.1
+    )
     # What follows a caption's end cannot change its pooled state: the encoder is causal.
     tokens = tokenizer(captions, padding=True, return_tensors="pt").input_ids
     small = F.avg_pool2d(pixels.float() / 255, pixels.shape[-1] // config.image_size_px)  # (N, 3, 32, 32)
@@ -104,7 +106,12 @@ def train_text_encoder(
             image = model["image"](images)
             text = model["head"](encoder(tokens[caption].to(device)).pooler_output)
         pairs = fits[caption][:, subject_index[rows]].to(device)
-        loss = contrastive_loss(F.normalize(text.float(), dim=1), F.normalize(image.float(), dim=1), log_scale.exp().clamp(max=50), pairs)
+        loss = contrastive_loss(
+            F.normalize(text.float(), dim=1),
+            F.normalize(image.float(), dim=1),
+            log_scale.exp().clamp(max=50),
+            pairs,
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,14 +119,23 @@ def train_text_encoder(
         schedule.step()
         step += 1
         if step % 50 == 0 or step == num_steps:
-            log(stage="text", samples=step * config.batch_size, loss=loss.item(), seconds=time.monotonic() - start)
+            log(
+                stage="text",
+                samples=step * config.batch_size,
+                loss=loss.item(),
+                seconds=time.monotonic() - start,
+            )
         if step % 200 == 0 or step == num_steps:
             save_checkpoint(work_dir / "text.ckpt", step, model=model, optimizer=optimizer, schedule=schedule)
     return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_captions(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], device: torch.device) -> Tensor:
+def encode_captions(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], device: torch.device
+) -> Tensor:
     """States of captions as a pipeline computes them: (len(captions), 77, hidden_size) float32."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-    return torch.cat([encoder(chunk.to(device)).last_hidden_state.float().cpu() for chunk in tokens.split(64)])
+    return torch.cat(
+        [encoder(chunk.to(device)).last_hidden_state.float().cpu() for chunk in tokens.split(64)]
+    )

@@ -20,7 +20,9 @@ def train_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
     clip = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    trainer = BpeTrainer(vocab_size=vocab_size - 2, end_of_word_suffix="</w>", show_progress=False, min_frequency=2)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - 2, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
+    )
     learner.train_from_iterator(captions, trainer)
     vocab = learner.get_vocab()
     # Letters and digits may stand inside a word or end it: both forms must exist for unseen words.

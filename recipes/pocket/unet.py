@@ -58,11 +58,15 @@ class SharedContextAttention:
     `scaled_dot_product_attention`, whose backward pass takes twice as long on a CPU.
     """
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object) -> Tensor:
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+    ) -> Tensor:
         rows, num_pixels, channels = hidden_states.shape  # (B * r, N, C)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states  # (B, T, D)
         batch = len(context)
-        query = attn.to_q(hidden_states).view(batch, -1, attn.heads, channels // attn.heads)  # (B, r * N, h, d)
+        query = attn.to_q(hidden_states).view(
+            batch, -1, attn.heads, channels // attn.heads
+        )  # (B, r * N, h, d)
         key = attn.to_k(context).view(batch, -1, attn.heads, channels // attn.heads)  # (B, T, h, d)
         value = attn.to_v(context).view(batch, -1, attn.heads, channels // attn.heads)
         scores = (query.transpose(1, 2) * attn.scale) @ key.permute(0, 2, 3, 1)  # (B, h, r * N, T)
@@ -82,8 +86,11 @@ def train_unet(
     work_dir: Path,
     device: torch.device,
     log: Callable[..., None],
+    start: UNet2DConditionModel | None = None,
 ) -> Iterator[tuple[int, UNet2DConditionModel]]:
     """Train, first at 8x8 latents and then at 16x16; yield (samples seen, averaged model) now and then.
+
+    It begins with the weights of `start` where one is given, else with random ones.
 
     `latents[size]` is (N, 4, size, size), one row per drawing; `subject_index`, (N,), says what it
     shows; `states`, (S, V, 77, D), holds V captions of each subject; `empty_state` is (77, D).
@@ -91,6 +98,8 @@ def train_unet(
     """
     torch.manual_seed(seed + 2)
     unet = build_unet(config, text).to(device)
+    if start is not None:
+        unet.load_state_dict(start.state_dict())
     average = build_unet(config, text).to(device).requires_grad_(False)
     average.load_state_dict(unet.state_dict())
     unet.set_attn_processor(SharedContextAttention())
@@ -102,7 +111,7 @@ def train_unet(
     num_steps = num_draft_steps + config.final_samples // config.batch_size
     decay = 0.5 ** (config.batch_size / config.ema_half_life_samples)
     step = load_checkpoint(work_dir / "unet.ckpt", model=unet, average=average, optimizer=optimizer)
-    start, losses = time.monotonic(), []
+    started, losses = time.monotonic(), []
     while step < num_steps:
         generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
         num_captions = config.batch_size // config.images_per_caption
@@ -111,7 +120,9 @@ def train_unet(
         context = states[subjects, variants]  # (B, 77, D)
         dropped = torch.rand(num_captions, generator=generator) < config.caption_dropout
         context[dropped] = empty_state
-        rows = torch.cat([_draw_rows(by_subject[s], config.images_per_caption, generator) for s in subjects.tolist()])
+        rows = torch.cat(
+            [_draw_rows(by_subject[s], config.images_per_caption, generator) for s in subjects.tolist()]
+        )
         clean = latents[draft if step < num_draft_steps else final][rows].to(device)  # (B * r, 4, h, w)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         timesteps = _stratified_timesteps(config.batch_size, len(alphas), generator).to(device)
@@ -134,7 +145,7 @@ def train_unet(
         if step % 100 == 0 or step == num_steps:
             mean_loss = sum(losses) / len(losses)
             log(stage="unet", samples=step * config.batch_size, size=clean.shape[-1], loss=mean_loss,
-                lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - start)  # fmt: skip
+                lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)  # fmt: skip
             losses.clear()
         if step % 100 == 0 or step == num_steps:
             save_checkpoint(work_dir / "unet.ckpt", step, model=unet, average=average, optimizer=optimizer)
@@ -148,7 +159,7 @@ def learning_rate(step: int, num_draft_steps: int, num_steps: int, config: UnetC
     if step < num_draft_steps:
         return config.learning_rate * warmup
     done = (step - num_draft_steps) / max(1, num_steps - num_draft_steps)
-    return config.final_learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+    return config.final_learning_rate * warmup * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def _draw_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

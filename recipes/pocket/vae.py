@@ -39,7 +39,12 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
 
 
 def train_vae(
-    pixels: Tensor, config: VaeConfig, seed: int, work_dir: Path, device: torch.device, log: Callable[..., None]
+    pixels: Tensor,
+    config: VaeConfig,
+    seed: int,
+    work_dir: Path,
+    device: torch.device,
+    log: Callable[..., None],
 ) -> AutoencoderKL:
     """Train on (N, 3, 64, 64) uint8 drawings; a third of the batches at half the size.
 
@@ -70,7 +75,12 @@ def train_vae(
         gradient = sum((drawn.diff(dim=d) - images.diff(dim=d)).abs().mean() for d in (2, 3))
         colour = (opponent @ F.avg_pool2d(drawn - images, 4).flatten(2)).abs().mean()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = reconstruction + config.gradient_weight * gradient + config.colour_weight * colour + config.kl_weight * divergence
+        loss = (
+            reconstruction
+            + config.gradient_weight * gradient
+            + config.colour_weight * colour
+            + config.kl_weight * divergence
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -92,7 +102,8 @@ def train_vae(
 
 
 def augment(images: Tensor, step: int, generator: torch.Generator) -> Tensor:
-    """Flip half of (B, 3, 64, 64) images, permute the colour channels of some, halve every third batch in size.
+    """Flip half of (B, 3, 64, 64) images, permute the colour channels of some, halve every third batch in
+    size.
 
     Emoji are mostly yellow, red and brown: other hues need the permutation to get their share.
     """

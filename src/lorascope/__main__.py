@@ -2,7 +2,7 @@
 
 import sys
 
-from lorascope.cli import main
+from lorascope.cli.app import main
 
 
 def run() -> None:

@@ -1,6 +1,8 @@
-"""A study as data: TOML read into frozen Pydantic models, which are also the source of the help and the docs table.
+"""A study as data: TOML read into frozen Pydantic models, which are also the source of the help and the docs
+table.
 
-Layers, from weakest to strongest: defaults < preset < study file < `LORASCOPE_*` environment < `--set` overrides.
+Layers, from weakest to strongest: defaults < preset < study file < `LORASCOPE_*` environment < `--set`
+overrides.
 """
 
 import difflib
@@ -16,7 +18,16 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from lorascope.errors import ConfigError
@@ -65,12 +76,19 @@ class BaseSection(Section):
 
     model: Text = Field(
         default="pocket",
-        description="`pocket`, a diffusers folder, one checkpoint file in the original layout (`.safetensors`, `.ckpt`), or a hub id "
+        description="`pocket`, a diffusers folder, one checkpoint file in the original layout "
+        "(`.safetensors`, "
+        "`.ckpt`), or a hub id "
         "such as `stable-diffusion-v1-5/stable-diffusion-v1-5`",
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
-        default="auto", description="what the U-Net predicts; `auto` takes what the base says of itself, and `epsilon` for a single file"
+        default="auto",
+        description=(
+            "what the U-Net predicts; `auto` takes what the base says of itself, and `epsilon` "
+            "for a single "
+            "file"
+        ),
     )
 
 
@@ -79,54 +97,114 @@ class DataSection(Section):
 
     source: Text = Field(
         default="pocket",
-        description="`pocket`, a Parquet file or folder, a picture folder with captions, WebDataset tar files, or a hub data set id",
+        description=(
+            "`pocket`, a Parquet file or folder, a picture folder with captions, WebDataset tar "
+            "files, or a "
+            "hub data set id"
+        ),
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub data set")
-    image_column: Text = Field(default="image", description="column (Parquet) or file ending (tar) that holds the picture, found if absent")
-    caption_column: Text = Field(default="text", description="column (Parquet, metadata) or file ending (tar) that holds the caption")
+    image_column: Text = Field(
+        default="image",
+        description="column (Parquet) or file ending (tar) that holds the picture, found if absent",
+    )
+    caption_column: Text = Field(
+        default="text", description="column (Parquet, metadata) or file ending (tar) that holds the caption"
+    )
     resolution_px: Whole = Field(
         default=64,
         ge=16,
         le=4096,
         multiple_of=8,
-        description="side of the centre-cropped square picture, in pixels; with buckets the side of a square of the same area",
+        description=(
+            "side of the centre-cropped square picture, in pixels; with buckets the side of a "
+            "square of the "
+            "same area"
+        ),
     )
     buckets: Flag = Field(
-        default=False, description="keep each picture's aspect ratio: group pictures of like shape instead of the centre crop"
+        default=False,
+        description=(
+            "keep each picture's aspect ratio: group pictures of like shape instead of the centre crop"
+        ),
     )
-    bucket_step_px: Whole = Field(default=64, ge=8, le=512, multiple_of=8, description="sides of buckets are multiples of this")
+    bucket_step_px: Whole = Field(
+        default=64, ge=8, le=512, multiple_of=8, description="sides of buckets are multiples of this"
+    )
     bucket_max_ratio: Real = Field(
-        default=2.0, ge=1, le=8, description="longest side of a bucket over its shortest; what is longer is cropped"
+        default=2.0,
+        ge=1,
+        le=8,
+        description="longest side of a bucket over its shortest; what is longer is cropped",
     )
-    flip: Flag = Field(default=False, description="mirror every second draw of a picture, by chance; for sets without text or fixed sides")
-    repeats: Positive = Field(default=1, description="times a picture is seen in an epoch, times that of its `10_name` folder")
-    caption_prefix: Text | None = Field(default=None, description="text put before every caption as it stands")
+    flip: Flag = Field(
+        default=False,
+        description="mirror every second draw of a picture, by chance; for sets without text or fixed sides",
+    )
+    repeats: Positive = Field(
+        default=1, description="times a picture is seen in an epoch, times that of its `10_name` folder"
+    )
+    caption_prefix: Text | None = Field(
+        default=None, description="text put before every caption as it stands"
+    )
     trigger_word: Text | None = Field(
-        default=None, description="word put first in every caption that lacks it; stays first when tags are shuffled"
+        default=None,
+        description="word put first in every caption that lacks it; stays first when tags are shuffled",
     )
-    shuffle_tags: Flag = Field(default=False, description="shuffle the comma-separated tags of a caption at every draw")
-    keep_tags: NonNegative = Field(default=0, description="leave the first so many tags in place when shuffling")
-    num_train: Positive | None = Field(default=None, description="use at most this many training pictures; all when absent")
+    shuffle_tags: Flag = Field(
+        default=False, description="shuffle the comma-separated tags of a caption at every draw"
+    )
+    keep_tags: NonNegative = Field(
+        default=0, description="leave the first so many tags in place when shuffling"
+    )
+    num_train: Positive | None = Field(
+        default=None, description="use at most this many training pictures; all when absent"
+    )
     num_heldout: Positive | None = Field(
         default=None, description="hold out at most this many pictures; all of the held-out share when absent"
     )
     heldout_share: Real = Field(
-        default=0.1, gt=0, lt=1, description="share of the pictures held out of training where the source has no test split of its own"
+        default=0.1,
+        gt=0,
+        lt=1,
+        description=(
+            "share of the pictures held out of training where the source has no test split of its own"
+        ),
     )
     near_duplicate_bits: Whole = Field(
-        default=3, ge=0, le=32, description="pictures whose 64-bit perceptual hashes differ in at most this many bits are near duplicates"
+        default=3,
+        ge=0,
+        le=32,
+        description=(
+            "pictures whose 64-bit perceptual hashes differ in at most this many bits are near duplicates"
+        ),
     )
-    max_refused_share: Share = Field(default=0.1, description="stop before training when more than this share of the rows cannot be used")
+    max_refused_share: Share = Field(
+        default=0.1, description="stop before training when more than this share of the rows cannot be used"
+    )
 
 
 class TargetGroup(Section):
-    """One table of `[[adapter.groups]]`: further layers, with a rank, alpha and learning rate of their own."""
+    """One table of `[[adapter.groups]]`: further layers, with a rank, alpha and learning rate of their
+    own.
+    """
 
-    component: Literal["unet", "text_encoder"] = Field(default="unet", description="part of the base that holds the layers")
-    targets: Targets = Field(default=(), min_length=1, validate_default=True, description="as `adapter.targets`, which need not name them")
+    component: Literal["unet", "text_encoder"] = Field(
+        default="unet", description="part of the base that holds the layers"
+    )
+    targets: Targets = Field(
+        default=(),
+        min_length=1,
+        validate_default=True,
+        description="as `adapter.targets`, which need not name them",
+    )
     rank: Rank | None = Field(default=None, description="rank of these layers; the arm's when absent")
-    alpha: PositiveReal | None = Field(default=None, description="alpha of these layers; the arm's alpha / rank is kept when absent")
-    lr: PositiveReal | None = Field(default=None, description="learning rate of these layers; the arm's when absent")
+    alpha: PositiveReal | None = Field(
+        default=None, description="alpha of these layers; the arm's alpha / rank is kept when absent"
+    )
+    lr: PositiveReal | None = Field(
+        default=None, description="learning rate of these layers; the arm's when absent"
+    )
 
 
 class AdapterSection(Section):
@@ -135,29 +213,49 @@ class AdapterSection(Section):
     targets: Targets = Field(
         default=REFERENCE_TARGETS,
         min_length=1,
-        description="layers of the U-Net to adapt, Linear or convolution: name endings, or patterns such as `mid_block.*.conv1`",
+        description=(
+            "layers of the U-Net to adapt, Linear or convolution: name endings, or patterns such as "
+            "`mid_block.*.conv1`"
+        ),
     )
-    groups: tuple[TargetGroup, ...] = Field(default=(), description="layers with a rank, alpha or learning rate of their own")
+    groups: tuple[TargetGroup, ...] = Field(
+        default=(), description="layers with a rank, alpha or learning rate of their own"
+    )
 
 
 class ArmGrid(Section):
-    """One table of `[[arms]]`: every key may be one value or a list, and the product of the lists is trained."""
+    """One table of `[[arms]]`: every key may be one value or a list, and the product of the lists is
+    trained.
+    """
 
     name: Name | None = Field(
-        default=None, description="name of the arm, only for a table that makes one; made from rank and what varies when absent"
+        default=None,
+        description=(
+            "name of the arm, only for a table that makes one; made from rank and what varies when absent"
+        ),
     )
     rank: Rank | Ranks = Field(default=16, description="rank r of the adapter")
     alpha: PositiveReal | PositiveReals | None = Field(
         default=None,
-        description="alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`; alpha is the rank when both are absent",
+        description=(
+            "alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`; alpha "
+            "is the rank "
+            "when both are absent"
+        ),
     )
     alpha_per_rank: PositiveReal | PositiveReals | None = Field(
         default=None, description="alpha as a multiple of the rank: the scale alpha / rank itself"
     )
     lr: PositiveReal | PositiveReals = Field(default=1e-4, description="learning rate")
-    seed: Seed | Seeds = Field(default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout")
-    batch_size: Positive | Positives | None = Field(default=None, description="pictures per step; `train.batch_size` when absent")
-    epochs: Positive | Positives | None = Field(default=None, description="passes over the training pictures; `train.epochs` when absent")
+    seed: Seed | Seeds = Field(
+        default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout"
+    )
+    batch_size: Positive | Positives | None = Field(
+        default=None, description="pictures per step; `train.batch_size` when absent"
+    )
+    epochs: Positive | Positives | None = Field(
+        default=None, description="passes over the training pictures; `train.epochs` when absent"
+    )
 
     @field_validator("alpha_per_rank")
     @classmethod
@@ -169,11 +267,16 @@ class ArmGrid(Section):
     @model_validator(mode="after")
     def _name_of_one(self) -> Self:
         if self.name is not None and (count := len(self.settings())) > 1:
-            raise ValueError(f"the name {self.name!r} stands on a table that makes {count} arms: leave the name out, or give single values")
+            raise ValueError(
+                f"the name {self.name!r} stands on a table that makes {count} arms: leave the name out, "
+                "or give single values"
+            )
         return self
 
     def settings(self) -> list[dict[str, Any]]:
-        """Rank, alpha, lr, seed, batch size and epochs of every arm of this table; the last two are None where `train`'s hold."""
+        """Rank, alpha, lr, seed, batch size and epochs of every arm of this table; the last two are None
+        where `train`'s hold.
+        """
         key = "alpha_per_rank" if self.alpha is None else "alpha"
         scalings = _several(getattr(self, key) or 1.0)
         return [
@@ -183,7 +286,10 @@ class ArmGrid(Section):
         ]
 
     def _products(self, *keys: str) -> list[dict[str, Any]]:
-        return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(_several(getattr(self, key)) for key in keys))]
+        return [
+            dict(zip(keys, values, strict=True))
+            for values in itertools.product(*(_several(getattr(self, key)) for key in keys))
+        ]
 
 
 class TrainSection(Section):
@@ -191,83 +297,142 @@ class TrainSection(Section):
 
     epochs: Positive = Field(default=10, description="passes over the training pictures")
     batch_size: Positive = Field(default=4, description="pictures per step and arm")
-    accumulation_steps: Positive = Field(default=1, description="batches whose gradients are averaged for one step")
-    optimizer: Text = Field(
-        default="adamw", description="`adamw`, the name of a `torch.optim` class such as `SGD`, or `prodigy` (with its extra)"
+    accumulation_steps: Positive = Field(
+        default=1, description="batches whose gradients are averaged for one step"
     )
-    optimizer_args: dict[str, Any] = Field(default={}, description="further arguments of an optimizer other than `adamw`")
+    optimizer: Text = Field(
+        default="adamw",
+        description="`adamw`, the name of a `torch.optim` class such as `SGD`, or `prodigy` (with its extra)",
+    )
+    optimizer_args: dict[str, Any] = Field(
+        default={}, description="further arguments of an optimizer other than `adamw`"
+    )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
     eps: PositiveReal = Field(default=1e-8, description="AdamW's epsilon")
     weight_decay: Real = Field(default=0.01, ge=0, le=1, description="AdamW's decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="course of the learning rate after the warm-up: constant, or falling to 0 at the last step"
+        default="constant",
+        description=(
+            "course of the learning rate after the warm-up: constant, or falling to 0 at the last step"
+        ),
     )
-    warmup_steps: NonNegative = Field(default=0, description="steps over which the learning rate rises linearly from 0")
+    warmup_steps: NonNegative = Field(
+        default=0, description="steps over which the learning rate rises linearly from 0"
+    )
     loss: Literal["mse", "huber"] = Field(
         default="mse", description="distance of prediction and target; `huber` is linear beyond `huber_delta`"
     )
-    huber_delta: PositiveReal = Field(default=0.1, description="distance at which the Huber loss turns from square to linear")
+    huber_delta: PositiveReal = Field(
+        default=0.1, description="distance at which the Huber loss turns from square to linear"
+    )
     min_snr_gamma: PositiveReal | None = Field(
         default=None, description="weight timesteps by min(SNR, gamma) / SNR; 5 is usual, off when absent"
     )
     noise_offset: Share = Field(
-        default=0.0, description="size of a constant added to each channel's noise, for darker and lighter pictures"
+        default=0.0,
+        description="size of a constant added to each channel's noise, for darker and lighter pictures",
     )
     gradient_checkpointing: Flag | None = Field(
         default=None,
-        description="compute activations again instead of keeping them: a third slower; only where memory is short when absent",
+        description=(
+            "compute activations again instead of keeping them: a third slower; only where "
+            "memory is short "
+            "when absent"
+        ),
     )
-    max_grad_norm: Real = Field(default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone")
-    caption_dropout: Share = Field(default=0.0, description="share of training captions replaced by the empty one")
+    max_grad_norm: Real = Field(
+        default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone"
+    )
+    caption_dropout: Share = Field(
+        default=0.0, description="share of training captions replaced by the empty one"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="dtype of the frozen base: `auto` is the fastest here, timed at the start; adapters are always fp32"
+        default="auto",
+        description=(
+            "dtype of the frozen base: `auto` is the fastest here, timed at the start; adapters "
+            "are always "
+            "fp32"
+        ),
     )
-    cuda_graph: Flag = Field(default=True, description="on a GPU, record the kernels of a step once and replay them")
-    compile: Flag = Field(default=False, description="compile the U-Net with torch.compile: minutes at the start, faster steps")
-    checkpoint_every_steps: Positive = Field(default=250, description="steps between checkpoints that an interrupted run goes on from")
+    cuda_graph: Flag = Field(
+        default=True, description="on a GPU, record the kernels of a step once and replay them"
+    )
+    compile: Flag = Field(
+        default=False, description="compile the U-Net with torch.compile: minutes at the start, faster steps"
+    )
+    checkpoint_every_steps: Positive = Field(
+        default=250, description="steps between checkpoints that an interrupted run goes on from"
+    )
     max_stacked_arms: Positive | None = Field(
         default=None, description="arms trained in one pass at most; as many as memory holds when absent"
     )
-    num_probe: Positive = Field(default=32, description="pictures of each split on which the denoising loss is measured at fixed noise")
-    keep_best: Flag = Field(default=True, description="keep the adapter of the epoch with the lowest held-out loss beside the last")
+    num_probe: Positive = Field(
+        default=32,
+        description="pictures of each split on which the denoising loss is measured at fixed noise",
+    )
+    keep_best: Flag = Field(
+        default=True,
+        description="keep the adapter of the epoch with the lowest held-out loss beside the last",
+    )
 
 
 class SampleSection(Section):
     """How pictures are drawn for the scores."""
 
     prompts: Text = Field(
-        default="pocket", description="`pocket`, `sd15`, or a text file with sections [normal] and [abstract], one prompt a line"
+        default="pocket",
+        description=(
+            "`pocket`, `sd15`, or a text file with sections [normal] and [abstract], one prompt a line"
+        ),
     )
     prompt_prefix: Text | None = Field(
         default=None,
-        description="text put before every prompt that is drawn, such as a trigger word; scores are against the prompt without it",
+        description=(
+            "text put before every prompt that is drawn, such as a trigger word; scores are "
+            "against the "
+            "prompt without it"
+        ),
     )
-    num_prompts: Positive | None = Field(default=None, description="use the first so many prompts of each category; all when absent")
+    num_prompts: Positive | None = Field(
+        default=None, description="use the first so many prompts of each category; all when absent"
+    )
     steps: Whole = Field(default=30, ge=1, le=1000, description="denoising steps")
-    guidance: Real = Field(default=7.5, ge=0, le=100, description="classifier-free guidance scale; 1 leaves guidance off")
+    guidance: Real = Field(
+        default=7.5, ge=0, le=100, description="classifier-free guidance scale; 1 leaves guidance off"
+    )
     scheduler: Literal["ddim", "euler", "dpmsolver++"] = Field(default="ddim", description="sampler")
-    seeds: Seeds = Field(default=(0,), description="seeds of the initial noise, shared by the base and every arm")
+    seeds: Seeds = Field(
+        default=(0,), description="seeds of the initial noise, shared by the base and every arm"
+    )
     batch_size: Positive = Field(default=36, description="pictures denoised at once, over all arms")
     preview_every_epochs: Positive | None = Field(
         default=None, description="draw previews during training, every so many epochs; none when absent"
     )
-    num_previews: Positive = Field(default=4, description="prompts of each preview, taken from all categories in turn, seed 0")
+    num_previews: Positive = Field(
+        default=4, description="prompts of each preview, taken from all categories in turn, seed 0"
+    )
 
 
 class ScoreSection(Section):
     """The CLIP model that scores, and the intervals."""
 
-    model: Text = Field(default="pocket", description="`pocket`, a CLIP folder, or a hub id such as `openai/clip-vit-large-patch14`")
+    model: Text = Field(
+        default="pocket",
+        description="`pocket`, a CLIP folder, or a hub id such as `openai/clip-vit-large-patch14`",
+    )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
     batch_size: Positive = Field(default=64, description="pictures scored at once")
-    resamples: Whole = Field(default=10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts")
+    resamples: Whole = Field(
+        default=10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts"
+    )
 
 
 class ExportSection(Section):
     """Adapter files for other programs."""
 
     formats: tuple[Literal["kohya", "diffusers"], ...] = Field(
-        default=("kohya",), description="files left beside each adapter: `kohya` for WebUI, Forge and ComfyUI, `diffusers`"
+        default=("kohya",),
+        description="files left beside each adapter: `kohya` for WebUI, Forge and ComfyUI, `diffusers`",
     )
     dtype: Literal["fp32", "fp16", "bf16"] = Field(default="fp16", description="dtype of those files")
 
@@ -293,18 +458,26 @@ class StudyConfig(Section):
     """A whole study."""
 
     name: Name = Field(default="study", description="name of the study; the run folder is `runs/<name>`")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes the GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto` takes the GPU if there is one"
+    )
     workers: Positive | None = Field(
-        default=None, description="groups of arms trained side by side; one a GPU, or on a CPU one a core and two arms, when absent"
+        default=None,
+        description=(
+            "groups of arms trained side by side; one a GPU, or on a CPU one a core and two arms, when absent"
+        ),
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        default=(), description="send losses, learning rates and previews to these too; each needs its package"
+        default=(),
+        description="send losses, learning rates and previews to these too; each needs its package",
     )
     base: BaseSection = BaseSection()
     data: DataSection = DataSection()
     adapter: AdapterSection = AdapterSection()
     arms: tuple[ArmGrid, ...] = Field(
-        default=(ArmGrid(rank=(16, 64), alpha_per_rank=2.0, lr=5e-4),), min_length=1, description="the adapters to compare"
+        default=(ArmGrid(rank=(16, 64), alpha_per_rank=2.0, lr=5e-4),),
+        min_length=1,
+        description="the adapters to compare",
     )
     train: TrainSection = TrainSection()
     sample: SampleSection = SampleSection()
@@ -317,14 +490,25 @@ class StudyConfig(Section):
         for arm in self.expand_arms():
             folder = arm.name.casefold()  # some file systems do not tell r16 from R16
             if folder == "base":
-                raise ValueError(f"an arm is called {arm.name!r}, which is kept for the unadapted model: choose another name")
+                raise ValueError(
+                    f"an arm is called {arm.name!r}, which is kept for the unadapted model: choose "
+                    "another name"
+                )
             if other := seen.get(folder):
-                same = "two arms are called" if other.name == arm.name else f"arm names differ only in case: {other.name!r} and"
-                raise ValueError(f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr, seed, batch_size or epochs")
+                same = (
+                    "two arms are called"
+                    if other.name == arm.name
+                    else f"arm names differ only in case: {other.name!r} and"
+                )
+                raise ValueError(
+                    f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr, seed, "
+                    "batch_size or epochs"
+                )
             choices = (arm.rank, arm.alpha, arm.lr, arm.seed, arm.batch_size, arm.epochs)
             if other := seen.get(choices):
                 raise ValueError(
-                    f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr, seed, batch size and epochs: leave one out"
+                    f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr, seed, batch "
+                    "size and epochs: leave one out"
                 )
             seen[folder] = seen[choices] = arm
         return self
@@ -332,16 +516,20 @@ class StudyConfig(Section):
     def expand_arms(self) -> tuple[Arm, ...]:
         """All arms in the order of the file, each table's lists multiplied out.
 
-        An arm without a name is called `r<rank>`, followed by those of alpha, lr, batch size, epochs and seed in which arms of
-        one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`.
+        An arm without a name is called `r<rank>`, followed by those of alpha, lr, batch size, epochs and seed
+        in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`.
         """
         settings = [(grid.name, self._resolve(setting)) for grid in self.arms for setting in grid.settings()]
         by_rank: dict[int, list[dict[str, Any]]] = {}
         for _, setting in settings:
             by_rank.setdefault(setting["rank"], []).append(setting)
         keys = ("alpha", "lr", "batch_size", "epochs", "seed")
-        varying = {key for key in keys for group in by_rank.values() if len({setting[key] for setting in group}) > 1}
-        return tuple(Arm(name=name or _default_name(setting, varying), **setting) for name, setting in settings)
+        varying = {
+            key for key in keys for group in by_rank.values() if len({setting[key] for setting in group}) > 1
+        }
+        return tuple(
+            Arm(name=name or _default_name(setting, varying), **setting) for name, setting in settings
+        )
 
     def _resolve(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         """A setting of an arm with `train`'s batch size and epochs where it has none of its own."""
@@ -360,7 +548,11 @@ class StudyConfig(Section):
 def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
     parts = [f"r{setting['rank']}"]
     parts += [f"{letter}{setting[key]:g}" for key, letter in (("alpha", "a"), ("lr", "lr")) if key in varying]
-    parts += [f"{letter}{setting[key]}" for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s")) if key in varying]
+    parts += [
+        f"{letter}{setting[key]}"
+        for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s"))
+        if key in varying
+    ]
     return "-".join(parts).replace("+", "")  # 1e+06: a plus has no place in a folder's name
 
 
@@ -370,13 +562,18 @@ def _several(value: Any) -> tuple[Any, ...]:
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _PRESETS.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in _PRESETS.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def preset_text(name: str) -> str:
     """The TOML text of a preset; raise `ConfigError` if there is none of that name."""
     if name not in preset_names():
-        raise ConfigError(f"preset {name!r}: must be one of {', '.join(preset_names())}{_did_you_mean(name, preset_names())}")
+        raise ConfigError(
+            f"preset {name!r}: must be one of "
+            f"{', '.join(preset_names())}{_did_you_mean(name, preset_names())}"
+        )
     return (_PRESETS / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -388,10 +585,11 @@ def load_study(
 ) -> StudyConfig:
     """Read a study from its layers.
 
-    `path` is a TOML file, whose key `preset` may name the preset it starts from; `preset` wins over that key, and with
-    neither file nor preset the study is `pocket`. `environment` stands for `os.environ`. `overrides` are `key=value`
-    with a dotted key and a TOML value; a bare word is text, and nothing after the `=` takes the key away.
-    Raises `ConfigError`, one line with origin, key, value, constraint and the nearest known word.
+    `path` is a TOML file, whose key `preset` may name the preset it starts from; `preset` wins over that key,
+    and with neither file nor preset the study is `pocket`. `environment` stands for `os.environ`. `overrides`
+    are `key=value` with a dotted key and a TOML value; a bare word is text, and nothing after the `=` takes
+    the key away. Raises `ConfigError`, one line with origin, key, value, constraint and the nearest known
+    word.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
@@ -399,7 +597,9 @@ def load_study(
         in_file = table.pop("preset", None)
         if in_file is not None and in_file not in preset_names():
             near = _did_you_mean(str(in_file), preset_names())
-            raise ConfigError(f"{path}: preset = {_shown(in_file)}: must be one of {', '.join(preset_names())}{near}")
+            raise ConfigError(
+                f"{path}: preset = {_shown(in_file)}: must be one of {', '.join(preset_names())}{near}"
+            )
         preset = preset or in_file
         table.setdefault("name", _name_of_file(path))
         layers.append((str(path), table))
@@ -418,7 +618,9 @@ def load_study(
         return StudyConfig.model_validate(values)
     except ValidationError as error:
         message = _explain(error, values, origins)
-        raise ConfigError(re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), message)) from None
+        raise ConfigError(
+            re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), message)
+        ) from None
 
 
 def _name_of_file(path: Path) -> str:
@@ -429,13 +631,20 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such study file: check the path, or use --preset with one of {', '.join(preset_names())}") from error
+        raise ConfigError(
+            f"{path}: no such study file: check the path, or use --preset with one of "
+            f"{', '.join(preset_names())}"
+        ) from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: is a folder: name the study's TOML file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise ConfigError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
+        ) from error
 
 
 def _parse_toml(text: str, origin: str) -> dict[str, Any]:
@@ -451,12 +660,15 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text}: must be key=value, for example --set train.epochs=2")
     keys = key.strip().split(".")
     if keys == ["preset"]:
-        raise ConfigError(f"--set {text}: a preset cannot be set over other layers: use --preset {value.strip()}")
+        raise ConfigError(
+            f"--set {text}: a preset cannot be set over other layers: use --preset {value.strip()}"
+        )
     return _nest(keys, _parse_value(keys, value.strip()))
 
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A layer for each variable: `LORASCOPE_TRAIN_EPOCHS=2` sets `train.epochs`, `LORASCOPE_ARMS_0_LR` sets `arms.0.lr`.
+    """A layer for each variable: `LORASCOPE_TRAIN_EPOCHS=2` sets `train.epochs`, `LORASCOPE_ARMS_0_LR` sets
+    `arms.0.lr`.
 
     Variables that name neither a section nor a top-level key are left to other parts of the program.
     """
@@ -469,14 +681,18 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, dic
 
 
 def _parse_value(keys: Sequence[str], text: str) -> Any:
-    """A TOML value; what is not TOML is text, as is everything for a key that holds text, such as a commit of digits."""
+    """A TOML value; what is not TOML is text, as is everything for a key that holds text, such as a commit of
+    digits.
+    """
     if text == "":
         return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
         return text
-    return text if _alternatives(_schema(keys)) == [str] and not isinstance(value, str | list | dict) else value
+    return (
+        text if _alternatives(_schema(keys)) == [str] and not isinstance(value, str | list | dict) else value
+    )
 
 
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -485,13 +701,21 @@ def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _lay(values: Any, table: Mapping[str, Any], origin: str, origins: dict[str, str], prefix: str = "") -> None:
-    """Lay `table` over `values`, a table or a list: tables are merged and `0`, `1`, .. reach into lists; all else is replaced.
+def _lay(
+    values: Any, table: Mapping[str, Any], origin: str, origins: dict[str, str], prefix: str = ""
+) -> None:
+    """Lay `table` over `values`, a table or a list: tables are merged and `0`, `1`, .. reach into lists; all
+    else is replaced.
 
-    Of `alpha` and `alpha_per_rank`, which exclude each other, a layer that gives one takes a weaker layer's other away.
+    Of `alpha` and `alpha_per_rank`, which exclude each other, a layer that gives one takes a weaker layer's
+    other away.
     """
     for key, other in (("alpha", "alpha_per_rank"), ("alpha_per_rank", "alpha")):
-        if isinstance(values, dict) and key in table and _layer(origins.get(f"{prefix}{other}", "")) != _layer(origin):
+        if (
+            isinstance(values, dict)
+            and key in table
+            and _layer(origins.get(f"{prefix}{other}", "")) != _layer(origin)
+        ):
             values.pop(other, None)
     for key, value in table.items():
         place = f"{prefix}{key}"
@@ -538,32 +762,55 @@ _CONSTRAINTS = {
 def _explain(error: ValidationError, values: Any, origins: Mapping[str, str]) -> str:
     """The first problem as one line: origin, key, value, constraint, nearest match."""
     problems = [(_keys(item["loc"], values), item) for item in error.errors(include_url=False)]
-    # A list with a wrong item is also called too short, and "one or a list" fails as both: what counts is the innermost
-    # place, and there the constraint rather than the type. An unknown key goes first, since it often explains the rest.
-    innermost = [(keys, item) for keys, item in problems if not any(other[: len(keys)] == keys != other for other, _ in problems)]
+    # A list with a wrong item is also called too short, and "one or a list" fails as both: what counts is the
+    # innermost place, and there the constraint rather than the type. An unknown key goes first, since it
+    # often explains the rest.
+    innermost = [
+        (keys, item)
+        for keys, item in problems
+        if not any(other[: len(keys)] == keys != other for other, _ in problems)
+    ]
     order = [keys for keys, _ in innermost]
     keys, item = min(
         innermost,
-        key=lambda problem: (problem[1]["type"] != "extra_forbidden", order.index(problem[0]), problem[1]["type"].endswith("_type")),
+        key=lambda problem: (
+            problem[1]["type"] != "extra_forbidden",
+            order.index(problem[0]),
+            problem[1]["type"].endswith("_type"),
+        ),
     )
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "missing":  # too few items where their number is fixed; `value` is the list
         keys = keys[:-1]
     place = ".".join(keys)
-    origin = next((origins[name] for name in (".".join(keys[:end]) for end in range(len(keys), 0, -1)) if name in origins), "study")
+    origin = next(
+        (
+            origins[name]
+            for name in (".".join(keys[:end]) for end in range(len(keys), 0, -1))
+            if name in origins
+        ),
+        "study",
+    )
     given = f"{origin}: {place}{'' if isinstance(value, dict) else f' = {_shown(value)}'}"
     match kind:
         case "extra_forbidden":
             known = [*_schema(keys[:-1]).model_fields, *(["preset"] if len(keys) == 1 else [])]
             return f"{origin}: {place}: unknown key; known here: {', '.join(known)}{_did_you_mean(keys[-1], known)}"
         case "value_error":
-            return f"{given}: {context['error']}" if keys else f"{origins.get('arms', 'study')}: {context['error']}"
+            return (
+                f"{given}: {context['error']}"
+                if keys
+                else f"{origins.get('arms', 'study')}: {context['error']}"
+            )
         case "literal_error":
             choices = get_args(_schema(keys))
             constraint = f"one of {', '.join(choices)}{_did_you_mean(str(value), choices)}"
         case _ if kind in _CONSTRAINTS:
             constraint = _CONSTRAINTS[kind].format_map(
-                {name: f"{limit:.15g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+                {
+                    name: f"{limit:.15g}" if isinstance(limit, float) else limit
+                    for name, limit in context.items()
+                }
             )
         case _:
             names = _type_name(_schema(keys)).split(" or ")
@@ -572,7 +819,9 @@ def _explain(error: ValidationError, values: Any, origins: Mapping[str, str]) ->
 
 
 def _keys(location: Sequence[str | int], values: Any) -> list[str]:
-    """Pydantic's place of a problem as keys of the study: without the names it puts in between for the branches of unions."""
+    """Pydantic's place of a problem as keys of the study: without the names it puts in between for the
+    branches of unions.
+    """
     keys = []
     for part in location:
         if isinstance(part, int) or (isinstance(values, dict) and part in values):
@@ -618,7 +867,9 @@ def _schema(keys: Sequence[str]) -> Any:
         if _is_section(kind):
             kind = kind.model_fields[key].annotation if key in kind.model_fields else None
         else:
-            kind = next((get_args(branch)[0] for branch in _alternatives(kind) if get_origin(branch) is tuple), None)
+            kind = next(
+                (get_args(branch)[0] for branch in _alternatives(kind) if get_origin(branch) is tuple), None
+            )
     return kind
 
 
@@ -631,7 +882,12 @@ def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [kind for branch in get_args(annotation) if branch is not NoneType for kind in _alternatives(branch)]
+        return [
+            kind
+            for branch in get_args(annotation)
+            if branch is not NoneType
+            for kind in _alternatives(branch)
+        ]
     return [annotation]
 
 

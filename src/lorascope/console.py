@@ -1,7 +1,8 @@
-"""What the user sees while work is going on: a live bar on a terminal, a plain line every few seconds elsewhere.
+"""What the user sees while work is going on: a live bar on a terminal, a plain line every few seconds
+elsewhere.
 
-Everything here goes to stderr; results go to stdout and are the command line's business. Rich leaves colours off under
-`NO_COLOR`.
+Everything here goes to stderr; results go to stdout and are the command line's business. Rich leaves colours
+off under `NO_COLOR`.
 """
 
 import logging
@@ -13,7 +14,14 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lorascope.store import storage_errors
 
@@ -39,7 +47,9 @@ class Task:
         self.completed = completed
         self._progress = progress
         self._started = self._last_line = time.monotonic()
-        self._paced_from: tuple[float, int] | None = None  # when, and with how much done, the rate starts to count
+        self._paced_from: tuple[float, int] | None = (
+            None  # when, and with how much done, the rate starts to count
+        )
         self._has_lines = False
         self._task = progress.add_task(label, total=total, completed=completed, note="") if progress else None
 
@@ -50,7 +60,9 @@ class Task:
             self._progress.update(self._task, total=total)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` units as done. The rate counts from the first call on, since what comes before is set-up."""
+        """Count `count` units as done. The rate counts from the first call on, since what comes before is
+        set-up.
+        """
         self.completed += count
         now = time.monotonic()
         since, done = self._paced_from = self._paced_from or (now, self.completed)
@@ -60,7 +72,11 @@ class Task:
             self._progress.update(self._task, completed=self.completed, note=note)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line, self._has_lines = now, True
-            left = f"  {duration((self.total - self.completed) / rate)} left" if rate > 0 and self.completed < self.total else ""
+            left = (
+                f"  {duration((self.total - self.completed) / rate)} left"
+                if rate > 0 and self.completed < self.total
+                else ""
+            )
             log.info("%s", f"{self.label:<8} {self.completed}/{self.total}  {note}{left}".rstrip())
 
     def skip(self, count: int) -> None:
@@ -72,9 +88,17 @@ class Task:
             self._progress.update(self._task, completed=self.completed)
 
     def finish(self) -> None:
-        """Close the plain lines of a stage, if it was long enough to have any, with its full count and time."""
+        """Close the plain lines of a stage, if it was long enough to have any, with its full count and
+        time.
+        """
         if self._has_lines:
-            log.info("%-8s %d/%d  in %s", self.label, self.completed, self.total, duration(time.monotonic() - self._started))
+            log.info(
+                "%-8s %d/%d  in %s",
+                self.label,
+                self.completed,
+                self.total,
+                duration(time.monotonic() - self._started),
+            )
 
 
 @contextmanager
@@ -160,7 +184,9 @@ def _shows(level: int) -> bool:
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append everything that is logged to `path`, with times in UTC; raise `StorageError` if it cannot be opened."""
+    """Append everything that is logged to `path`, with times in UTC; raise `StorageError` if it cannot be
+    opened.
+    """
     with storage_errors(path):
         handler = _LogFile(path, encoding="utf-8")
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")

@@ -1,7 +1,7 @@
 """The errors a user can cause or meet. The command line prints each as one line and exits with its code.
 
-Every message names the value received, the constraint and the remedy. Anything that is not a `LorascopeError` is a
-fault of ours and exits with code 1.
+Every message names the value received, the constraint and the remedy. Anything that is not a `LorascopeError`
+is a fault of ours and exits with code 1.
 """
 
 EXIT_DONE = 0

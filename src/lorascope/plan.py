@@ -1,30 +1,26 @@
 """What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from lorascope.adapter import Target, count_parameters, resolve_section
-from lorascope.base import SD15_DIR, choose_device, is_hub_id, read_configs
-from lorascope.config import Arm, BaseSection, StudyConfig
+from lorascope.adapters.bank import count_parameters
+from lorascope.base.loading import choose_device
+from lorascope.config import StudyConfig
 from lorascope.console import duration, size
-from lorascope.footprint import FREE_SHARE, Estimate, attend_as_on, estimate_pass, weights_bytes
-from lorascope.group import section_of
-from lorascope.ldm import build_component
-from lorascope.memory import free_bytes
-from lorascope.optimizers import check_optimizer
-from lorascope.prompts import load_prompts
-from lorascope.speed import matmul_flops
-from lorascope.trackers import require_trackers
-from lorascope.train import count_steps
-from lorascope.trials import TRAIN_TO_FORWARD_FLOPS, TrialGroup, TrialPlan, describe_passes, most_workers, plan_trials
+from lorascope.evaluation.prompts import load_prompts
+from lorascope.machine.memory import free_bytes
+from lorascope.machine.speed import matmul_flops
+from lorascope.training.footprint import Estimate
+from lorascope.training.group import section_of
+from lorascope.training.optimizers import check_optimizer
+from lorascope.training.packing import TRAIN_TO_FORWARD_FLOPS, ArmGroup, describe_passes
+from lorascope.training.passes import count_models, pass_memory, plan_passes
+from lorascope.training.trackers import require_trackers
+from lorascope.training.trainer import count_steps
 
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
-_MANY_PICTURES = 1000
-_PROCESS_BYTES = 500 * 2**20  # of a worker beside the base: Python and its libraries
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
 
 
@@ -61,23 +57,37 @@ class Plan:
             choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
             lines.append(f"  {arm['name']:<16} {choices}  {parameters}")
         shown = f"at most {self.num_train:,} pictures" if self.num_train else "all pictures of the source"
-        steps = f"{'at most ' if vary else ''}{self.steps:,} steps" if self.steps else "steps known once the data is read"
-        batch = "epochs and batch of each arm" if vary else f"{self.arms[0]['epochs']} epochs, batch {self.arms[0]['batch_size']}"
+        steps = (
+            f"{'at most ' if vary else ''}{self.steps:,} steps"
+            if self.steps
+            else "steps known once the data is read"
+        )
+        batch = (
+            "epochs and batch of each arm"
+            if vary
+            else f"{self.arms[0]['epochs']} epochs, batch {self.arms[0]['batch_size']}"
+        )
         batch += f" x {self.accumulation_steps}" if self.accumulation_steps > 1 else ""
         lines.append(f"training   {shown} x {batch}: {steps}")
         lines += [f"           {line}" for line in describe_passes(self.passes, self.side_by_side)]
-        lines.append(f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}")
+        lines.append(
+            f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}"
+        )
         base = size(self.memory.weights_bytes)
         lines.append(
-            f"memory     about {size(self.memory_bytes)} in training, {size(self.free_bytes)} are free; the base takes {base}, and"
+            f"memory     about {size(self.memory_bytes)} in training, {size(self.free_bytes)} are free; "
+            f"the base takes {base}, and"
         )
         lines.append(f"           a pass at most {self.memory.as_text()}")
         if self.memory_bytes > self.free_bytes:
             lines.append(
-                "           it will probably not fit: lower batch_size (train.accumulation_steps makes up for it) or data.resolution_px"
+                "           it will probably not fit: lower batch_size (train.accumulation_steps makes "
+                "up for it) or data.resolution_px"
             )
         known = self.estimated_s is not None
-        lines.append(f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}")
+        lines.append(
+            f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}"
+        )
         lines.append(f"disk       about {size(self.estimated_bytes)}")
         return "\n".join(lines)
 
@@ -85,24 +95,29 @@ class Plan:
 def plan_study(config: StudyConfig) -> Plan:
     """The plan behind `--dry-run`: loads no weights, downloads nothing.
 
-    Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product. Raises
-    `ConfigError` for an optimizer or tracker with which the study would not start.
+    Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product.
+    Raises `ConfigError` for an optimizer or tracker with which the study would not start.
     """
     check_optimizer(config)
     require_trackers(config.trackers)
     arms, train, sample = config.expand_arms(), config.train, config.sample
     num_pictures = len(load_prompts(sample.prompts, sample.num_prompts)) * len(sample.seeds) * (len(arms) + 1)
     num_previews = (
-        sample.num_previews * (sum(arm.epochs // sample.preview_every_epochs for arm in arms) + 1) if sample.preview_every_epochs else 0
+        sample.num_previews * (sum(arm.epochs // sample.preview_every_epochs for arm in arms) + 1)
+        if sample.preview_every_epochs
+        else 0
     )
     num_train, device = config.data.num_train, choose_device(config.device)
     entries = num_train * config.data.repeats if num_train else None
-    steps = [count_steps(section_of(config, TrialGroup((arm,))), entries) for arm in arms] if entries else None
+    steps = [count_steps(section_of(config, ArmGroup((arm,))), entries) for arm in arms] if entries else None
     models = count_models(config)
     flops, targets = models.flops, models.targets
     passes = plan_passes(config, device, models, entries)
     free = free_bytes(device)
-    estimates = [_pass_memory(config, device, models, group.arms, passes.num_workers, free)[0] for group in passes.groups]
+    estimates = [
+        pass_memory(config, device, models, group.arms, passes.num_workers, free)[0]
+        for group in passes.groups
+    ]
     largest = max(estimates, key=lambda estimate: estimate.training_bytes)
     seconds = None
     if steps:
@@ -110,21 +125,37 @@ def plan_study(config: StudyConfig) -> Plan:
         encoded = (num_train or 0) * (2 if config.data.flip else 1)
         encoding = encoded * flops["encode"] + (num_train or 0) * flops["text"]
         adapts_text = any(target.component == "text_encoder" for target in targets)
-        training = TRAIN_TO_FORWARD_FLOPS * (flops["unet"] + adapts_text * flops["text"]) * batches * train.accumulation_steps
+        training = (
+            TRAIN_TO_FORWARD_FLOPS
+            * (flops["unet"] + adapts_text * flops["text"])
+            * batches
+            * train.accumulation_steps
+        )
         training *= _CHECKPOINTING_FLOPS if largest.checkpointing else 1
         denoising = flops["unet"] * sample.steps * (1 if sample.guidance == 1 else 2)
         sampling = (denoising + flops["decode"] + flops["text"]) * (num_pictures + num_previews)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        seconds = (encoding + training + sampling) / (matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type])
+        seconds = (encoding + training + sampling) / (
+            matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type]
+        )
     counts = [count_parameters(targets, arm) for arm in arms]
-    latent_bytes = (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
+    latent_bytes = (
+        (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
+    )
     picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
-    copy_bytes = 4 * (2 if train.keep_best else 1) + (4 if config.export.dtype == "fp32" else 2) * len(config.export.formats)
-    checkpoint_bytes = 3 * 4 * max(counts) * sum(sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :])
+    copy_bytes = 4 * (2 if train.keep_best else 1) + (4 if config.export.dtype == "fp32" else 2) * len(
+        config.export.formats
+    )
+    checkpoint_bytes = (
+        3 * 4 * max(counts) * sum(sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :])
+    )
     return Plan(
         name=config.name,
         base=config.base.model,
-        arms=[{**arm.model_dump(), "scale": arm.scale, "parameters": count} for arm, count in zip(arms, counts, strict=True)],
+        arms=[
+            {**arm.model_dump(), "scale": arm.scale, "parameters": count}
+            for arm, count in zip(arms, counts, strict=True)
+        ],
         modules=len(targets),
         num_train=num_train,
         accumulation_steps=train.accumulation_steps,
@@ -140,80 +171,3 @@ def plan_study(config: StudyConfig) -> Plan:
         estimated_s=seconds,
         estimated_bytes=copy_bytes * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,
     )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What is known of a study's models from their configurations alone."""
-
-    components: dict[str, torch.nn.Module]  # `unet`, `text_encoder` and `vae`, without data
-    targets: list[Target]
-    latent_shape: tuple[int, int, int]  # of a square picture
-    flops: dict[str, int]  # of one picture or caption: `encode`, `text`, `unet` and `decode`, forward
-
-
-def count_models(config: StudyConfig) -> Counts:
-    """Count on models without data; a hub id, whose files are not fetched, is taken for SD v1.5.
-
-    The U-Net's dtype is that of training, as far as it is known before it is timed.
-    """
-    configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
-    side, flops = config.data.resolution_px, {}
-    with torch.device("meta"), torch.no_grad():
-        components = {name: build_component(name, configs[name]) for name in ("unet", "text_encoder", "vae")}
-        unet, text_encoder, vae = (cast(Any, module) for module in components.values())
-        tokens = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            latents = vae.encode(torch.empty(1, 3, side, side)).latent_dist.mean
-        flops["encode"] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            text = text_encoder(tokens).last_hidden_state
-        flops["text"] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            unet(latents, tokens[:, 0], text)
-        flops["unet"] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            vae.decode(latents)
-        flops["decode"] = counter.get_total_flops()
-    device_type = choose_device(config.device).type
-    if config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda"):
-        unet.to(torch.bfloat16)
-    attend_as_on(device_type, unet)
-    return Counts(components, resolve_section(components, config.adapter), tuple(latents.shape[1:]), flops)
-
-
-def plan_passes(
-    config: StudyConfig, device: torch.device, counts: Counts, num_entries: int | None, loaded: Mapping[str, torch.nn.Module] | None = None
-) -> TrialPlan:
-    """Which arms are trained together and how many passes side by side, for the memory that is free now.
-
-    `num_entries` is the number of pictures in an epoch, many when absent. `loaded` are the parts of the base if they lie on
-    the device already.
-    """
-    free = free_bytes(device)
-    most = most_workers(config, device.type, torch.cuda.device_count(), counts.flops["unet"], num_entries or _MANY_PICTURES)
-    return plan_trials(
-        config, device.type, most, lambda arms, num_workers: _pass_memory(config, device, counts, arms, num_workers, free, loaded)[1]
-    )
-
-
-def _pass_memory(
-    config: StudyConfig,
-    device: torch.device,
-    counts: Counts,
-    arms: Sequence[Arm],
-    num_workers: int,
-    free: int,
-    loaded: Mapping[str, torch.nn.Module] | None = None,
-) -> tuple[Estimate, bool]:
-    """What a pass takes, and whether it fits into its share of `free` bytes.
-
-    Passes side by side on a CPU each hold the base, and activations are not computed again so that more of them fit.
-    """
-    budget, components, checkpointing = FREE_SHARE * free, loaded or counts.components, config.train.gradient_checkpointing
-    if device.type == "cpu" and num_workers > 1:
-        budget, checkpointing = budget / num_workers - _PROCESS_BYTES - weights_bytes(components), bool(checkpointing)
-    elif loaded is None:
-        budget -= weights_bytes(components)
-    estimate = estimate_pass(components, counts.targets, arms, arms[0].batch_size, counts.latent_shape, checkpointing, budget)
-    return estimate, estimate.training_bytes <= budget

@@ -1,6 +1,7 @@
 """Everything about files: atomic writes, digests, and the layout of a run folder.
 
-A file appears under its name complete or not at all: it is written beside its target, flushed to disk, and renamed.
+A file appears under its name complete or not at all: it is written beside its target, flushed to disk, and
+renamed.
 """
 
 import errno
@@ -21,7 +22,9 @@ from lorascope.errors import StorageError
 
 _PARTIAL = ".partial"
 _LOCK_WAIT_S = 2.0
-_OTHER_FOLDER = "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache, HF_HOME for downloads)"
+_OTHER_FOLDER = (
+    "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache, HF_HOME for downloads)"
+)
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
@@ -62,14 +65,19 @@ def _storage_error(path: Path, number: int | None, message: str) -> StorageError
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
-    Raises `StorageError` where the disk is full or the place cannot be written; `path` then keeps what it held.
+    Raises `StorageError` where the disk is full or the place cannot be written; `path` then keeps what it
+    held.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")  # writers go by the suffix
+        partial = path.with_name(
+            f".{path.stem}-{secrets.token_hex(4)}{_PARTIAL}{path.suffix}"
+        )  # writers go by the suffix
         try:
             partial.touch(exist_ok=False)
-            mode = partial.stat().st_mode  # as the user's umask has it; some writers put a private file in its place
+            mode = (
+                partial.stat().st_mode
+            )  # as the user's umask has it; some writers put a private file in its place
             yield partial
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -114,11 +122,15 @@ def read_json(path: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
+        raise StorageError(
+            f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
+        ) from error
 
 
 def export_name(name: str, layout: str) -> str:
-    """What an adapter or merged model called `name` is called as a file or folder of this format, in a run folder or elsewhere."""
+    """What an adapter or merged model called `name` is called as a file or folder of this format, in a run
+    folder or elsewhere.
+    """
     endings = {"kohya": ".safetensors", "peft": "-peft", "diffusers": "-diffusers.safetensors"}
     return name + {**endings, "merged-diffusers": "-merged", "merged-ldm": "-merged.safetensors"}[layout]
 
@@ -138,7 +150,9 @@ def digest_bytes(*parts: bytes) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of `value` as canonical JSON: the order of keys is of no account, that of lists is; 1 and 1.0 differ."""
+    """SHA-256 of `value` as canonical JSON: the order of keys is of no account, that of lists is; 1 and 1.0
+    differ.
+    """
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -149,10 +163,11 @@ def digest_file(path: Path) -> str:
 
 
 def kept_digest(path: Path) -> str:
-    """As `digest_file`; of a large file that has not changed since an earlier call, the digest that was kept then.
+    """As `digest_file`; of a large file that has not changed since an earlier call, the digest that was kept
+    then.
 
-    It is known by place, size, inode and the times of change of content and inode. A file that changed in the last seconds may
-    change again within the clock's tick, so its digest is not kept.
+    It is known by place, size, inode and the times of change of content and inode. A file that changed in the
+    last seconds may change again within the clock's tick, so its digest is not kept.
     """
     stat, place = path.stat(), path.resolve()
     if stat.st_size < _KEPT_FROM_BYTES:
@@ -170,7 +185,9 @@ def kept_digest(path: Path) -> str:
 
 
 def digest_folder(
-    directory: Path, patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt"), digest: Callable[[Path], str] = digest_file
+    directory: Path,
+    patterns: Iterable[str] = ("*.safetensors", "*.json", "*.txt"),
+    digest: Callable[[Path], str] = digest_file,
 ) -> str:
     """SHA-256 over names and contents of the matching files below `directory`."""
     paths = sorted({path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()})
@@ -178,7 +195,9 @@ def digest_folder(
 
 
 class JsonLines:
-    """An append-only log of records, one JSON object a line, that a resumed run can cut back to a known length."""
+    """An append-only log of records, one JSON object a line, that a resumed run can cut back to a known
+    length.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -193,7 +212,8 @@ class JsonLines:
         found = self.path.stat().st_size if self.path.exists() else 0
         if found < length_bytes:
             raise StorageError(
-                f"{self.path}: has {found} bytes, but {length_bytes} were written before the checkpoint: start again in an empty run folder"
+                f"{self.path}: has {found} bytes, but {length_bytes} were written before the "
+                "checkpoint: start again in an empty run folder"
             )
         if found > length_bytes:
             with storage_errors(self.path):
@@ -232,7 +252,9 @@ class JsonLines:
                 file.close()
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete records; a last line cut short by a crash is left out, damage elsewhere is a `StorageError`."""
+        """All complete records; a last line cut short by a crash is left out, damage elsewhere is a
+        `StorageError`.
+        """
         if not self.path.exists():
             return []
         records = []
@@ -241,7 +263,8 @@ class JsonLines:
                 records.append(json.loads(line))
             except ValueError as error:
                 raise StorageError(
-                    f"{self.path}: line {number} is damaged ({error}): delete that line, or run again in an empty folder"
+                    f"{self.path}: line {number} is damaged ({error}): delete that line, or run again "
+                    "in an empty folder"
                 ) from error
         return records
 
@@ -268,18 +291,23 @@ class RunDir:
         self.report_html = path / "report.html"
         self.report_md = path / "report.md"
         self.log_path = path / "lorascope.log"
-        self.lock_descriptor: int | None = None  # of the file that `lock` holds; a process that inherits it holds the folder too
+        self.lock_descriptor: int | None = (
+            None  # of the file that `lock` holds; a process that inherits it holds the folder too
+        )
 
     def preview_path(self, arm: str, epoch: int, file_name: str) -> Path:
         """Where a picture drawn during training lies."""
         return self.previews_dir / arm / f"epoch-{epoch:04d}" / file_name
 
     def metrics_part(self, arm: str) -> Path:
-        """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called `base`."""
+        """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called
+        `base`.
+        """
         return self.metrics_dir / f"{arm}.jsonl"
 
     def read_metrics(self, arms: Iterable[str]) -> list[dict[str, Any]]:
-        """The records of `metrics.jsonl`, or while training is unfinished those there are of the base and `arms`, in its order.
+        """The records of `metrics.jsonl`, or while training is unfinished those there are of the base and
+        `arms`, in its order.
 
         That is by step, and within a step first training, then probes, each in the order of `arms`.
         """
@@ -289,7 +317,9 @@ class RunDir:
         return sorted(parts, key=lambda record: (record["step"], record["kind"] != "train"))
 
     def join_metrics(self, arms: Iterable[str]) -> None:
-        """Make `metrics.jsonl` of the records of all arms, whose training is finished, and remove the parts."""
+        """Make `metrics.jsonl` of the records of all arms, whose training is finished, and remove the
+        parts.
+        """
         if not self.metrics_jsonl.exists():
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.read_metrics(arms)]
             write_text(self.metrics_jsonl, "".join(lines))
@@ -311,7 +341,9 @@ class RunDir:
         write_json(self.manifest_json, manifest)
 
     def describe(self, **facts: Any) -> None:
-        """Set top-level facts of the manifest: versions, commit, device, times; writes nothing where they stand there already."""
+        """Set top-level facts of the manifest: versions, commit, device, times; writes nothing where they
+        stand there already.
+        """
         known = self.manifest()
         if json.loads(json.dumps({**known, **facts})) != known:
             write_json(self.manifest_json, {**known, **facts})
@@ -320,8 +352,9 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; raise `StorageError` if another process holds it.
 
-        The system lets go of it when the process ends, however it ends, and all that inherited `lock_descriptor` from it: those end
-        within a moment, which is waited for. What a killed process left half written is removed.
+        The system lets go of it when the process ends, however it ends, and all that inherited
+        `lock_descriptor` from it: those end within a moment, which is waited for. What a killed process left
+        half written is removed.
         """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -347,6 +380,7 @@ class RunDir:
             except BlockingIOError as error:
                 if time.monotonic() >= give_up:
                     raise StorageError(
-                        f"{self.path}: another lorascope process is working in this run folder: wait for it, or name another with --run-dir"
+                        f"{self.path}: another lorascope process is working in this run folder: wait "
+                        "for it, or name another with --run-dir"
                     ) from error
             time.sleep(0.05)

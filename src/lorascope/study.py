@@ -19,28 +19,39 @@ from typing import Any
 import torch
 
 from lorascope import __version__
-from lorascope.adapter import AdapterBank, Slice, Target, resolve_section
-from lorascope.adapter_files import load_adapter
-from lorascope.base import Base, choose_device, load_base, load_tokenizer, read_configs
-from lorascope.cache import Encoded, default_cache_dir, encode_dataset
+from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
+from lorascope.adapters.export import merged_into
+from lorascope.adapters.files import load_adapter
+from lorascope.base.loading import Base, choose_device, load_base, load_tokenizer, read_configs
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
-from lorascope.data import Dataset, load_dataset, prepare_data
+from lorascope.data.dataset import Dataset, load_dataset, prepare_data
+from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.export import merged_into
-from lorascope.features import check_encoder, load_encoder
-from lorascope.optimizers import check_optimizer
-from lorascope.prompts import Prompt, load_prompts
-from lorascope.report import Report, build_report
-from lorascope.sample import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
-from lorascope.score import Generated, score_run
+from lorascope.evaluation.features import check_encoder, load_encoder
+from lorascope.evaluation.prompts import Prompt, load_prompts
+from lorascope.evaluation.sampling import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
+from lorascope.evaluation.score import Generated, score_run
+from lorascope.report.page import Report, build_report
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
-from lorascope.trackers import require_trackers
-from lorascope.training import Material, Training, serve_material
-from lorascope.tuning import Tuning, build_workload, device_name, tune
+from lorascope.training.optimizers import check_optimizer
+from lorascope.training.stage import Material, Training, serve_material
+from lorascope.training.trackers import require_trackers
+from lorascope.training.tuning import Tuning, build_workload, device_name, tune
 
 MERGE_TOLERANCE = 1e-3  # relative l2 error of the final latents in fp32
-_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "pillow", "pyarrow", "pydantic", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "matplotlib",
+)
 
 
 class Study:
@@ -56,14 +67,16 @@ class Study:
     def open(cls, run_dir: Path, cache_dir: Path | None = None) -> "Study":
         """The study of an existing run folder; raise `ConfigError` if it holds none."""
         if not (run_dir / "study.toml").is_file():
-            raise ConfigError(f"{run_dir}: no study.toml here: name a run folder, or start one with `lorascope study`")
+            raise ConfigError(
+                f"{run_dir}: no study.toml here: name a run folder, or start one with `lorascope study`"
+            )
         return cls(load_study(run_dir / "study.toml", environment={}), run_dir, cache_dir)
 
     def run(self, command: str = "lorascope.Study.run()") -> Report:
         """All stages, then the report.
 
-        Raises `RunError` at the end when an arm failed or merged and unmerged outputs differ; everything else is done
-        and kept by then.
+        Raises `RunError` at the end when an arm failed or merged and unmerged outputs differ; everything else
+        is done and kept by then.
         """
         report = self.run_stages(command)
         self.raise_faults()
@@ -82,7 +95,9 @@ class Study:
             return self.report()
 
     def check_inputs(self) -> None:
-        """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of training."""
+        """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of
+        training.
+        """
         log.debug("prompts  %d", len(self.prompts))
         check_optimizer(self.config)
         require_trackers(self.config.trackers)
@@ -110,7 +125,8 @@ class Study:
             key, old, new = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ConfigError(
-                f"{self.run_dir.path}: made with another configuration: {key} was {old!r}, now {new!r}{more}: "
+                f"{self.run_dir.path}: made with another configuration: {key} was {old!r}, now "
+                f"{new!r}{more}: "
                 "choose another folder with --run-dir, or delete this one"
             )
 
@@ -118,7 +134,10 @@ class Study:
         facts = self.run_dir.manifest()
         self.run_dir.describe(
             lorascope=__version__,
-            versions={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+            versions={
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            },
             commit=_commit(),
             device=_device_facts(self.device),
             command=facts.get("command", command),
@@ -128,13 +147,18 @@ class Study:
 
     @functools.cached_property
     def tuning(self) -> Tuning:
-        """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and on one device all of it."""
+        """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and
+        on one device all of it.
+        """
         config, configs = self.config, read_configs(self.config.base)
         arms = config.expand_arms()
         stacked = min(len(arms), config.train.max_stacked_arms or 4)
         branches = 1 if config.sample.guidance == 1 else 2
         workload = build_workload(
-            configs, config.data.resolution_px, stacked * max(arm.batch_size for arm in arms), config.sample.batch_size * branches
+            configs,
+            config.data.resolution_px,
+            stacked * max(arm.batch_size for arm in arms),
+            config.sample.batch_size * branches,
         )
         kept = self.run_dir.manifest().get("tuning")
         tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
@@ -151,7 +175,8 @@ class Study:
         self.tuning.apply(base.unet)
         shown = base.describe()
         log.info(
-            "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts %s; digest %s",
+            "base     %s (%s): U-Net %.1f M, VAE %.1f M, text encoder %.1f M parameters; %s, predicts "
+            "%s; digest %s",
             self.config.base.model,
             base.source,
             *(shown["parameters"][part] / 1e6 for part in ("unet", "vae", "text_encoder")),
@@ -166,7 +191,10 @@ class Study:
     def targets(self) -> list[Target]:
         """The adapted layers."""
         targets = resolve_section(self.base.components, self.config.adapter)
-        names = [*self.config.adapter.targets, *(name for group in self.config.adapter.groups for name in group.targets)]
+        names = [
+            *self.config.adapter.targets,
+            *(name for group in self.config.adapter.groups for name in group.targets),
+        ]
         self.run_dir.describe(adapter={"modules": len(targets), "targets": names})
         return targets
 
@@ -178,7 +206,7 @@ class Study:
         yield facts.update
         self.run_dir.finish(name, inputs, time.perf_counter() - started, **facts)
 
-    # -- data ---------------------------------------------------------------------------------------------------------
+    # -- data ------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> Dataset:
         """Check the pictures and captions, find duplicates, split; writes `data.json`."""
@@ -194,14 +222,18 @@ class Study:
                     task.advance(done - task.completed)
 
                 dataset = prepare_data(
-                    self.config.data, lambda caption: len(tokenizer(caption).input_ids), tokenizer.model_max_length, show
+                    self.config.data,
+                    lambda caption: len(tokenizer(caption).input_ids),
+                    tokenizer.model_max_length,
+                    show,
                 )
             self._require_same_data(inputs, dataset)
             write_json(self.run_dir.data_json, dataset.summary)
             note(fingerprint=dataset.summary["fingerprint"])
         summary = dataset.summary
         log.info(
-            "data     %d pictures to train on, %d held out; %d refused, %d treated; groups of duplicates: %d (data.json lists them)",
+            "data     %d pictures to train on, %d held out; %d refused, %d treated; groups of "
+            "duplicates: %d (data.json lists them)",
             len(dataset.train), len(dataset.heldout), len(summary["refused"]), len(summary["treated"]), len(summary["duplicates"]),
         )  # fmt: skip
         return dataset
@@ -211,7 +243,8 @@ class Study:
         known = self.run_dir.manifest()["stages"].get("data", {"inputs": None})
         if known["inputs"] == inputs and known["fingerprint"] != dataset.summary["fingerprint"]:
             raise StorageError(
-                f"{self.run_dir.data_json}: lost, and pictures or captions of {self.config.data.source!r} have changed since: "
+                f"{self.run_dir.data_json}: lost, and pictures or captions of "
+                f"{self.config.data.source!r} have changed since: "
                 "put either back, or run in another folder"
             )
 
@@ -220,7 +253,7 @@ class Study:
         """The pictures of the run, from `data.json`."""
         return load_dataset(self.config.data, read_json(self.run_dir.data_json))
 
-    # -- encode -------------------------------------------------------------------------------------------------------
+    # -- encode ----------------------------------------------------------------------------------------------
 
     def encode(self) -> tuple[Encoded, Encoded]:
         """Train and held-out pictures as latents and text states, from the cache where they are in it."""
@@ -234,9 +267,16 @@ class Study:
         started = time.perf_counter()
         with track("encode", len(dataset.train) + len(dataset.heldout), "pictures") as task:
             section = self.config.data
-            keeps_text = not (section.shuffle_tags or any(target.component == "text_encoder" for target in self.targets))
+            keeps_text = not (
+                section.shuffle_tags or any(target.component == "text_encoder" for target in self.targets)
+            )
             train, heldout, num_encoded = encode_dataset(
-                dataset, self.base, self.cache_dir, flip=section.flip, keep_text=keeps_text, progress=task.advance
+                dataset,
+                self.base,
+                self.cache_dir,
+                flip=section.flip,
+                keep_text=keeps_text,
+                progress=task.advance,
             )
         seconds = time.perf_counter() - started
         rate = f"{num_encoded:,} pictures in {duration(seconds)}, {num_encoded / seconds:.0f} pictures/s"
@@ -245,10 +285,11 @@ class Study:
             self.run_dir.finish("encode", inputs, seconds, encoded=num_encoded)
         return train, heldout
 
-    # -- train --------------------------------------------------------------------------------------------------------
+    # -- train -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train all arms, in groups that share one pass, some side by side; writes `adapters/`, `groups.json` and `metrics.jsonl`.
+        """Train all arms, in groups that share one pass, some side by side; writes `adapters/`, `groups.json`
+        and `metrics.jsonl`.
 
         Raises `RunError` where an arm alone does not fit into memory, and where no arm is left.
         """
@@ -263,7 +304,16 @@ class Study:
     def material(self) -> Material:
         """What the arms are trained from."""
         train, heldout = self.encoded
-        parts = (self.config, self.run_dir, self.cache_dir, self.base, self.targets, train, heldout, self.prompts)
+        parts = (
+            self.config,
+            self.run_dir,
+            self.cache_dir,
+            self.base,
+            self.targets,
+            train,
+            heldout,
+            self.prompts,
+        )
         return Material(*parts, inputs=self._train_inputs())
 
     def _train_inputs(self) -> str:
@@ -292,7 +342,7 @@ class Study:
             bank.load(index, load_adapter(self.run_dir.adapters_dir / arm.name))
         return bank
 
-    # -- sample -------------------------------------------------------------------------------------------------------
+    # -- sample ----------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
@@ -311,7 +361,10 @@ class Study:
         models = [("base", Slice(0, 0.0)), *((arm.name, Slice(index)) for index, arm in enumerate(arms))]
         bank = self.load_bank(arms, self.base).attach()
         try:
-            with self._stage("sample", inputs) as note, track("sample", len(jobs) * len(models), "pictures") as task:
+            with (
+                self._stage("sample", inputs) as note,
+                track("sample", len(jobs) * len(models), "pictures") as task,
+            ):
                 draw_all(self.base, bank, models, jobs, shape, section, self._image_path, task.advance)
                 note(pictures=len(jobs) * len(models))
         finally:
@@ -327,12 +380,13 @@ class Study:
     def _image_path(self, arm: str, job: Job) -> Path:
         return self.run_dir.images_dir / arm / job.file_name
 
-    # -- merge --------------------------------------------------------------------------------------------------------
+    # -- merge -----------------------------------------------------------------------------------------------
 
     def check_merge(self) -> None:
         """Compare merged with unmerged output for every arm; writes `merge_check.json`.
 
-        In fp32: in half precision the merged weights' rounding alone changes pictures by more than a wrong file might.
+        In fp32: in half precision the merged weights' rounding alone changes pictures by more than a wrong
+        file might.
         """
         inputs = digest_json([self._train_inputs(), self.config.digest("sample"), "merge in fp32"])
         if self.run_dir.is_finished("merge_check", inputs):
@@ -349,8 +403,12 @@ class Study:
                 pictures, latents = draw_pictures(base, bank, [Slice(index)], [job], shape, section)
                 bank.detach()
                 with merged_into(base, load_adapter(self.run_dir.adapters_dir / arm.name)):
-                    idle = AdapterBank(base.components, self.targets[:1], [arm])  # strength 0: the merged weights alone
-                    merged_pictures, merged_latents = draw_pictures(base, idle, [Slice(0, 0.0)], [job], shape, section)
+                    idle = AdapterBank(
+                        base.components, self.targets[:1], [arm]
+                    )  # strength 0: the merged weights alone
+                    merged_pictures, merged_latents = draw_pictures(
+                        base, idle, [Slice(0, 0.0)], [job], shape, section
+                    )
                 error = float((merged_latents - latents).norm() / latents.norm())
                 results[arm.name] = {
                     "relative_error": error,
@@ -359,9 +417,12 @@ class Study:
                     "ok": error <= MERGE_TOLERANCE,
                 }
             write_json(self.run_dir.merge_check_json, results)
-        log.info("merge    merged equals unmerged: %s", "yes" if all(item["ok"] for item in results.values()) else "NO")
+        log.info(
+            "merge    merged equals unmerged: %s",
+            "yes" if all(item["ok"] for item in results.values()) else "NO",
+        )
 
-    # -- score and report ---------------------------------------------------------------------------------------------
+    # -- score and report ------------------------------------------------------------------------------------
 
     def score(self) -> None:
         """CLIP similarity of every picture, and calibration rows; writes `scores.parquet`."""
@@ -391,7 +452,9 @@ class Study:
                 )
         with self._stage("score", inputs) as note:
             encoder = load_encoder(self.config.score, self.device)
-            heldout = [(self.dataset.load_pixels(example), example.caption) for example in self.dataset.heldout[:50]]
+            heldout = [
+                (self.dataset.load_pixels(example), example.caption) for example in self.dataset.heldout[:50]
+            ]
             score_run(self.run_dir, self.config, encoder, generated, heldout, self.prompts)
             note(pictures=len(generated))
         log.info("score    %d pictures by %s", len(generated), self.config.score.model)
@@ -401,7 +464,11 @@ class Study:
         started = time.perf_counter()
         self.run_dir.describe(finished=_now())
         report = build_report(self.run_dir)
-        self.run_dir.finish("report", digest_json(self.run_dir.manifest()["stages"].get("score")), time.perf_counter() - started)
+        self.run_dir.finish(
+            "report",
+            digest_json(self.run_dir.manifest()["stages"].get("score")),
+            time.perf_counter() - started,
+        )
         return report
 
     def faults(self) -> list[str]:
@@ -413,7 +480,10 @@ class Study:
         if self.run_dir.merge_check_json.exists():
             for name, result in read_json(self.run_dir.merge_check_json).items():
                 if not result["ok"]:
-                    faults.append(f"arm {name}: merged output differs by {result['relative_error']:.2g}, tolerance {result['tolerance']:g}")
+                    faults.append(
+                        f"arm {name}: merged output differs by {result['relative_error']:.2g}, "
+                        f"tolerance {result['tolerance']:g}"
+                    )
         return faults
 
     def raise_faults(self) -> None:
@@ -425,7 +495,11 @@ class Study:
 def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
     """The leaves in which two configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [item for key in {**old, **new} for item in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))]
+        return [
+            item
+            for key in {**old, **new}
+            for item in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
+        ]
     return [] if old == new else [(place, old, new)]
 
 
@@ -438,14 +512,20 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return result.stdout.strip() or None
 
 
 def _device_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return {"name": properties.name, "threads": torch.get_num_threads(), "memory_bytes": properties.total_memory}
+        return {
+            "name": properties.name,
+            "threads": torch.get_num_threads(),
+            "memory_bytes": properties.total_memory,
+        }
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"name": device_name(device), "threads": torch.get_num_threads(), "memory_bytes": memory}
 
@@ -454,7 +534,9 @@ def serve_groups() -> None:
     """Be a worker process of a study's training."""
 
     def prepare(setup: dict[str, Any]) -> Material:
-        log.setLevel(logging.WARNING)  # what is said of the base and the encoded pictures was said by the parent
+        log.setLevel(
+            logging.WARNING
+        )  # what is said of the base and the encoded pictures was said by the parent
         study = Study.open(Path(setup["run_dir"]), Path(setup["cache_dir"]))
         if study.device.type == "cpu":
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

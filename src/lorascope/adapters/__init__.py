@@ -1,0 +1,1 @@
+"""Adapters as tensors and as files."""

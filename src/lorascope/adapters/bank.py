@@ -1,0 +1,424 @@
+"""LoRA on the layers of a frozen base: several adapters stacked in one bank and computed in one pass.
+
+Dimensions: N adapters, S slices of a batch (each under one adapter at one strength), r the largest rank of a
+layer, T tokens of a slice over all its samples. Adapter n adds scale_n * B_n A_n to the weight of each
+target, scale = alpha / rank (Hu et al. 2021); for a convolution A has its kernel and B is 1 x 1, as in LoCon
+(LyCORIS, Yeh et al. 2024). Smaller ranks are padded with zeros: a padded row of A meets a zero column of B
+and the reverse, so both keep exactly zero gradients and need no mask.
+"""
+
+import fnmatch
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lorascope.adapters.files import Adapter, LoraModule
+from lorascope.config import AdapterSection, Arm, TargetGroup
+from lorascope.errors import AdapterError
+from lorascope.seeding import seeded
+
+# The bank's gradients are rows of one buffer, so their strides span it; autograd calls that layout unusual,
+# and it is meant.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to adapt, Linear or convolution, and the rank, alpha and learning rate it has in place of the
+    arm's.
+    """
+
+    component: str  # `unet` or `text_encoder`
+    path: str  # in the component
+    down_shape: tuple[int, ...]  # of a row of A: (in,) or (in, kernel height, kernel width)
+    out_features: int
+    group: TargetGroup | None = None
+
+    @property
+    def name(self) -> str:
+        """Component and path."""
+        return f"{self.component}.{self.path}"
+
+    @property
+    def size_per_rank(self) -> int:
+        """Trainable parameters for each unit of rank."""
+        return math.prod(self.down_shape) + self.out_features
+
+    def rank(self, arm: Arm) -> int:
+        """Rank of this layer in an arm."""
+        return (self.group and self.group.rank) or arm.rank
+
+    def alpha(self, arm: Arm) -> float:
+        """Alpha of this layer in an arm; what gives the arm's own scale where the layer's group says
+        nothing.
+        """
+        if self.group is not None and self.group.alpha is not None:
+            return self.group.alpha
+        return arm.alpha if self.rank(arm) == arm.rank else arm.scale * self.rank(arm)
+
+    def lr(self, arm: Arm) -> float:
+        """Learning rate of this layer in an arm."""
+        return (self.group and self.group.lr) or arm.lr
+
+
+def resolve_targets(module: nn.Module, names: Sequence[str], component: str = "unet") -> list[Target]:
+    """The Linear and Conv2d layers whose path is or ends with one of `names`, or matches it as a pattern, in
+    the module's order.
+
+    A pattern has `*`, `?` or `[` in it and is matched against the whole path. Raises `AdapterError` for a
+    name that matches nothing, or only modules that are neither.
+    """
+    modules = dict(module.named_modules())
+    found: dict[str, Target] = {}
+    for name in names:
+        paths = [path for path in modules if _matches(path, name)]
+        if not paths:
+            raise AdapterError(
+                f"adapter.targets: {name!r} matches no module of the {component}: use name endings such "
+                "as to_q or ff.net.2, or a "
+                "pattern such as *.resnets.*.conv1"
+            )
+        layers = {path: modules[path] for path in paths if isinstance(modules[path], nn.Linear | nn.Conv2d)}
+        if not layers or (len(layers) < len(paths) and not _is_pattern(name)):
+            path = next(path for path in paths if path not in layers)
+            below = [
+                f"{name}.{child}"
+                for child, inner in modules[path].named_modules()
+                if isinstance(inner, nn.Linear)
+            ]
+            remedy = (
+                f": use {' or '.join(repr(item) for item in below[:3])}"
+                if below
+                else ": name a Linear or Conv2d layer"
+            )
+            raise AdapterError(
+                f"adapter.targets: {name!r} is a {type(modules[path]).__name__} ({path}), not a Linear "
+                f"or Conv2d{remedy}"
+            )
+        found |= {path: _target(component, path, layer) for path, layer in layers.items()}
+    return [found[path] for path in modules if path in found]
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
+
+
+def _matches(path: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(path, name) if _is_pattern(name) else path == name or path.endswith("." + name)
+
+
+def _target(component: str, path: str, layer: nn.Module) -> Target:
+    if isinstance(layer, nn.Linear):
+        return Target(component, path, (layer.in_features,), layer.out_features)
+    assert isinstance(layer, nn.Conv2d)
+    if layer.groups != 1 or layer.padding_mode != "zeros":
+        raise AdapterError(
+            f"adapter.targets: {path} is a convolution in groups or with padding other than zeros: "
+            "leave it out"
+        )
+    return Target(component, path, (layer.in_channels, *layer.kernel_size), layer.out_channels)
+
+
+def resolve_section(components: Mapping[str, nn.Module], section: AdapterSection) -> list[Target]:
+    """All layers that `adapter.targets` and `adapter.groups` name; a group takes a layer over from
+    `adapter.targets`.
+
+    Raises `AdapterError` as `resolve_targets` does, and for a layer named by two groups.
+    """
+    targets = {target.name: target for target in resolve_targets(components["unet"], section.targets)}
+    for group in section.groups:
+        for target in resolve_targets(components[group.component], group.targets, group.component):
+            if target.name in targets and targets[target.name].group is not None:
+                raise AdapterError(
+                    f"adapter.groups: {target.name} is named by two groups: leave it out of one"
+                )
+            targets[target.name] = replace(target, group=group)
+    return list(targets.values())
+
+
+def count_parameters(targets: Sequence[Target], arm: Arm) -> int:
+    """Trainable parameters of an adapter: r * (in + out) summed over its targets, kernels counted."""
+    return sum(target.rank(arm) * target.size_per_rank for target in targets)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of a batch: which adapter acts on it, and how strongly. Strength 0 is exactly the base."""
+
+    adapter: int
+    strength: float = 1.0
+
+
+class AdapterBank:
+    """N adapters in one pass over one frozen base.
+
+    All parameters of adapter n lie in row n of `parameters`, float32 [N, P], and its gradients in row n of
+    `gradients`, so that norms, clipping and AdamW are row-wise arithmetic on one buffer. While attached, a
+    batch is read slice-major: [S * samples of a slice, ...].
+    """
+
+    def __init__(
+        self, components: Mapping[str, nn.Module], targets: Sequence[Target], arms: Sequence[Arm]
+    ) -> None:
+        self.components = components
+        self.targets = list(targets)
+        self.arms = list(arms)
+        device = next(components["unet"].parameters()).device
+        ranks = [max(target.rank(arm) for arm in arms) for target in self.targets]
+        size = sum(rank * target.size_per_rank for rank, target in zip(ranks, self.targets, strict=True))
+        self.parameters = torch.zeros(len(self.arms), size, device=device)
+        self.gradients = torch.zeros_like(self.parameters)
+        self.layers: dict[str, StackedLinear | StackedConv] = {}
+        self.spans: dict[str, slice] = {}  # columns of the buffers that hold a layer
+        start = 0
+        for target, rank in zip(self.targets, ranks, strict=True):
+            middle, end = start + rank * math.prod(target.down_shape), start + rank * target.size_per_rank
+            down = self._leaf(slice(start, middle), (rank, *target.down_shape))
+            up = self._leaf(slice(middle, end), (target.out_features, rank))
+            scales = torch.tensor([target.alpha(arm) / target.rank(arm) for arm in arms], device=device)
+            layer: Any = components[target.component].get_submodule(target.path)
+            self.layers[target.name] = (StackedLinear if isinstance(layer, nn.Linear) else StackedConv)(
+                layer, down, up, scales
+            )
+            self.spans[target.name] = slice(start, end)
+            start = end
+        self.initialize()
+        self.select_all()
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether text states depend on the adapter."""
+        return any(target.component == "text_encoder" for target in self.targets)
+
+    def _leaf(self, span: slice, shape: tuple[int, ...]) -> torch.Tensor:
+        """A leaf [N, *shape] whose values and gradients live in the bank's buffers."""
+        leaf = self.parameters[:, span].unflatten(1, shape).detach().requires_grad_()
+        leaf.grad = self.gradients[:, span].unflatten(1, shape)
+        return leaf
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """A Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)), and B zero, as the
+        reference and PEFT have it.
+
+        Drawn by (arm's seed, layer), row by row, so a smaller rank starts as the first rows of a larger one.
+        """
+        self.parameters.zero_()
+        for target in self.targets:
+            key = target.path if target.component == "unet" else target.name
+            for index, arm in enumerate(self.arms):
+                uniform = torch.rand(
+                    target.rank(arm), *target.down_shape, generator=seeded("adapter", arm.seed, key)
+                )
+                down = (uniform * 2 - 1) / math.sqrt(math.prod(target.down_shape))
+                self.layers[target.name].down[index, : target.rank(arm)].copy_(down)
+
+    def attach(self) -> "AdapterBank":
+        """Put the adapted layers in place of the base's own."""
+        for target in self.targets:
+            self.components[target.component].set_submodule(target.path, self.layers[target.name])
+        return self
+
+    def detach(self) -> None:
+        """Put the base's own layers back."""
+        for target in self.targets:
+            self.components[target.component].set_submodule(target.path, self.layers[target.name].layer)
+
+    def select_all(self) -> None:
+        """Slice n of a batch goes through adapter n at full strength: the layout of training."""
+        for layer in self.layers.values():
+            layer.selection = None
+            layer.factors = layer.scales.view(-1, 1, 1)
+
+    def select(self, slices: Sequence[Slice]) -> None:
+        """The layout of the next batches: slice s goes through `slices[s]`."""
+        selection = torch.tensor([item.adapter for item in slices], device=self.parameters.device)
+        strengths = torch.tensor([item.strength for item in slices], device=self.parameters.device)
+        for layer in self.layers.values():
+            layer.selection, layer.factors = selection, (layer.scales[selection] * strengths).view(-1, 1, 1)
+
+    def gradient_norms(self) -> torch.Tensor:
+        """The l2 norm of each adapter's gradient: float32 [N]."""
+        return torch.linalg.vector_norm(self.gradients, dim=1)
+
+    def unpadded(self, buffer: torch.Tensor, index: int) -> torch.Tensor:
+        """What row `index` of `buffer`, laid out as `parameters` [N, P], holds of adapter `index` itself:
+        float32 [p].
+
+        Its length and order depend on the adapter alone, not on those beside it.
+        """
+        return buffer[index, self._own_columns(index)]
+
+    def load_unpadded(self, buffer: torch.Tensor, index: int, values: torch.Tensor) -> None:
+        """Put what `unpadded` gave of an adapter, of this bank or of another, into row `index` of
+        `buffer`.
+        """
+        buffer[index, self._own_columns(index)] = values.to(buffer.device)
+
+    def _own_columns(self, index: int) -> torch.Tensor:
+        """The columns of the buffers that are no padding for adapter `index`: bool [P]."""
+        own = torch.zeros(self.parameters.shape[1], dtype=torch.bool, device=self.parameters.device)
+        for target in self.targets:
+            layer, rank, columns = (
+                self.layers[target.name],
+                target.rank(self.arms[index]),
+                own[self.spans[target.name]],
+            )
+            size = layer.down[0].numel()
+            columns[:size].unflatten(0, layer.down.shape[1:])[:rank] = True
+            columns[size:].unflatten(0, layer.up.shape[1:])[:, :rank] = True
+        return own
+
+    def adapter(self, index: int) -> Adapter:
+        """Adapter `index` as it goes into files: float32, without padding, on the CPU."""
+        arm = self.arms[index]
+        modules = {}
+        for target in self.targets:
+            layer, rank = self.layers[target.name], target.rank(arm)
+            up = layer.up.detach()[index, :, :rank]
+            up = up if len(target.down_shape) == 1 else up[:, :, None, None]
+            down = layer.down.detach()[index, :rank]
+            modules[_name_in_files(target)] = LoraModule(
+                down.cpu().contiguous(), up.cpu().contiguous(), target.alpha(arm)
+            )
+        return Adapter(modules, "bank", {}, ())
+
+    @torch.no_grad()
+    def load(self, index: int, adapter: Adapter) -> None:
+        """Set adapter `index`; raise `AdapterError` for a missing, unknown or misshapen layer, or another
+        alpha.
+        """
+        arm = self.arms[index]
+        expected = {_name_in_files(target): target for target in self.targets}
+        if unknown := sorted(set(adapter.modules) ^ set(expected)):
+            raise AdapterError(
+                f"adapter {arm.name!r}: {len(unknown)} layers do not match the targets, the first is "
+                f"{unknown[0]!r}: "
+                "train it again or set adapter.targets as it was"
+            )
+        for name, target in expected.items():
+            module, rank = adapter.modules[name], target.rank(arm)
+            shapes = [list(module.down.shape), list(module.up.shape[:2])]
+            if shapes != [[rank, *target.down_shape], [target.out_features, rank]]:
+                raise AdapterError(
+                    f"adapter {arm.name!r}: {name} has shapes {shapes[0]} and {shapes[1]}, expected "
+                    f"{[rank, *target.down_shape]} and {[target.out_features, rank]}: wrong base or rank"
+                )
+            scale = target.alpha(arm) / rank
+            if not math.isclose(module.scale, scale, rel_tol=1e-6):
+                raise AdapterError(
+                    f"adapter {arm.name!r}: {name} has scale {module.scale:g}, the arm {scale:g}: it "
+                    "belongs to another arm"
+                )
+            layer = self.layers[target.name]
+            layer.down[index, :rank].copy_(module.down)
+            layer.up[index, :, :rank].copy_(module.up.flatten(1))
+
+
+def _name_in_files(target: Target) -> str:
+    """Component and path as files have them: transformers 5 dropped `text_model` from its modules' names,
+    files keep it.
+    """
+    dropped = target.component == "text_encoder" and not target.path.startswith("text_model.")
+    return f"{target.component}.{'text_model.' if dropped else ''}{target.path}"
+
+
+class StackedLinear(nn.Module):
+    """A frozen Linear with the bank's adapters beside it."""
+
+    selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
+    factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice
+
+    def __init__(self, layer: nn.Linear, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = down  # A, [N, r, in]
+        self.up = up  # B, [N, out, r]
+        self.scales = scales  # [N], alpha / rank
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        """x [S * samples, ..., in] -> [S * samples, ..., out]."""
+        down, up = (
+            (self.down, self.up)
+            if self.selection is None
+            else (self.down[self.selection], self.up[self.selection])
+        )
+        num_slices = len(self.factors)
+        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
+        rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
+        y: torch.Tensor = _AdaptedLinear.apply(rows, self.layer.weight, self.layer.bias, down, up)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for each slice, and its gradients with respect to x, A and B.
+
+    Written out because both branches meet in one buffer each way: autograd would copy y, and add two
+    gradients of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [S, T, in], weight [out, in], bias [out], down [S, r, in], up [S, out, r], of one dtype -> [S, T,
+        out].
+        """
+        hidden = torch.bmm(x, down.mT)  # (S, T, r)
+        y = functional.linear(x, weight, bias).baddbmm_(hidden, up.mT)
+        ctx.save_for_backward(x, weight, down, up, hidden)
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor]:
+        x, weight, down, up, hidden = ctx.saved_tensors
+        grad_hidden = torch.bmm(grad_y, up)  # (S, T, r)
+        grad_x = torch.matmul(grad_y, weight).baddbmm_(grad_hidden, down) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, torch.bmm(grad_hidden.mT, x), torch.bmm(grad_y.mT, hidden)
+
+
+class StackedConv(nn.Module):
+    """A frozen convolution with the bank's adapters beside it."""
+
+    selection: torch.Tensor | None  # as StackedLinear's
+    factors: torch.Tensor
+
+    def __init__(self, layer: nn.Conv2d, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = down  # A, [N, r, in, kernel height, kernel width]
+        self.up = up  # B, [N, out, r]
+        self.scales = scales  # [N], alpha / rank
+
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        """x [S * samples, in, H, W] -> [S * samples, out, H', W']."""
+        y = self.layer(x)
+        down, up = (
+            (self.down, self.up)
+            if self.selection is None
+            else (self.down[self.selection], self.up[self.selection])
+        )
+        num_slices = len(self.factors)
+        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
+        grouped = x.unflatten(0, (num_slices, -1)).transpose(0, 1).flatten(1, 2)  # (samples, S * in, H, W)
+        layer = self.layer
+        hidden = functional.conv2d(
+            grouped, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, num_slices
+        )
+        hidden = hidden.unflatten(1, (num_slices, -1)).permute(1, 2, 0, 3, 4)  # (S, r, samples, H', W')
+        update = torch.bmm(up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])  # (S, out, samples, H', W')
+        return y + update.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,1 @@
+"""The frozen model: its family, layers, weights, hub, VAE and attention."""

@@ -1,0 +1,430 @@
+"""One entry of the benchmark under way: its model, its steps, what they take. Several run side by side, a
+process each.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.base.loading import DTYPES, Base, build_random_base, load_base, read_configs
+from lorascope.base.weights import save_tensors
+from lorascope.bench.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
+from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
+from lorascope.data.encoding import Encoded
+from lorascope.data.pictures import decode_picture
+from lorascope.data.sources import open_source
+from lorascope.errors import first_line
+from lorascope.machine.memory import is_out_of_memory, peak_memory
+from lorascope.machine.speed import matmul_flops, timed
+from lorascope.training.trainer import Trainer
+from lorascope.training.tuning import Tuning, build_workload, tune
+
+NUM_PICTURES = 32
+LR, SCALE, SEED = (
+    5e-4,
+    2.0,
+    0,
+)  # the pocket study's; alpha = 2 x rank, so that an arm which leaves alpha out is found out
+_KEPT_BATCHES = 32  # made before the timing, then used again: peers get theirs for nothing
+_START_METHOD = "spawn"  # what a fork shares does not count as its peak memory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: a way to train `ranks`, one adapter each, in one pass."""
+
+    name: str
+    label: str
+    kind: Literal["reference", "peft", "kohya", "ours"]
+    ranks: tuple[int, ...]
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    recipe: Recipe | None = None  # of a PEFT entry
+    tolerance: Literal["fp32", "bf16", "bf16 adapters"] = "fp32"  # of the gate
+    num_processes: int = 1  # side by side, each with its share of the threads
+    channels_last: bool = False
+    best_attention: bool = False
+    cuda_graph: bool = False
+    compiled: bool = False
+    max_grad_norm: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others: `P4-r16`, `O6x2-r16+r64`."""
+        return f"{self.name}-{'+'.join(f'r{rank}' for rank in dict.fromkeys(self.ranks))}"
+
+    def section(self, batch_size: int) -> TrainSection:
+        """The settings of its training, with steps enough for any benchmark."""
+        return TrainSection(
+            epochs=20_000 * batch_size // NUM_PICTURES,
+            batch_size=batch_size,
+            max_grad_norm=self.max_grad_norm,
+            cuda_graph=self.cuda_graph,
+            compile=self.compiled,
+        )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all entries of a benchmark share."""
+
+    base: str  # `pocket`, `sd15` (random weights) or a folder
+    resolution_px: int
+    batch_size: int
+    device: str  # `cpu` or `cuda`
+    num_threads: int
+    peers_dir: str  # with kohya's modules
+
+    def base_section(self, folder: Path) -> BaseSection:
+        """Where the base lies: in the work folder, if it was made at random."""
+        kept = folder / "base"
+        return BaseSection(model=str(kept) if kept.is_dir() else self.base)
+
+
+def threads_of(entry: Entry, conditions: Conditions) -> int:
+    """CPU threads of each of an entry's processes."""
+    return max(1, conditions.num_threads // entry.num_processes)
+
+
+class Trajectory(NamedTuple):
+    """The first steps of N adapters, for the gate."""
+
+    losses: np.ndarray  # [steps, N]
+    norms: np.ndarray  # [steps, N]: gradients before clipping
+    weights: dict[
+        str, torch.Tensor
+    ]  # `<layer>.down` [N, r, in] and `<layer>.up` [N, out, r] afterwards, fp32
+
+
+# The work ---------------------------------------------------------------------------------------------------
+
+
+def prepare_workload(conditions: Conditions, folder: Path) -> None:
+    """Write what the entries read to `folder`: the pictures, their latents and text states, and a base of
+    random weights.
+
+    The pocket base gets pictures of its own data set, others random ones: neither speed nor memory depends on
+    them.
+    """
+    device = torch.device(conditions.device)
+    if conditions.base == "sd15":
+        base = build_random_base("sd15", device)
+        base.build_pipeline().save_pretrained(folder / "base")
+    else:
+        base = load_base(BaseSection(model=conditions.base), device, "fp32")
+    side = conditions.resolution_px
+    if conditions.base == "pocket":
+        source = open_source(DataSection())
+        rows = [row for _, row in zip(range(NUM_PICTURES), source.rows(), strict=False)]
+        captions = [str(row.caption) for row in rows]
+        pictures = np.stack([decode_picture(source.read(row.id), side, side) for row in rows])
+    else:
+        captions = [f"picture {number} of a benchmark" for number in range(NUM_PICTURES)]
+        pictures = np.random.default_rng(SEED).integers(0, 256, (NUM_PICTURES, side, side, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    posteriors = [
+        torch.stack(base.encode_pixels(part.float() / 127.5 - 1), dim=1).cpu() for part in pixels.split(4)
+    ]
+    tensors = {
+        "pixels": pixels,
+        "tokens": base.tokenize(captions).cpu(),
+        "latents": torch.cat(posteriors),
+        "text": base.encode_text(["", *captions]).cpu(),
+    }
+    save_tensors(folder / "workload.safetensors", tensors, {})
+
+
+def load_workload(folder: Path, device: torch.device) -> Workload:
+    """What `prepare_workload` wrote; latents and text states on the device."""
+    tensors = safetensors.torch.load_file(folder / "workload.safetensors")
+    count = len(tensors["pixels"])
+    encoded = Encoded(
+        latents=tuple(tensors["latents"][:, None].to(device)),
+        captions=("",) * count,
+        digests=("",) * count,
+        repeats=(1,) * count,
+        caption_index=torch.arange(1, count + 1),
+        text_states=tensors["text"].to(device),
+    )
+    return Workload(tensors["pixels"], tensors["tokens"], encoded)
+
+
+# One entry --------------------------------------------------------------------------------------------------
+
+
+class Runner(Protocol):
+    """An entry's model, ready to step."""
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Take steps; returns losses and gradient norms, [count, N] each."""
+        ...
+
+    def race(self, count: int) -> list[float]:
+        """Take steps as fast as it goes; returns seconds of each on a CPU, their mean on a GPU."""
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """As `Trajectory.weights`, now."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """The dtype of its U-Net: `fp32`, `bf16` or `fp16`."""
+        ...
+
+
+def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
+    """Load base and workload and set the entry up."""
+    device, tuning = torch.device(conditions.device), _tune(entry, conditions, folder)
+    base = load_base(conditions.base_section(folder), device, tuning.precision if tuning else entry.precision)
+    if entry.channels_last:
+        base.unet.to(memory_format=torch.channels_last)
+    if tuning and entry.best_attention:
+        tuning.apply(base.unet)
+    workload = load_workload(folder, base.device)
+    section = entry.section(conditions.batch_size)
+    arms = [
+        Arm(name=f"{index}", rank=rank, alpha=SCALE * rank, lr=LR, seed=SEED)
+        for index, rank in enumerate(entry.ranks)
+    ]
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms)
+    match entry.kind:
+        case "ours":
+            return _Ours(base, bank, workload, section)
+        case "reference":
+            return _Peer(base, workload, section, ReferenceStep(base, bank, section))
+        case "kohya":
+            return _Peer(base, workload, section, KohyaStep(base, bank, section, Path(conditions.peers_dir)))
+        case "peft":
+            assert entry.recipe is not None
+            return _Peer(base, workload, section, PeftStep(base, bank, section, entry.recipe))
+
+
+def tune_all(entries: Sequence[Entry], conditions: Conditions, folder: Path) -> None:
+    """Time what the entries leave to tuning, so that they find it known, as all starts of a study but the
+    first do.
+
+    Steps of a process that has tuned itself were found 7 to 10 % slower on a CPU (EXPERIMENTS.md): call it in
+    another one.
+    """
+    for entry in entries:
+        torch.set_num_threads(threads_of(entry, conditions))
+        _tune(entry, conditions, folder)
+
+
+def _tune(entry: Entry, conditions: Conditions, folder: Path) -> Tuning | None:
+    """What `lorascope study` would find at its start, where the entry leaves something to it."""
+    if entry.precision != "auto" and not entry.best_attention:
+        return None
+    configs, batch = read_configs(conditions.base_section(folder)), conditions.batch_size * len(entry.ranks)
+    workload = build_workload(configs, conditions.resolution_px, batch, batch)
+    return tune(configs["unet"], workload, torch.device(conditions.device), entry.precision)
+
+
+class _Peer:
+    def __init__(self, base: Base, workload: Workload, section: TrainSection, step: Step) -> None:
+        self.device, self.step, self.number = base.device, step, 0
+        self.precision = _name_of(base.unet.dtype)
+        self.batches = [workload.batch(number, base, section, SEED) for number in range(_KEPT_BATCHES)]
+
+    def _next(self) -> torch.Tensor:
+        batch = self.batches[self.number % len(self.batches)]
+        self.number += 1
+        return self.step.step(batch)
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = [(float(self._next()), gradient_norm(self.step)) for _ in range(count)]
+        losses, norms = np.array(rows).reshape(-1, 2).T
+        return losses[:, None], norms[:, None]
+
+    def race(self, count: int) -> list[float]:
+        return timed(self._next, count, self.device)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        parts = {
+            f"{name}.{part}": weight
+            for name, pair in self.step.weights.items()
+            for part, weight in zip(_PARTS, pair, strict=True)
+        }
+        return {name: weight.detach().float().cpu().clone()[None] for name, weight in parts.items()}
+
+
+class _Ours:
+    """The real `Trainer`."""
+
+    def __init__(self, base: Base, bank: AdapterBank, workload: Workload, section: TrainSection) -> None:
+        self.bank = bank.attach()
+        self.trainer = Trainer(base, bank, workload.encoded, section)
+        self.stop = 0
+        self.records = self.trainer.run(lambda step: step == self.stop)
+        self.device, self.precision = base.device, _name_of(base.unet.dtype)
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        self.stop = self.trainer.step + count
+        records = [next(self.records) for _ in range(count)]
+        return np.array([record.losses for record in records]), np.array(
+            [record.grad_norms for record in records]
+        )
+
+    def race(self, count: int) -> list[float]:
+        self.stop = self.trainer.step + count
+        return timed(lambda: next(self.records), count, self.device)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        layers = self.bank.layers.items()
+        parts = {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in _PARTS}
+        return {name: weight.detach().cpu().clone() for name, weight in parts.items()}
+
+
+_PARTS = ("down", "up")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def count_flops(runner: Runner) -> int:
+    """FLOPs (two a multiply-add) of one step's matrix products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        runner.take(1)
+    return int(counter.get_total_flops())
+
+
+# Its process ------------------------------------------------------------------------------------------------
+
+
+def elsewhere(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, whose memory is given back when it ends; raises `LaneError` if
+    it fails.
+    """
+    context: Any = multiprocessing.get_context(_START_METHOD)
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise LaneError(f"{function.__name__} ended with code {process.exitcode}", process.exitcode == -9)
+
+
+class LaneError(Exception):
+    """An entry stopped; `out_of_memory` says whether for that."""
+
+    def __init__(self, reason: str, out_of_memory: bool = False) -> None:
+        super().__init__(reason)
+        self.out_of_memory = out_of_memory
+
+
+class Lane:
+    """An entry in a process of its own, which waits between commands; `ready` returns once it has imported
+    what it needs.
+    """
+
+    def __init__(self, entry: Entry, conditions: Conditions, folder: Path, place: int = 0) -> None:
+        self.entry = entry
+        context: Any = multiprocessing.get_context(_START_METHOD)
+        self._connection, theirs = context.Pipe()
+        self._weights_path = folder / f"{entry.key}-{place}.safetensors"
+        self._process = context.Process(
+            target=_serve, args=(theirs, entry, conditions, folder, self._weights_path), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def ask(self, command: str, *arguments: Any) -> Any:
+        """Have a command done and wait for its result; raises `LaneError`."""
+        self.send(command, *arguments)
+        return self.receive()
+
+    def send(self, command: str, *arguments: Any) -> None:
+        """Start a command: `ready`, `build`, `take`, `race`, `flops`, `matmul`, `memory`."""
+        self._connection.send((command, arguments))
+
+    def receive(self) -> Any:
+        """The result of the command; raises `LaneError`."""
+        try:
+            done, result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise LaneError(
+                f"its process ended with code {self._process.exitcode}", self._process.exitcode == -9
+            ) from None
+        if not done:
+            raise LaneError(*result)
+        return result
+
+    def trajectory(self, num_steps: int) -> Trajectory:
+        """The entry's next steps."""
+        losses, norms = self.ask("take", num_steps)
+        return Trajectory(losses, norms, safetensors.torch.load_file(self._weights_path))
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(
+    connection: Connection, entry: Entry, conditions: Conditions, folder: Path, weights_path: Path
+) -> None:
+    """What a lane's process does: commands, one after another, until the other side closes."""
+    handlers = _handlers(entry, conditions, folder, weights_path)
+    while True:
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = (True, handlers[command](*arguments))
+        except Exception as error:  # any fault of a library is the entry's result
+            result = (False, (f"{type(error).__name__}: {first_line(error)}", is_out_of_memory(error)))
+        connection.send(result)
+
+
+def _handlers(
+    entry: Entry, conditions: Conditions, folder: Path, weights_path: Path
+) -> Mapping[str, Callable[..., Any]]:
+    threads = threads_of(entry, conditions)
+    torch.set_num_threads(threads)
+    device = torch.device(conditions.device)
+    if device.type == "cuda" and entry.recipe is not None and entry.recipe.cached:
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # a careful user's choice for fp32 adapters beside a bf16 base
+    runners: list[Runner] = []
+
+    def build() -> tuple[float, str]:
+        started = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        runners.append(build_runner(entry, conditions, folder))
+        return time.perf_counter() - started, runners[0].precision
+
+    def take(count: int) -> tuple[np.ndarray, np.ndarray]:
+        figures = runners[0].take(count)
+        save_tensors(
+            weights_path, {name: weight.contiguous() for name, weight in runners[0].weights().items()}, {}
+        )
+        return figures
+
+    def memory() -> tuple[int, str, int]:
+        peak, kind = peak_memory(device)
+        return peak, kind, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+    return {
+        "ready": lambda: threads,
+        "build": build,
+        "take": take,
+        "race": lambda count: runners[0].race(count),
+        "flops": lambda: count_flops(runners[0]),
+        "matmul": lambda dtype: matmul_flops(device, getattr(torch, dtype)),
+        "memory": memory,
+    }

@@ -1,0 +1,1 @@
+"""Pictures and captions, from any source to latents."""

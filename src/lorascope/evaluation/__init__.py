@@ -1,0 +1,1 @@
+"""Pictures from prompts, and what they are worth."""

@@ -1,0 +1,139 @@
+"""Memory of a device: what is free, what is in use, the peak of a stage, and when it has run out."""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+_CPU_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "could not create a primitive",  # all that torch passes on of oneDNN's failed allocation
+)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: on a GPU those of its memory, on a CPU those of the machine or of
+    its container.
+
+    Memory that only caches files counts as free, since the system gives it up.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    return min(_machine_free(_PROC / "meminfo"), *_container_free(_PROC / "self" / "cgroup", _CGROUPS))
+
+
+def _machine_free(meminfo: Path) -> int:
+    """What Linux says is available; the whole memory on systems that say nothing."""
+    for line in _read(meminfo).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_free(own: Path, root: Path) -> Iterator[int]:
+    """What each control group that holds this process leaves, version 2 or 1; a number beyond all memory
+    where none does.
+
+    `own` lists the process's groups, `root` is where they are mounted. A container sees its own group at the
+    root or at the path that `own` names, and groups above it limit it too.
+    """
+    yield sys.maxsize
+    for line in _read(own).splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage, cache = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (limited := _read(folder / limit).strip()).isdigit():
+                reclaimable = dict(line.split() for line in _read(folder / "memory.stat").splitlines()).get(
+                    cache, 0
+                )
+                yield int(limited) - int(_read(folder / usage) or 0) + int(reclaimable)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def used_bytes(device: torch.device) -> int:
+    """Bytes in use: what torch has allocated on a GPU, the resident set of this process on a CPU."""
+    return (
+        torch.cuda.memory_allocated(device)
+        if device.type == "cuda"
+        else _status_bytes("VmRSS") or peak_memory(device)[0]
+    )
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here on, after giving back to the system what this process has freed.
+
+    A CPU's peak stays that of the process's life where the system is not Linux.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError, AttributeError):  # AttributeError: a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+        (_PROC / "self" / "clear_refs").write_text("5")  # resets VmHWM (proc_pid_clear_refs(5))
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak memory in bytes since the last reset, and its kind: CUDA's allocated peak, or the process's peak
+    resident set.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda"
+    import resource
+
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rss"
+
+
+def _status_bytes(key: str) -> int:
+    """A value of /proc/self/status, 0 where the system has none."""
+    lines = (line.split() for line in _read(_PROC / "self" / "status").splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{key}:"), 0)
+
+
+@contextmanager
+def parked(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Within, modules that are not needed on their GPU lie in the machine's memory; on a CPU nothing happens.
+
+    They come back with the same bits.
+    """
+    away = modules if device.type == "cuda" else ()
+    for module in away:
+        module.to("cpu")
+    try:
+        yield
+    finally:
+        for module in away:
+            module.to(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a type of its own for GPUs, and only a message for CPUs."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)

@@ -1,0 +1,40 @@
+"""How fast a device is: seconds of calls, and the rate of a large matrix product, which other work is held
+against.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+
+
+def timed(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Seconds of each of `count` calls on a CPU; on a GPU, which lags behind the calls, their mean by its own
+    clock.
+    """
+    if device.type == "cuda":
+        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        started.record()
+        for _ in range(count):
+            step()
+        ended.record()
+        torch.cuda.synchronize(device)
+        return [started.elapsed_time(ended) / 1e3 / count]
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+    """FLOP/s of a large square matrix product, the fastest of `repeats`: what this device can do with its
+    present threads.
+    """
+    side = _SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return float(2 * side**3 / min(timed(lambda: left @ right, 1, device)[0] for _ in range(repeats + 2)))

@@ -1,0 +1,242 @@
+"""The report's tables: of arms, contrasts, the reference study and what a reader needs to repeat the run."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lorascope.evaluation.score import ALL, BASE, planned_contrasts
+from lorascope.report.evidence import NOT_MEASURED, Facts, count
+from lorascope.store import digest_bytes, digest_file
+
+MAX_CONTRASTS = 12  # arms; with more, contrasts between neighbours say little and take long
+
+# The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
+REFERENCE: dict[str, dict[str, float]] = {
+    "reference r16": {"normal": 29.2631, "normal std": 3.4643, "abstract": 23.3837, "abstract std": 2.4608,
+                      "loss": 0.1192, "run_time_s": 4383, "memory": 16.2e9, "file": 16e6},
+    "reference r64": {"normal": 19.7907, "normal std": 2.8496, "abstract": 22.1148, "abstract std": 1.5294,
+                      "loss": 0.1266, "run_time_s": 4541, "memory": 16.6e9, "file": 64e6},
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """One cell of a table; `value` is what it sorts by; `void` marks a missing number."""
+
+    text: str
+    value: float | None = None
+    void: bool = False
+
+
+class Column(NamedTuple):
+    """The head of a table's column."""
+
+    name: str
+    numeric: bool = True
+
+
+class TableRow(NamedTuple):
+    """One row; `marked` rows stand out: the kept arm."""
+
+    cells: tuple[Cell, ...]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as both the page and the Markdown show it."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[TableRow, ...]
+    sortable: bool = False
+
+    @property
+    def id(self) -> str:
+        """A name for the page's anchors."""
+        return "table-" + digest_bytes(self.caption.encode())[:8]
+
+
+def cell(value: float | None, form: str = ".2f") -> Cell:
+    """A number with a true minus sign, or `not measured`."""
+    if value is None or not math.isfinite(value):
+        return Cell(NOT_MEASURED, None, True)
+    return Cell(
+        format(value, form).replace("-", "\N{MINUS SIGN}") if not form.endswith("g") else format(value, form),
+        float(value),
+    )
+
+
+def interval(low: float | None, high: float | None) -> Cell:
+    """A 95 % interval; it sorts by its lower bound."""
+    if low is None or high is None:
+        return cell(None)
+    return Cell(f"{cell(low, '+.2f').text} to {cell(high, '+.2f').text}", low)
+
+
+def row(*cells: Cell, marked: bool = False) -> TableRow:
+    """A row of these cells."""
+    return TableRow(cells, marked)
+
+
+def build_arms_table(facts: Facts) -> Table:
+    """Every arm of the study with what was measured: the reference study's Table 1 with the base as its first
+    row.
+    """
+    categories = facts.scores.categories if facts.scores else ("normal", "abstract")
+    columns = [Column("arm", False), Column("verdict", False)]
+    keys = {"rank": "d", "alpha": "g", "lr": "g", "seed": "d", "batch_size": "d", "epochs": "d"}
+    fixed = {
+        key: form
+        for key, form in keys.items()
+        if len({getattr(arm, key) for arm in facts.settings.values()}) == 1
+    }
+    columns += [Column(key.replace("_", " ")) for key in keys if key not in fixed]
+    columns += [
+        *(Column(f"{category} (std)") for category in categories),
+        Column("minus base"),
+        Column("95 % interval"),
+        Column("held-out loss"),
+    ]
+    best = {arm: (training.get("best") or {}).get("epoch") for arm, training in facts.training.items()}
+    columns += [Column("best epoch")] if any(best.values()) else []
+    rows = []
+    for arm in (BASE, *facts.settings):
+        setting = facts.settings.get(arm)
+        role = (
+            "failed"
+            if arm in facts.failed
+            else "not trained"
+            if arm != BASE and arm not in facts.training
+            else facts.role(arm)
+        )
+        blank = Cell("", None)
+        cells = [Cell(arm), Cell(role)]
+        cells += [
+            blank if setting is None else cell(getattr(setting, key), form)
+            for key, form in keys.items()
+            if key not in fixed
+        ]
+        for category in categories:
+            part = facts.summary.get((arm, category))
+            cells.append(Cell(f"{part.mean:.2f} ({cell(part.std).text})", part.mean) if part else cell(None))
+        effect, style = facts.effects.get((arm, ALL)), facts.styles.get(arm)
+        if arm == BASE:
+            cells += [blank] * 3
+        else:
+            cells += [
+                cell(effect.difference if effect else None, "+.2f"),
+                interval(effect.low if effect else None, effect.high if effect else None),
+            ]
+            cells.append(cell(style.difference if style else None, "+.4f"))
+        if any(best.values()):
+            cells.append(blank if arm == BASE else cell(best.get(arm), "d"))
+        rows.append(TableRow(tuple(cells), marked=role == "kept"))
+    caption = (
+        f"CLIP score of the base and {count(len(facts.settings), 'arm')}: mean and standard deviation "
+        "over pictures, as in the "
+        "reference study's Table 1; "
+        "the difference from the base over all prompts; held-out loss minus the base's"
+        + ("; and the epoch at which it was lowest" if any(best.values()) else "")
+    ) + "".join(
+        f"; {key.replace('_', ' ')} {format(getattr(facts.settings[arm], key), form)} throughout"
+        for key, form in fixed.items()
+    )
+    return Table(caption, tuple(columns), tuple(rows), sortable=True)
+
+
+def build_reference_table() -> Table:
+    """The reference study's published scores."""
+    columns = (
+        Column("arm", False),
+        Column("normal mean"),
+        Column("std"),
+        Column("abstract mean"),
+        Column("std"),
+    )
+    keys = ("normal", "normal std", "abstract", "abstract std")
+    rows = tuple(row(Cell(arm), *(cell(values[key]) for key in keys)) for arm, values in REFERENCE.items())
+    return Table(
+        "The reference study's Table 1 as published (SD 1.5; it has no row for the base and no intervals)",
+        columns,
+        rows,
+    )
+
+
+def build_contrast_table(facts: Facts) -> Table | None:
+    """Planned contrasts with their p-values, for a study of a few arms."""
+    if facts.scores is None or not 2 <= len(facts.scores.arms) <= MAX_CONTRASTS:
+        return None
+    columns = (
+        Column("contrast", False),
+        Column("difference"),
+        Column("95 % low"),
+        Column("95 % high"),
+        Column("p"),
+        Column("p, Holm"),
+    )
+    rows = []
+    for contrast in planned_contrasts(facts.scores, facts.config.score.resamples):
+        d = contrast.difference
+        numbers = [
+            cell(d.difference, "+.2f"),
+            cell(d.low, "+.2f"),
+            cell(d.high, "+.2f"),
+            _p_value(contrast.p_value),
+            _p_value(contrast.p_adjusted),
+        ]
+        rows.append(row(Cell(f"{d.arm} minus {d.against}"), *numbers))
+    return Table(
+        "Planned contrasts over all prompts: sign-flip test, and adjusted for their number after Holm",
+        columns,
+        tuple(rows),
+    )
+
+
+def _p_value(value: float) -> Cell:
+    return Cell("< 0.001", value) if value < 0.001 else cell(value, ".3f")
+
+
+def build_fact_tables(facts: Facts) -> list[Table]:
+    """What a reader needs to repeat the run: versions, device, digests, times, scorer."""
+    manifest, data = facts.manifest, facts.data or {}
+    device, base, adapter = manifest.get("device", {}), manifest.get("base", {}), manifest.get("adapter", {})
+    memory = device.get("memory_bytes")
+    run = {
+        **{key: manifest.get(key) for key in ("lorascope", "commit", "started", "finished")}, "device": device.get("name"),
+        "threads": device.get("threads"), "memory": f"{memory / 2**30:.1f} GiB" if memory else None,
+        "adapted layers": adapter.get("modules"), ("base "
+        "dtype"): base.get("dtype"), "prediction": base.get("prediction_type"),
+    }  # fmt: skip
+    keep = facts.verdict.keep if facts.verdict else None
+    file = facts.run.adapters_dir / str(keep) / "adapter_model.safetensors"
+    scorer = facts.scores.scorer if facts.scores else {}
+    digests = {
+        f"base {base.get('model', facts.config.base.model)}": base.get("digest"),
+        f"scorer {scorer.get('model', facts.config.score.model)}": scorer.get("digest"),
+        "data": data.get("fingerprint"),
+        "configuration": manifest.get("config_digest"),
+        **({f"adapter {keep}": digest_file(file)} if keep and file.exists() else {}),
+    }
+    stages = {
+        name: f"{entry['seconds']:,.1f} s" for name, entry in manifest["stages"].items() if name != "report"
+    }
+    return [
+        _facts("The run", "fact", run),
+        _facts("Packages", "package", manifest.get("versions", {})),
+        _facts("Digests (SHA-256)", "of", digests),
+        _facts("Time of each stage", "stage", stages),
+        _facts("Scorer", "fact", {key: value for key, value in scorer.items() if key != "digest"}),
+    ]
+
+
+def _facts(caption: str, first: str, values: Mapping[str, Any]) -> Table:
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+    rows = tuple(
+        row(Cell(name), Cell("not recorded", None, True) if value is None else Cell(shown(value)))
+        for name, value in values.items()
+    )
+    return Table(caption, (Column(first, False), Column("value", False)), rows)

@@ -1,0 +1,325 @@
+"""Training of a group of arms in one pass, and the denoising loss at fixed noise that shows what each
+learned.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from scipy import stats
+
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.base.loading import Base
+from lorascope.config import DataSection, TrainSection
+from lorascope.data.encoding import Encoded
+from lorascope.errors import StorageError
+from lorascope.seeding import seeded
+from lorascope.store import atomic_path
+from lorascope.training.feed import Feed
+from lorascope.training.objective import add_noise, prediction_target, sample_losses
+from lorascope.training.optimizers import learning_rates
+from lorascope.training.step import Step
+
+NUM_BANDS = 4
+PROBE_BATCH = 8  # pictures per slice at once
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step of all arms of a group."""
+
+    step: int  # from 1
+    epoch: float  # passes over the pictures so far, at most all there will be
+    losses: tuple[float, ...]  # training loss of the step's pictures, per arm
+    grad_norms: tuple[float, ...]  # before clipping
+    lrs: tuple[float, ...]
+    failed: tuple[bool, ...]  # arms that met a loss or gradient that is not finite; they no longer move
+    seconds: float  # wall time of the step
+
+
+def count_steps(section: TrainSection, num_examples: int, epochs: int | None = None) -> int:
+    """Steps after which `epochs` passes (all of the section's when absent) have been seen; no picture is left
+    out.
+
+    With buckets this holds up to a batch of each: each is a stream of its own, see `plan_batches`.
+    """
+    return math.ceil(
+        (section.epochs if epochs is None else epochs)
+        * num_examples
+        / (section.batch_size * section.accumulation_steps)
+    )
+
+
+class Trainer:
+    """Trains all adapters of a bank; `run` yields a record per step, and the caller logs, probes and
+    checkpoints.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        bank: AdapterBank,
+        train: Encoded,
+        section: TrainSection,
+        data: DataSection | None = None,
+    ) -> None:
+        self.base, self.bank, self.train, self.section = base, bank, train, section
+        self.num_steps = count_steps(section, train.num_entries)
+        num_batches = self.num_steps * section.accumulation_steps
+        tokens, prefetch = bank.adapts_text, base.device.type == "cuda"
+        self.feed = Feed(
+            base,
+            train,
+            bank.arms,
+            section,
+            data or DataSection(),
+            num_batches,
+            as_tokens=tokens,
+            prefetch=prefetch,
+        )
+        self.compute = Step(base, bank, section)
+        self.peak_lrs = torch.tensor([arm.lr for arm in bank.arms])
+        self.step = 0
+        self.seconds = 0.0
+
+    def run(self, pause: Callable[[int], bool] = lambda step: False) -> Iterator[StepRecord]:
+        """Train from the current step to the last.
+
+        A GPU computes a step while the record of the one before is given, so records come one step late
+        there, except before a pause: after a step of which `pause` is true, and after the last, all records
+        are given before anything goes on. A record of step `self.step` finds the bank just as that step left
+        it.
+        """
+        compute, accumulation = self.compute, self.section.accumulation_steps
+        lag = 1 if self.base.device.type == "cuda" else 0
+        pending: deque[_Pending] = deque()
+        self.bank.select_all()
+        while self.step < self.num_steps:
+            started = time.perf_counter()
+            compute.begin(learning_rates(self.peak_lrs, self.step, self.num_steps, self.section))
+            for part in range(accumulation):
+                compute.add_batch(self.feed.load(self.step * accumulation + part))
+            compute.finish()
+            self.step += 1
+            pending.append(_Pending(self.step, compute))
+            pauses = self.step == self.num_steps or pause(self.step)
+            while len(pending) > (0 if pauses else lag):
+                losses, norms, lrs, failed = pending[0].wait()
+                seconds = time.perf_counter() - started
+                self.seconds += seconds
+                step = pending.popleft().step
+                yield StepRecord(
+                    step, self._epoch(step), losses, norms, lrs, tuple(map(bool, failed)), seconds
+                )
+                started = time.perf_counter()
+
+    def _epoch(self, step: int) -> float:
+        seen = step * self.section.batch_size * self.section.accumulation_steps / self.train.num_entries
+        return min(
+            seen, self.section.epochs
+        )  # the last batch may be filled up with pictures of a further pass
+
+    def save_checkpoint(self, path: Path, inputs: str, facts: dict[str, Any]) -> None:
+        """Write the whole state atomically; `facts` is what the caller needs to go on, as JSON."""
+        compute = self.compute
+        tensors: dict[str, torch.Tensor] = {}
+        for index, arm in enumerate(self.bank.arms):
+            state = {
+                "parameters": self.bank.unpadded(self.bank.parameters, index),
+                "active": compute.active[index],
+            }
+            state |= {f"optimizer.{name}": tensor for name, tensor in compute.optimizer.state(index).items()}
+            tensors |= {f"{arm.name}/{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        _write_checkpoint(
+            path, tensors, {"inputs": inputs, "step": self.step, "seconds": self.seconds, "facts": facts}
+        )
+
+    @torch.no_grad()
+    def load_checkpoint(self, path: Path, inputs: str) -> dict[str, Any]:
+        """Continue from a checkpoint and return its facts; raise `StorageError` if it is damaged or of other
+        inputs.
+        """
+        tensors, state = _read_checkpoint(path)
+        if state["inputs"] != inputs:
+            raise StorageError(
+                f"{path}: checkpoint of another configuration or data: delete it and run the same "
+                "command again"
+            )
+        for index, arm in enumerate(self.bank.arms):
+            own = {
+                name.removeprefix(f"{arm.name}/"): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{arm.name}/")
+            }
+            self.bank.load_unpadded(self.bank.parameters, index, own["parameters"])
+            self.compute.active[index] = own["active"]
+            optimizer = {
+                name.removeprefix("optimizer."): tensor
+                for name, tensor in own.items()
+                if name.startswith("optimizer.")
+            }
+            self.compute.optimizer.load_state(index, optimizer)
+        self.step, self.seconds = state["step"], state["seconds"]
+        facts: dict[str, Any] = state["facts"]
+        return facts
+
+
+class _Pending:
+    """The figures of a step on their way from the device."""
+
+    def __init__(self, step: int, compute: Step) -> None:
+        self.step = step
+        values = torch.stack(
+            [compute.losses, compute.norms, compute.lrs, (~compute.active).float()]
+        )  # (4, N)
+        self._values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> tuple[tuple[float, ...], ...]:
+        """Losses, gradient norms, learning rates and whether they failed, of each arm."""
+        if self._event is not None:
+            self._event.synchronize()
+        return tuple(tuple(values) for values in self._values.tolist())
+
+
+@dataclass(frozen=True)
+class CheckpointPart:
+    """Where some arms of a checkpoint go to, with the inputs and facts of their new group."""
+
+    path: Path
+    arms: Sequence[str]
+    inputs: str
+    facts: dict[str, Any]
+
+
+def split_checkpoint(path: Path, parts: Sequence[CheckpointPart]) -> None:
+    """Write the state of some arms of a checkpoint as checkpoints of their own, at the same step; the whole
+    one stays.
+
+    Raises `StorageError` if it is damaged.
+    """
+    tensors, state = _read_checkpoint(path)
+    for part in parts:
+        own = {name: tensor for name, tensor in tensors.items() if name.rpartition("/")[0] in part.arms}
+        _write_checkpoint(part.path, own, {**state, "inputs": part.inputs, "facts": part.facts})
+
+
+def read_checkpoint_facts(path: Path) -> dict[str, Any]:
+    """The facts that were saved with a checkpoint; raises `StorageError` if it is damaged."""
+    facts: dict[str, Any] = _read_checkpoint(path)[1]["facts"]
+    return facts
+
+
+def _write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    with atomic_path(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata={"state": json.dumps(state)})
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+        return safetensors.torch.load_file(path), state
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{path}: damaged checkpoint ({error}): delete it and run the same command again"
+        ) from error
+
+
+@torch.inference_mode()
+def probe_losses(
+    base: Base, bank: AdapterBank, slices: Sequence[Slice], pictures: Encoded, conditional: bool
+) -> torch.Tensor:
+    """Denoising loss of each slice at fixed (picture, noise, timestep): float32 [S, pictures, bands].
+
+    One timestep in each of `NUM_BANDS` equal bands, with its noise, is drawn by the picture's digest and the
+    band, so every model and epoch meets the same. `conditional` gives the caption, else the empty caption.
+    """
+    width = len(base.alphas_cumprod) // NUM_BANDS
+    bank.select(slices)
+    losses = torch.empty(len(slices), len(pictures), NUM_BANDS)
+    for bucket in pictures.buckets():
+        for indices in bucket.unique().split(PROBE_BATCH):
+            mean, std = (
+                part.to(base.device)
+                for part in pictures.posterior(indices, torch.zeros_like(indices, dtype=torch.bool))
+            )
+            text = _probe_text(base, bank, pictures, indices, conditional, len(slices))
+            for band in range(NUM_BANDS):
+                generators = [seeded("probe", pictures.digests[index], band) for index in indices.tolist()]
+                timesteps = torch.stack(
+                    [torch.randint(band * width, (band + 1) * width, (), generator=g) for g in generators]
+                )
+                noises = torch.stack([torch.randn((2, *mean.shape[1:]), generator=g) for g in generators]).to(
+                    base.device
+                )
+                timesteps, latents = timesteps.to(base.device), mean + std * noises[:, 0]
+                noisy = add_noise(latents, noises[:, 1], timesteps, base.alphas_cumprod)
+                target = prediction_target(
+                    latents, noises[:, 1], timesteps, base.alphas_cumprod, base.prediction_type
+                )
+                noisy, timesteps, target = (
+                    part.repeat(len(slices), *[1] * (part.dim() - 1)) for part in (noisy, timesteps, target)
+                )
+                prediction = base.unet(noisy.to(base.unet.dtype), timesteps, text.to(base.unet.dtype)).sample
+                losses[:, indices, band] = sample_losses(prediction, target).view(len(slices), -1).cpu()
+    return losses
+
+
+def _probe_text(
+    base: Base,
+    bank: AdapterBank,
+    pictures: Encoded,
+    indices: torch.Tensor,
+    conditional: bool,
+    num_slices: int,
+) -> torch.Tensor:
+    """Text states of some pictures under each slice: [S * B, tokens, width]."""
+    if pictures.text_states is not None:
+        dropped = torch.full_like(indices, not conditional, dtype=torch.bool)
+        return pictures.text(indices, dropped).repeat(num_slices, 1, 1)
+    captions = [pictures.captions[index] if conditional else "" for index in indices.tolist()]
+    if bank.adapts_text:
+        return base.encode_text(captions * num_slices)
+    return base.encode_text(captions).repeat(num_slices, 1, 1)
+
+
+def probe_records(losses: torch.Tensor, reference: torch.Tensor, num_timesteps: int) -> list[dict[str, Any]]:
+    """Mean loss and paired difference from the base per band and over all: from [pictures, bands] of a model
+    and the base.
+
+    The 95 % interval is Student's t over pictures.
+    """
+    width = num_timesteps // NUM_BANDS
+    names = [f"{band * width}-{(band + 1) * width}" for band in range(NUM_BANDS)]
+    columns = [(name, losses[:, band], reference[:, band]) for band, name in enumerate(names)]
+    columns.append(("all", losses.mean(dim=1), reference.mean(dim=1)))
+    records = []
+    for name, loss, base_loss in columns:
+        difference = (loss - base_loss).double()
+        count = len(difference)
+        half = (
+            float(stats.t.ppf(0.975, count - 1) * difference.std() / math.sqrt(count)) if count > 1 else 0.0
+        )
+        mean = float(difference.mean())
+        records.append(
+            {
+                "band": name,
+                "loss": float(loss.double().mean()),
+                "difference": mean,
+                "difference_low": mean - half,
+                "difference_high": mean + half,
+                "count": count,
+            }
+        )
+    return records

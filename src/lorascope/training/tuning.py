@@ -1,0 +1,529 @@
+"""What is fastest here, timed once at the start of a run on its own shapes: attention kernels, precision,
+memory format.
+
+Nothing changes what is computed but by rounding. What was found is kept for the next run in
+`$XDG_CACHE_HOME/lorascope/tuning.json`, and by the run itself in its manifest, so that it goes on as it
+began.
+"""
+
+import gc
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.base.attention import (
+    KERNELS,
+    Kernel,
+    Shape,
+    attend,
+    attention_layers,
+    default_kernel,
+    set_kernels,
+)
+from lorascope.base.ldm import build_component
+from lorascope.base.loading import DTYPES
+from lorascope.config import REFERENCE_TARGETS, Arm
+from lorascope.console import log
+from lorascope.errors import StorageError, first_line
+from lorascope.store import digest_json, read_json, user_cache_path, write_json
+
+_LEAST_FLOPS = 1e9  # of a forward pass: below, differences are noise and nothing is timed
+_LEAST_GAIN, _LEAST_GAIN_S = (
+    1.1,
+    2e-4,
+)  # of another kernel than the default: the factor, and seconds in a pass over the U-Net
+_LEAST_GAIN_PRECISION = 1.08  # of bf16 on a CPU, which costs accuracy
+_LEAST_GAIN_FORMAT = 1.03
+_MAX_SCORES_BYTES = 2**28  # of one layer, for the kernel that keeps them
+_MAX_REMEMBERED = 100
+_MOST_S = 20.0  # on a machine busy with other work, what has not been timed by then stays with its default
+# Work of one timed call, forward: enough to be typical, little enough that the whole takes seconds.
+_ATTENTION_FLOPS = {"cpu": 2e9, "cuda": 2e11}
+_PASS_FLOPS = {"cpu": 12e9, "cuda": 2e12}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of the U-Net."""
+
+    latent_shape: tuple[int, int, int]  # (c, h, w)
+    text_tokens: int
+    train_batch: int  # samples of a training pass: pictures times the arms stacked
+    sample_batch: int  # samples of a pass without gradients
+
+
+def build_workload(
+    configs: Mapping[str, Mapping[str, Any]], resolution_px: int, train_batch: int, sample_batch: int
+) -> Workload:
+    """What square pictures of `resolution_px` ask of a base with these configurations of `unet`, `vae` and
+    `text_encoder`.
+    """
+    vae, text = configs["vae"], configs["text_encoder"]
+    side = math.ceil(resolution_px / 2 ** (len(vae.get("block_out_channels", "1")) - 1))
+    shape = (int(vae.get("latent_channels", 4)), side, side)
+    return Workload(shape, int(text.get("max_position_embeddings", 77)), train_batch, sample_batch)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the U-Net of a run is held and computed."""
+
+    device: str  # name of the device it was found on
+    precision: str  # `fp32`, `bf16` or `fp16`
+    channels_last: bool = False
+    kernels: Mapping[Shape, Kernel] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what was found, a sentence each
+
+    def apply(self, unet: UNet2DConditionModel) -> None:
+        """Give a loaded U-Net, which is of this precision already, the memory format and the attention
+        kernels.
+        """
+        if self.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        set_kernels(unet, self.kernels)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for manifests."""
+        kernels = [
+            {**shape._asdict(), "kernel": kernel.name, "padded_to": kernel.head_dim}
+            for shape, kernel in self.kernels.items()
+        ]
+        facts = {"device": self.device, "precision": self.precision, "channels_last": self.channels_last}
+        return {**facts, "attention": kernels, "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Tuning":
+        """The tuning that `to_json` gave; raise `ValueError` for anything else."""
+        try:
+            kernels = {}
+            for item in value["attention"]:
+                queries, keys, heads, head_dim = (int(item[name]) for name in Shape._fields[:-1])
+                shape = Shape(queries, keys, heads, head_dim, bool(item["gradients"]))
+                kernels[shape] = Kernel(
+                    KERNELS[KERNELS.index(item["kernel"])], item["padded_to"] and int(item["padded_to"])
+                )
+            if value["precision"] not in DTYPES:
+                raise ValueError(f"precision {value['precision']!r}")
+            notes = tuple(map(str, value["notes"]))
+            return cls(str(value["device"]), value["precision"], bool(value["channels_last"]), kernels, notes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no tuning: {first_line(error)}") from error
+
+
+def tune(
+    config: Mapping[str, Any],
+    workload: Workload,
+    device: torch.device,
+    precision: str = "auto",
+    kept: Mapping[str, Any] | None = None,
+) -> Tuning:
+    """The fastest way to compute the U-Net of this configuration, timed on random weights unless it is known
+    already.
+
+    A `precision` other than `auto` is obeyed. `auto` is bf16 on a GPU that has it, else fp16; on a CPU it is
+    fp32, unless it has instructions for bf16 and a training pass and a drawing pass together gain 8 %. `kept`
+    is what the run folder has of an earlier call as JSON: its precision holds, and on the same device all of
+    it. Where a pass takes under 1 GFLOP nothing is timed. Raises `BaseModelError` for a configuration that no
+    U-Net can be built from.
+    """
+    name = device_name(device)
+    if known := _parsed(kept, "the run folder"):
+        if known.device == name:
+            return known
+        precision = known.precision
+    key = {
+        "device": name,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "unet": digest_json(dict(config)),
+        "workload": [
+            *workload.latent_shape,
+            workload.text_tokens,
+            workload.train_batch,
+            workload.sample_batch,
+        ],
+        "precision": precision,
+    }
+    found = _recall(key)
+    if found is None:
+        started = time.perf_counter()
+        found = _measure(config, workload, device, precision)
+        log.debug("tuning   timed in %.1f s", time.perf_counter() - started)
+        if device.type == "cuda":  # what was timed is no memory of the run
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        _remember(key, found)
+    return found
+
+
+# -- what is timed -------------------------------------------------------------------------------------------
+
+
+def _measure(config: Mapping[str, Any], workload: Workload, device: torch.device, precision: str) -> Tuning:
+    """Time everything, or as much as `_MOST_S` allows."""
+    until = time.perf_counter() + _MOST_S
+    name, precisions = device_name(device), _precisions(device) if precision == "auto" else [precision]
+    flops, layers = survey(config, workload)
+    if flops < _LEAST_FLOPS:
+        return Tuning(name, precisions[0], notes=(f"nothing timed: a pass takes {flops / 1e9:.2g} GFLOP",))
+    kernels, notes = {}, {}
+    for option in precisions:
+        kernels[option], notes[option] = _tune_attention(layers, workload, DTYPES[option], device, until)
+    variants = [(option, False) for option in precisions]
+    if device.type == "cuda":
+        variants.append((precisions[0], True))
+    if len(variants) == 1 or time.perf_counter() > until:
+        return Tuning(name, precisions[0], False, kernels[precisions[0]], (notes[precisions[0]],))
+    cut, shape = _cut(config, workload, flops, device)
+    runs = {}
+    for option, last in variants:
+        try:
+            runs[option, last] = _pass_run(
+                cut, shape, workload.text_tokens, Tuning(name, option, last, kernels[option]), device
+            )
+        except RuntimeError as error:  # no memory for it
+            log.debug("tuning   %s, channels_last %s: %s", option, last, first_line(error))
+    times = race(runs, device)
+    first, other = variants
+    gain = times[first] / times[other] if first in times and other in times else 0.0
+    wins = gain >= (_LEAST_GAIN_FORMAT if device.type == "cuda" else _LEAST_GAIN_PRECISION)
+    option, last = other if wins else first
+    what, reference = ("channels_last", "the usual format") if device.type == "cuda" else ("bf16", "fp32")
+    told = (
+        f"{what}: {gain:.2f}x the speed of {reference}, {'taken' if wins else 'not taken'}"
+        if gain
+        else f"{what}: could not be timed"
+    )
+    return Tuning(name, option, last, kernels[option], (told, notes[option]))
+
+
+def _precisions(device: torch.device) -> list[str]:
+    """The precisions that `auto` chooses from, the default first."""
+    if device.type == "cuda":
+        return ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+    return ["fp32", "bf16"] if cpu_has_bf16() else ["fp32"]
+
+
+def survey(config: Mapping[str, Any], workload: Workload) -> tuple[float, dict[Shape, int]]:
+    """FLOPs of a forward pass over the training batch, and how many layers have an attention of which shape,
+    without gradients.
+    """
+    unet: Any = _on_meta(config)
+    shapes: dict[Shape, int] = {}
+
+    def note(layer: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        context = kwargs.get("encoder_hidden_states")
+        queries, heads = args[0].shape[1], layer.heads
+        shape = Shape(
+            queries,
+            queries if context is None else context.shape[1],
+            heads,
+            layer.to_q.out_features // heads,
+            False,
+        )
+        shapes[shape] = shapes.get(shape, 0) + 1
+
+    for layer in attention_layers(unet):
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        sample = torch.empty(workload.train_batch, *workload.latent_shape, device="meta")
+        text = torch.empty(workload.train_batch, workload.text_tokens, _text_width(unet), device="meta")
+        unet(sample, torch.zeros((), device="meta"), text)
+    return float(counter.get_total_flops()), shapes
+
+
+def _tune_attention(
+    layers: Mapping[Shape, int], workload: Workload, dtype: torch.dtype, device: torch.device, until: float
+) -> tuple[dict[Shape, Kernel], str]:
+    """The fastest kernel for every shape, with and without gradients, and a sentence on them."""
+    kernels, gains = {}, []
+    for gradients in (True, False):
+        for layer_shape, count in layers.items():
+            shape = layer_shape._replace(gradients=gradients)
+            batch = workload.train_batch if gradients else workload.sample_batch
+            candidates = list(_candidates(shape, batch, dtype, device))
+            kernels[shape], gain = candidates[0], 0.0
+            if len(candidates) > 1 and time.perf_counter() < until:
+                kernels[shape], gain = _fastest_kernel(candidates, shape, count, batch, dtype, device)
+            if kernels[shape] != Kernel():
+                what = f"{shape.queries}x{shape.keys} heads {shape.heads}x{shape.head_dim}{'' if gradients else ' without gradients'}"
+                gains.append(f"{what}: {kernels[shape]}" + (f", {gain:.2f}x torch's choice" if gain else ""))
+    more = [f"and {len(gains) - 3} more shapes"] if len(gains) > 3 else []
+    return kernels, "attention: " + ("; ".join([*gains[:3], *more]) or "torch's choice")
+
+
+def _fastest_kernel(
+    candidates: Sequence[Kernel],
+    shape: Shape,
+    num_layers: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Kernel, float]:
+    """The first of the candidates, or another that is clearly faster, and its speed over torch's choice, 0 if
+    that was not timed.
+    """
+    flops = 4 * shape.queries * shape.keys * shape.head_dim  # of a head of a sample
+    timed = max(1, min(batch * shape.heads, int(_ATTENTION_FLOPS[device.type] / flops)))
+    samples, heads = max(1, timed // shape.heads), min(shape.heads, timed)
+    passes = (
+        num_layers * batch * shape.heads / (samples * heads)
+    )  # of the timed call in a pass over the U-Net
+    runs = {kernel: _attention_run(kernel, shape, samples, heads, dtype, device) for kernel in candidates}
+    times = race(runs, device)
+    default = candidates[0]
+    if not times:
+        return default, 0.0
+    best = min(times, key=times.__getitem__)
+    if default in times:
+        gain_s = (times[default] - times[best]) * passes
+        best = best if times[default] >= _LEAST_GAIN * times[best] and gain_s >= _LEAST_GAIN_S else default
+    return best, times[Kernel()] / times[best] if Kernel() in times else 0.0
+
+
+def _candidates(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
+    """Kernels to try, the default first; whether they exist for this shape shows when they are called."""
+    if device.type == "cuda":
+        yield Kernel()
+        padded = {math.ceil(shape.head_dim / multiple) * multiple for multiple in (32, 64)} | {
+            2 ** math.ceil(math.log2(shape.head_dim))
+        }
+        for name in ("flash", "efficient", "cudnn"):
+            yield Kernel(name)
+            yield from (Kernel(name, head_dim) for head_dim in sorted(padded - {shape.head_dim}))
+        return
+    kernels = [Kernel(), Kernel("plain")]
+    if batch * shape.heads * shape.queries * shape.keys * dtype.itemsize > _MAX_SCORES_BYTES:
+        kernels = [Kernel()]
+    yield from sorted(
+        kernels, key=lambda kernel: kernel != default_kernel(device.type, dtype, shape.gradients)
+    )
+
+
+def _attention_run(
+    kernel: Kernel, shape: Shape, samples: int, heads: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """One attention as the U-Net calls it, from what the projections give to what they take, and its backward
+    pass.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    width = heads * shape.head_dim
+    leaves = [
+        torch.randn(samples, tokens, width, generator=generator, device=device, dtype=dtype).requires_grad_(
+            shape.gradients
+        )
+        for tokens in (shape.queries, shape.keys, shape.keys)
+    ]
+
+    def run() -> None:
+        with torch.set_grad_enabled(shape.gradients):
+            query, key, value = (leaf.unflatten(-1, (heads, -1)).transpose(1, 2) for leaf in leaves)
+            out = attend(kernel, query, key, value).transpose(1, 2).flatten(2)
+            if shape.gradients:
+                torch.autograd.grad(out, leaves, out.detach())
+
+    return run
+
+
+def _cut(
+    config: Mapping[str, Any], workload: Workload, flops: float, device: torch.device
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """A configuration and a shape [batch, c, h, w] whose pass is short enough to be timed.
+
+    First the batch is cut, then the coarser levels, which hold the most weights and the least work, then the
+    latent's sides.
+    """
+    budget = _PASS_FLOPS[device.type]
+    batch = max(1, min(workload.train_batch, int(workload.train_batch * budget / flops)))
+    flops *= batch / workload.train_batch
+    cut, (channels, height, width) = dict(config), workload.latent_shape
+    while flops > budget:
+        if (levels := len(cut["block_out_channels"])) > 1:
+            cut = _without_coarsest(cut, levels)
+        elif min(height, width) >= 32:
+            height, width = height // 2, width // 2
+        else:
+            break
+        flops, _ = survey(cut, Workload((channels, height, width), workload.text_tokens, batch, batch))
+    return cut, (batch, channels, height, width)
+
+
+def _without_coarsest(config: Mapping[str, Any], levels: int) -> dict[str, Any]:
+    """The configuration of a U-Net less its last level; lists with a value a level lose the last, those of
+    the way up the first.
+    """
+    upwards = ("up_block_types", "reverse_transformer_layers_per_block")
+    return {
+        key: (value[1:] if key in upwards else value[:-1])
+        if isinstance(value, list | tuple) and len(value) == levels
+        else value
+        for key, value in config.items()
+    }
+
+
+def _pass_run(
+    config: Mapping[str, Any], shape: tuple[int, ...], text_tokens: int, tuning: Tuning, device: torch.device
+) -> Callable[[], None]:
+    """A training pass of a U-Net with random weights and adapters of rank 16, and a drawing pass of the same
+    samples.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    unet: Any = _on_meta(config).to(DTYPES[tuning.precision]).to_empty(device=device).requires_grad_(False)
+    for parameter in unet.parameters():
+        bound = 1 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 1.0
+        parameter.uniform_(-bound, bound, generator=generator)
+    tuning.apply(unet)
+    arm = Arm(name="timed", rank=16, alpha=16, lr=1e-4, seed=0)
+    AdapterBank({"unet": unet}, resolve_targets(unet, REFERENCE_TARGETS), [arm]).attach()
+    sample = torch.randn(shape, generator=generator, device=device).to(unet.dtype)
+    text = torch.randn(shape[0], text_tokens, _text_width(unet), generator=generator, device=device).to(
+        unet.dtype
+    )
+    timesteps = torch.zeros(shape[0], dtype=torch.int64, device=device)
+
+    def run() -> None:
+        unet(sample, timesteps, text).sample.float().sum().backward()
+        with torch.no_grad():
+            unet(sample, timesteps, text)
+
+    return run
+
+
+def _on_meta(config: Mapping[str, Any]) -> torch.nn.Module:
+    """A U-Net of shapes alone."""
+    with torch.device("meta"):
+        return build_component("unet", config).eval()
+
+
+def _text_width(unet: Any) -> int:
+    width = unet.config.cross_attention_dim
+    return int(width if isinstance(width, int) else width[0])
+
+
+# -- timing --------------------------------------------------------------------------------------------------
+
+
+def race(runs: Mapping[T, Callable[[], None]], device: torch.device) -> dict[T, float]:
+    """The least seconds that each of these takes; what raises `RuntimeError`, as an absent kernel or full
+    memory does, is left out.
+
+    They are called in turns, so that a change in the machine's speed meets all, and the least is what other
+    processes disturbed least. On a GPU a CUDA graph of each is replayed: launching takes as long as small
+    kernels do.
+    """
+    ready = {}
+    for name, run in runs.items():
+        try:
+            ready[name] = _warmed(run, device)
+        except RuntimeError as error:
+            log.debug("tuning   %s cannot be used: %s", name, first_line(error))
+    times = dict.fromkeys(ready, math.inf)
+    started, rounds = time.perf_counter(), 0
+    while times and (rounds < 2 or (rounds < 20 and time.perf_counter() - started < 0.03)):
+        for name, run in ready.items():
+            before = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name] = min(times[name], time.perf_counter() - before)
+        rounds += 1
+    return times
+
+
+def _warmed(run: Callable[[], None], device: torch.device) -> Callable[[], Any]:
+    """The same, called before; on a GPU as ten replays of its CUDA graph."""
+    if device.type == "cpu":
+        run()
+        return run
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # as capturing demands
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def replay() -> None:
+        for _ in range(10):
+            graph.replay()
+
+    return replay
+
+
+# -- the device ----------------------------------------------------------------------------------------------
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or CPU's model."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16, as Linux lists them; torch before 2.13 cannot
+    say.
+    """
+    flags = {*_cpuinfo().get("flags", "").split(), *_cpuinfo().get("Features", "").split()}  # x86, ARM
+    return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo, empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+# -- what is remembered --------------------------------------------------------------------------------------
+
+
+def tuning_path() -> Path:
+    """`$XDG_CACHE_HOME/lorascope/tuning.json`, or `~/.cache/lorascope/tuning.json`."""
+    return user_cache_path("tuning.json")
+
+
+def _recall(key: Mapping[str, Any]) -> Tuning | None:
+    entry = _entries().get(digest_json(key))
+    return _parsed(entry, str(tuning_path()))
+
+
+def _remember(key: Mapping[str, Any], tuning: Tuning) -> None:
+    """Keep it for the next run; a cache that cannot be written is no reason to stop."""
+    entries = {**_entries(), digest_json(key): {"key": key, **tuning.to_json()}}
+    try:
+        write_json(tuning_path(), dict(list(entries.items())[-_MAX_REMEMBERED:]))
+    except StorageError as error:
+        log.debug("tuning   not remembered: %s", error)
+
+
+def _entries() -> dict[str, Any]:
+    try:
+        entries = read_json(tuning_path()) if tuning_path().exists() else {}
+    except (StorageError, RecursionError) as error:
+        log.debug("tuning   %s", first_line(error))
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _parsed(value: Any, place: str) -> Tuning | None:
+    """What stands in JSON; None where it is absent or, with a line in the log, damaged."""
+    try:
+        return None if value is None else Tuning.from_json(value)
+    except ValueError as error:
+        log.debug("tuning   %s: %s", place, error)
+        return None

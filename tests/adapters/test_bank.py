@@ -1,0 +1,252 @@
+"""The adapter: targets, exact no-op, PEFT equality, stacking, files."""
+
+import copy
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
+from lorascope.adapters.files import Adapter, LoraModule, load_adapter, save_adapter
+from lorascope.base.loading import Base
+from lorascope.config import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
+from lorascope.errors import AdapterError
+
+R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
+R8 = Arm(name="r8", rank=8, alpha=4, lr=1e-3, seed=0)
+
+
+def unet_inputs(samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(samples, 4, 8, 8, generator=generator),
+        torch.randint(1000, (samples,), generator=generator),
+        torch.randn(samples, 77, 32, generator=generator),
+    )
+
+
+def randomize(bank: AdapterBank) -> None:
+    """Give B values, so that the adapters do something; the padding of smaller ranks stays zero."""
+    generator = torch.Generator().manual_seed(2)
+    for layer in bank.layers.values():
+        for index, arm in enumerate(bank.arms):
+            up = layer.up.detach()[index, :, : min(arm.rank, layer.up.shape[2])]
+            up.copy_(torch.randn(up.shape, generator=generator) * 0.1)
+
+
+@pytest.fixture
+def bank(base: Base) -> AdapterBank:
+    return AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [R4, R8])
+
+
+def test_targets_are_the_linears_with_these_endings_in_the_unets_order(base: Base) -> None:
+    targets = resolve_targets(base.unet, REFERENCE_TARGETS)
+    expected = [
+        path
+        for path, module in base.unet.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and path.endswith(tuple("." + name for name in REFERENCE_TARGETS))
+    ]
+    assert [target.path for target in targets] == expected
+    assert len(targets) == 10 * sum(path.endswith("attn1.to_q") for path in expected)
+    assert count_parameters(targets, R4) == sum(4 * (t.down_shape[0] + t.out_features) for t in targets)
+
+
+def test_a_name_that_matches_nothing_is_refused(base: Base) -> None:
+    with pytest.raises(AdapterError, match="'to_w' matches no module"):
+        resolve_targets(base.unet, ["to_q", "to_w"])
+
+
+def test_the_reference_studys_geglu_is_refused_with_the_remedy(base: Base) -> None:
+    with pytest.raises(AdapterError, match=r"'ff.net.0' is a GEGLU .*use 'ff.net.0.proj'"):
+        resolve_targets(base.unet, ["ff.net.0"])
+
+
+def test_a_layer_that_is_neither_linear_nor_convolution_is_refused(base: Base) -> None:
+    with pytest.raises(AdapterError, match="'norm1' is a .*Norm .* not a Linear or Conv2d"):
+        resolve_targets(base.unet, ["norm1"])
+    odd = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(4, 4, 3, groups=2)})
+    with pytest.raises(AdapterError, match="convolution in groups"):
+        resolve_targets(odd, ["conv"])
+
+
+def test_patterns_name_layers_by_their_whole_path(base: Base) -> None:
+    paths = [target.path for target in resolve_targets(base.unet, ["*.resnets.*.conv1", "mid_block.*.to_q"])]
+    assert paths and all(
+        fnmatch(path, "*.resnets.*.conv1") or fnmatch(path, "mid_block.*.to_q") for path in paths
+    )
+    with pytest.raises(AdapterError, match=r"'up_blocks.\*.to_w' matches no module of the unet"):
+        resolve_targets(base.unet, ["up_blocks.*.to_w"])
+
+
+def test_a_group_has_its_own_rank_alpha_and_rate_and_takes_layers_over(base: Base) -> None:
+    section = AdapterSection(
+        targets=("to_q", "to_k"),
+        groups=(
+            TargetGroup(targets=("attn2.to_k", "proj_in"), rank=2, lr=1.0),
+            TargetGroup(component="text_encoder", targets=("fc1",), alpha=3),
+        ),
+    )
+    targets = {target.name: target for target in resolve_section(base.components, section)}
+    assert len(targets) == len(resolve_section(base.components, section))
+    by_kind = {
+        kind: next(t for name, t in targets.items() if name.endswith(kind))
+        for kind in ("attn1.to_k", "attn2.to_k", "proj_in", "fc1")
+    }
+    assert {kind: (t.rank(R8), t.alpha(R8), t.lr(R8)) for kind, t in by_kind.items()} == {
+        "attn1.to_k": (8, 4, 1e-3),
+        "attn2.to_k": (2, 1, 1.0),  # the arm's scale of a half is kept
+        "proj_in": (2, 1, 1.0),
+        "fc1": (8, 3, 1e-3),
+    }
+    bank = AdapterBank(base.components, list(targets.values()), [R4, R8])
+    for index, arm in enumerate(bank.arms):
+        stored = sum(m.down.numel() + m.up.numel() for m in bank.adapter(index).modules.values())
+        assert stored == count_parameters(bank.targets, arm)
+    twice = AdapterSection(
+        targets=("to_q",), groups=(TargetGroup(targets=("to_v",)), TargetGroup(targets=("attn1.to_v",)))
+    )
+    with pytest.raises(AdapterError, match="is named by two groups"):
+        resolve_section(base.components, twice)
+
+
+def test_a_fresh_adapter_is_an_exact_no_op(base: Base, bank: AdapterBank) -> None:
+    noisy, timesteps, text = unet_inputs(4)
+    with torch.no_grad():
+        plain = base.unet(noisy, timesteps, text).sample
+        bank.attach()
+        adapted = base.unet(noisy, timesteps, text).sample
+    assert torch.equal(plain, adapted)
+
+
+def test_strength_zero_is_exactly_the_base(base: Base, bank: AdapterBank) -> None:
+    randomize(bank)
+    noisy, timesteps, text = unet_inputs(4)
+    with torch.no_grad():
+        plain = base.unet(noisy, timesteps, text).sample
+        bank.attach().select([Slice(1, 0.0), Slice(1)])
+        adapted = base.unet(noisy, timesteps, text).sample
+    assert torch.equal(plain[:2], adapted[:2])
+    assert not torch.allclose(plain[2:], adapted[2:], atol=1e-3)
+
+
+def test_detach_gives_the_base_back(base: Base, bank: AdapterBank) -> None:
+    before = dict(base.unet.named_modules())
+    bank.attach()
+    bank.detach()
+    assert dict(base.unet.named_modules()) == before
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    "targets",
+    [REFERENCE_TARGETS, ("to_q", "proj_in", "proj_out", "conv1", "downsamplers.0.conv")],
+    ids=["linear", "conv"],
+)
+def test_forward_and_gradients_equal_peft(base: Base, index: int, targets: tuple[str, ...]) -> None:
+    """PEFT with the same weights gives the same output and the same gradients of A and B."""
+    bank = AdapterBank(base.components, resolve_targets(base.unet, targets), [R4, R8])
+    randomize(bank)
+    arm = bank.arms[index]
+    peft_unet = get_peft_model(
+        copy.deepcopy(base.unet),
+        LoraConfig(r=arm.rank, lora_alpha=int(arm.alpha), target_modules=list(targets)),
+    )
+    names = {}
+    for name, module in bank.adapter(index).modules.items():
+        path = name.removeprefix("unet.")
+        names[f"base_model.model.{path}.lora_A.default.weight"] = module.down
+        names[f"base_model.model.{path}.lora_B.default.weight"] = module.up
+    missing = peft_unet.load_state_dict(names, strict=False)
+    assert not missing.unexpected_keys
+    noisy, timesteps, text = unet_inputs(2)
+    theirs = peft_unet(noisy, timesteps, text).sample
+    theirs.square().mean().backward()
+    bank.attach()
+    bank.select([Slice(index)])
+    ours = base.unet(noisy, timesteps, text).sample
+    ours.square().mean().backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    gradients = dict(peft_unet.named_parameters())
+    for name, layer in bank.layers.items():
+        assert layer.down.grad is not None and layer.up.grad is not None
+        for mine, kind in (
+            (layer.down.grad[index, : arm.rank], "A"),
+            (layer.up.grad[index, :, : arm.rank], "B"),
+        ):
+            reference = gradients[
+                f"base_model.model.{name.removeprefix('unet.')}.lora_{kind}.default.weight"
+            ].grad
+            assert reference is not None
+            torch.testing.assert_close(mine, reference.view_as(mine), rtol=1e-3, atol=1e-6)
+
+
+def test_each_slice_of_a_stack_equals_its_adapter_alone(base: Base, bank: AdapterBank) -> None:
+    randomize(bank)
+    noisy, timesteps, text = unet_inputs(3)
+    bank.attach()
+    with torch.no_grad():
+        bank.select([Slice(0), Slice(1, 0.5), Slice(0, 0.0)])
+        stacked = base.unet(noisy.repeat(3, 1, 1, 1), timesteps.repeat(3), text.repeat(3, 1, 1)).sample
+        for position, item in enumerate([Slice(0), Slice(1, 0.5), Slice(0, 0.0)]):
+            bank.select([item])
+            alone = base.unet(noisy, timesteps, text).sample
+            torch.testing.assert_close(stacked[position * 3 : position * 3 + 3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_smaller_rank_starts_as_the_first_rows_of_a_larger_one(bank: AdapterBank) -> None:
+    for layer in bank.layers.values():
+        assert torch.equal(layer.down[0, :4], layer.down[1, :4])
+        assert layer.down.detach()[1].abs().max() <= layer.layer.in_features**-0.5
+        assert not layer.down.detach()[0, 4:].any() and not layer.up.detach().any()
+
+
+def test_a_folder_of_ours_round_trips_exactly_and_peft_and_diffusers_load_it(
+    base: Base, bank: AdapterBank, tmp_path: Path
+) -> None:
+    randomize(bank)
+    folder = tmp_path / "r8"
+    size = save_adapter(bank.adapter(1), folder, "peft", "fp32").num_bytes
+    assert (
+        size == (folder / "adapter_model.safetensors").stat().st_size > 4 * count_parameters(bank.targets, R8)
+    )
+    other = AdapterBank(base.components, bank.targets, [R8])
+    other.load(0, load_adapter(folder))
+    theirs = other.adapter(0).modules
+    for name, module in bank.adapter(1).modules.items():
+        assert torch.equal(module.down, theirs[name].down) and torch.equal(module.up, theirs[name].up)
+        assert module.alpha == theirs[name].alpha == 4.0
+
+    noisy, timesteps, text = unet_inputs(2)
+    with torch.no_grad():
+        bank.attach().select([Slice(1)])
+        ours = base.unet(noisy, timesteps, text).sample
+        bank.detach()
+        by_peft = PeftModel.from_pretrained(copy.deepcopy(base.unet), str(folder))(
+            noisy, timesteps, text
+        ).sample
+        torch.testing.assert_close(by_peft, ours, rtol=1e-4, atol=1e-5)
+        pipeline = StableDiffusionPipeline.from_pretrained(base.folder, safety_checker=None)
+        pipeline.unet.load_lora_adapter(
+            str(folder), weight_name="adapter_model.safetensors", prefix="base_model.model"
+        )
+        torch.testing.assert_close(pipeline.unet(noisy, timesteps, text).sample, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_other_targets_shapes_or_alpha_is_refused(bank: AdapterBank) -> None:
+    modules = bank.adapter(0).modules
+    name, module = next(iter(modules.items()))
+
+    def load(changed: dict[str, LoraModule]) -> None:
+        bank.load(0, Adapter(changed, "peft", {}, ()))
+
+    with pytest.raises(AdapterError, match="1 layers do not match the targets"):
+        load({key: item for key, item in modules.items() if key != name})
+    with pytest.raises(AdapterError, match="has shapes"):
+        load({**modules, name: replace(module, down=module.down[:1])})
+    with pytest.raises(AdapterError, match="has scale 4, the arm 2"):
+        load({**modules, name: replace(module, alpha=16.0)})

@@ -1,0 +1,469 @@
+"""What leaves a run: metadata, files of a run, conversion, merged models."""
+
+import copy
+import datetime
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+
+from lorascope.adapters.bank import AdapterBank, Slice, resolve_section
+from lorascope.adapters.export import (
+    convert,
+    export_arm,
+    kohya_metadata,
+    merge_weights,
+    merged_into,
+    plain_name,
+    require_free,
+    tag_frequency,
+    write_study_files,
+)
+from lorascope.adapters.files import Adapter, Layout, LoraModule, load_adapter, save_adapter
+from lorascope.base.loading import Base, load_base
+from lorascope.base.weights import read_header
+from lorascope.config import (
+    AdapterSection,
+    Arm,
+    BaseSection,
+    SampleSection,
+    StudyConfig,
+    TargetGroup,
+    load_study,
+)
+from lorascope.errors import AdapterError, ConfigError
+from lorascope.evaluation.prompts import Prompt
+from lorascope.evaluation.sampling import Job, draw_pictures, initial_noise
+from lorascope.store import RunDir, write_json
+from random_adapters import (
+    ATTENTION,
+    layers_of,
+    load_pipeline,
+    plain_lora_modules,
+    random_adapter,
+    random_module,
+)
+
+STARTED = datetime.datetime(2026, 5, 4, 3, 2, 1, tzinfo=datetime.UTC)
+
+
+def header_of(path: Path) -> dict[str, str]:
+    return read_header(path).metadata
+
+
+# -- metadata ------------------------------------------------------------------------------------------------
+
+
+def sd15_adapter(**changes: LoraModule) -> Adapter:
+    """An adapter of rank 2 and alpha 4 on a few layers of Stable Diffusion v1.5's shapes."""
+    wanted = (f"unet.{ATTENTION}.to_q", "unet.mid_block.attentions.0.proj_in")
+    return random_adapter(
+        {path: shape for path, shape in plain_lora_modules().items() if path in wanted}, alpha=4.0, rank=2
+    )
+
+
+def test_the_metadata_are_those_of_the_field() -> None:
+    training = {"ss_tag_frequency": {"set": {"red": 2}}, "ss_learning_rate": 1e-4, "ss_min_snr_gamma": None}
+    metadata = kohya_metadata(
+        sd15_adapter(),
+        "paper-r2",
+        training,
+        started=STARTED,
+        resolution_px=512,
+        prediction_type="v_prediction",
+    )
+    assert metadata == {
+        "ss_output_name": "paper-r2",
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "4.0",
+        "ss_network_args": "{}",
+        "ss_resolution": "(512, 512)",
+        "ss_tag_frequency": '{"set": {"red": 2}}',
+        "ss_learning_rate": "0.0001",
+        "ss_min_snr_gamma": "None",
+        "ss_training_started_at": "1777863721.0",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "paper-r2",
+        "modelspec.resolution": "512x512",
+        "modelspec.prediction_type": "v",
+        "modelspec.date": "2026-05-04T03:02:01+00:00",
+    }
+
+
+def test_convolutions_cores_and_other_models_are_declared() -> None:
+    generator = torch.Generator().manual_seed(0)
+    conv = random_module((320, 320, 3, 3), 3, 1.5, generator)
+    path = "unet.down_blocks.0.resnets.0.conv1"
+    own = kohya_metadata(Adapter({**sd15_adapter().modules, path: conv}, "kohya", {}), "a")
+    assert own["ss_network_dim"] == own["ss_network_alpha"] == "Dynamic"
+    assert json.loads(own["ss_network_args"]) == {"conv_dim": "3", "conv_alpha": "1.5"}
+    core = LoraModule(conv.down[:, :, :1, :1], conv.up, 1.5, mid=torch.ones(3, 3, 3, 3))
+    tucker = kohya_metadata(Adapter({path: core}, "kohya", {}), "a")
+    assert (
+        tucker["ss_network_module"] == "lycoris.kohya"
+        and json.loads(tucker["ss_network_args"])["use_tucker"] == "True"
+    )
+    small = kohya_metadata(Adapter({path: random_module((8, 8, 3, 3), 3, 1.5, generator)}, "kohya", {}), "a")
+    assert small["ss_base_model_version"] == "other" and small["modelspec.architecture"] == "other/lora"
+
+
+def test_tags_are_counted_by_frequency_and_name() -> None:
+    assert list(tag_frequency(["red, house", "house,", "blue , red"]).items()) == [
+        ("house", 2),
+        ("red", 2),
+        ("blue", 1),
+    ]
+    assert len(tag_frequency([f"caption {index}" for index in range(5000)])) == 1000
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a\nb", "x" * 101, ".hidden", "a<b>"])
+def test_names_that_are_no_file_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--name .*use letters"):
+        plain_name(name)
+
+
+# -- files of a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(base: Base, pipeline_folder: Path, tmp_path: Path) -> tuple[RunDir, StudyConfig]:
+    """A run folder with a trained arm r4 and its best adapter, and an arm r8 that failed."""
+    export = '[export]\nformats=["kohya","diffusers"]\ndtype="fp32"\n'
+    text = f'name="cats"\nbase.model="{pipeline_folder}"\n[[arms]]\nrank=[4,8]\nalpha=2\n{export}'
+    (tmp_path / "cats.toml").write_text(text)
+    config = load_study(tmp_path / "cats.toml", environment={})
+    run_dir = RunDir(tmp_path / "run")
+    bank = AdapterBank(
+        base.components, resolve_section(base.components, AdapterSection()), config.expand_arms()[:1]
+    )
+    bank.parameters.normal_(generator=torch.Generator().manual_seed(0))
+    folder = run_dir.adapters_dir / "r4"
+    save_adapter(bank.adapter(0), folder, "peft", "fp32")
+    bank.parameters.mul_(2)
+    save_adapter(bank.adapter(0), folder / "best", "peft", "fp32")
+    write_json(folder / "training.json", {"steps": 12, "epochs": 3})
+    write_json(
+        run_dir.data_json, {"num_train": 2, "train": [{"caption": "a cat"}, {"caption": "a cat, red"}]}
+    )
+    write_json(
+        run_dir.manifest_json, {"started": STARTED.isoformat(), "base": {"prediction_type": "epsilon"}}
+    )
+    return run_dir, config
+
+
+def test_a_study_leaves_its_files_beside_the_adapter(run: tuple[RunDir, StudyConfig]) -> None:
+    run_dir, config = run
+    written = write_study_files(run_dir, config, config.expand_arms()[0])
+    folder = run_dir.adapters_dir / "r4"
+    assert [item.path for item in written] == [
+        folder / "cats-r4.safetensors",
+        folder / "cats-r4-diffusers.safetensors",
+    ]
+    metadata = header_of(written[0].path)
+    assert metadata["ss_output_name"] == metadata["modelspec.title"] == "cats-r4"
+    assert (
+        metadata["ss_num_train_images"] == "2"
+        and metadata["ss_max_train_steps"] == "12"
+        and metadata["ss_learning_rate"] == "0.0001"
+    )
+    assert json.loads(metadata["ss_tag_frequency"]) == {"pocket": {"a cat": 2, "red": 1}}
+    assert float(metadata["ss_training_started_at"]) == STARTED.timestamp() and "sshs_model_hash" in metadata
+    source = load_adapter(folder)
+    for item in written:
+        loaded = load_adapter(item.path)
+        assert loaded.modules.keys() == source.modules.keys() and {
+            module.alpha for module in loaded.modules.values()
+        } == {2.0}
+    before = written[0].path.read_bytes()
+    write_study_files(run_dir, config, config.expand_arms()[0])
+    assert written[0].path.read_bytes() == before
+
+
+def test_a_format_that_cannot_hold_the_adapter_is_only_a_warning(
+    run: tuple[RunDir, StudyConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir, config = run
+    adapter = Adapter(
+        {"unet.class_embedding.linear_1": LoraModule(torch.ones(1, 2), torch.ones(2, 1), None)}, "peft", {}
+    )
+    save_adapter(adapter, run_dir.adapters_dir / "r4", "peft", "fp32")
+    written = write_study_files(run_dir, config, config.expand_arms()[0])
+    assert [item.path.name for item in written] == ["cats-r4-diffusers.safetensors"]
+    assert (
+        "export   r4: no kohya file: 'unet.class_embedding.linear_1': no layer of a Stable Diffusion v1 model"
+        in caplog.text
+    )
+
+
+def test_an_arm_is_exported_by_name_and_checkpoint(run: tuple[RunDir, StudyConfig], tmp_path: Path) -> None:
+    run_dir, config = run
+    last = export_arm(run_dir, config, "r4", "kohya", tmp_path / "last.safetensors", "fp32")
+    best = export_arm(
+        run_dir, config, "r4", "kohya", tmp_path / "best.safetensors", "fp32", checkpoint="best"
+    )
+    assert header_of(best.path)["ss_output_name"] == "cats-r4-best"
+    for path, module in load_adapter(last.path).modules.items():
+        assert torch.equal(load_adapter(best.path).modules[path].down, 2 * module.down)
+    assert any("do not fit Stable Diffusion v1.5" in note for note in last.notes)
+    with pytest.raises(ConfigError, match="--arm 'r9': not an arm of this run: choose one of r4, r8"):
+        export_arm(run_dir, config, "r9", "kohya")
+    with pytest.raises(
+        ConfigError, match="no last adapter of arm 'r8' here: train it, or choose one that did not fail"
+    ):
+        export_arm(run_dir, config, "r8", "kohya")
+    with pytest.raises(ConfigError, match="no best adapter of arm 'r8' here .train.keep_best keeps it"):
+        export_arm(run_dir, config, "r8", "kohya", checkpoint="best")
+
+
+def test_nothing_is_overwritten_unasked(run: tuple[RunDir, StudyConfig], tmp_path: Path) -> None:
+    run_dir, config = run
+    out = tmp_path / "a.safetensors"
+    out.write_text("precious")
+    with pytest.raises(ConfigError, match="exists: name another path, or replace it with --force"):
+        export_arm(run_dir, config, "r4", "kohya", out)
+    assert out.read_text() == "precious"
+    export_arm(run_dir, config, "r4", "kohya", out, force=True)
+    load_adapter(out)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("precious")
+    with pytest.raises(
+        ConfigError, match="is a folder without a model or an adapter in it, which --force does not replace"
+    ):
+        export_arm(run_dir, config, "r4", "merged-diffusers", tmp_path / "folder", force=True)
+    require_free(run_dir.adapters_dir / "r4", force=True)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("alpha", [2.0, 4.0, 8.0], ids=["below", "equal", "above"])
+def test_diffusers_draws_from_our_file_what_we_draw_from_the_bank(
+    base: Base, tmp_path: Path, layout: Layout, alpha: float
+) -> None:
+    """The bank's own picture, guidance and scheduler included, for alpha below, at and above the rank."""
+    arm = Arm(name="r4", rank=4, alpha=alpha, lr=1e-3, seed=0)
+    bank = AdapterBank(base.components, resolve_section(base.components, AdapterSection()), [arm])
+    bank.parameters.normal_(generator=torch.Generator().manual_seed(3)).mul_(0.1)
+    save_adapter(bank.adapter(0), tmp_path / "a.safetensors", layout, "fp32")
+    job, section, shape = (
+        Job(Prompt("normal", 0, "a red house"), 5),
+        SampleSection(steps=3, guidance=5.0),
+        (4, 8, 8),
+    )
+    bank.attach()
+    try:
+        _, ours = draw_pictures(base, bank, [Slice(0)], [job], shape, section)
+    finally:
+        bank.detach()
+    pipeline = load_pipeline(base.folder)
+    pipeline.load_lora_weights(str(tmp_path / "a.safetensors"))
+    theirs = pipeline(
+        "a red house",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        latents=initial_noise(job, shape)[None],
+        output_type="latent",
+        height=32,
+        width=32,
+    ).images
+    torch.testing.assert_close(ours.flatten(0, -4), theirs, rtol=1e-3, atol=1e-3)
+
+
+# -- conversion ----------------------------------------------------------------------------------------------
+
+
+def test_conversion_keeps_training_metadata_and_takes_a_new_name(tmp_path: Path) -> None:
+    metadata = {
+        "ss_output_name": "theirs",
+        "ss_tag_frequency": "{}",
+        "sshs_model_hash": "stale",
+        "modelspec.author": "someone",
+        "x": "y",
+    }
+    save_adapter(sd15_adapter(), tmp_path / "a.safetensors", "diffusers", "fp32", metadata)
+    written = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", "fp32", name="mine")
+    found = header_of(written.path)
+    assert found["ss_output_name"] == found["modelspec.title"] == "mine"
+    assert (
+        found["ss_tag_frequency"] == "{}"
+        and found["modelspec.author"] == "someone"
+        and found["sshs_model_hash"] != "stale"
+    )
+    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora" and not written.notes
+    assert "lora_adapter_metadata" not in found  # beside alpha tensors it makes diffusers raise
+    convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "kohya")
+    assert header_of(tmp_path / "c.safetensors")["ss_output_name"] == "theirs"
+    save_adapter(
+        sd15_adapter(), tmp_path / "odd.safetensors", "kohya", "fp32", {"ss_output_name": "../a<b>\x1b[31m."}
+    )
+    convert(tmp_path / "odd.safetensors", tmp_path / "e.safetensors", "kohya")
+    assert plain_name(header_of(tmp_path / "e.safetensors")["ss_output_name"]) == "_a_b_31m_"
+    with pytest.raises(ConfigError, match="--format merged-ldm: needs the model to merge into: give --base"):
+        convert(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "merged-ldm")
+
+
+# -- merging -------------------------------------------------------------------------------------------------
+
+
+def bank_on(base: Base, section: AdapterSection) -> AdapterBank:
+    bank = AdapterBank(
+        base.components,
+        resolve_section(base.components, section),
+        [Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)],
+    )
+    bank.parameters.normal_(generator=torch.Generator().manual_seed(3)).mul_(0.1)
+    return bank
+
+
+def unet_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.randint(1000, (2,), generator=generator)
+
+
+def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base) -> None:
+    """Convolutions and the text encoder too."""
+    group = TargetGroup(component="text_encoder", targets=("fc1",))
+    bank = bank_on(base, AdapterSection(targets=("to_q", "ff.net.2", "conv1", "proj_in"), groups=(group,)))
+    before = {
+        name: {key: tensor.clone() for key, tensor in part.state_dict().items()}
+        for name, part in base.components.items()
+    }
+    places = {
+        key: weight.data_ptr() for part in base.components.values() for key, weight in part.named_parameters()
+    }
+    tokens, (noisy, timesteps) = base.tokenize(["a rocket", "a snail"]), unet_inputs()
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt), merged_into(base, bank.adapter(0)) as report:
+        merged_text = base.text_states(tokens)
+        merged = base.unet(noisy, timesteps, merged_text).sample
+        raise KeyboardInterrupt
+    assert report.num_modules == len(bank.targets) and report.rounding < 1e-6
+    for name, part in base.components.items():
+        assert all(torch.equal(tensor, before[name][key]) for key, tensor in part.state_dict().items())
+        assert all(weight.data_ptr() == places[key] for key, weight in part.named_parameters()), (
+            "the very same tensors"
+        )
+    with torch.no_grad():
+        bank.attach()
+        text = base.text_states(tokens)
+        unmerged = base.unet(noisy, timesteps, text).sample
+        bank.detach()
+        torch.testing.assert_close(merged_text, text, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(base.unet(noisy, timesteps, text).sample, unmerged, rtol=1e-2, atol=1e-2)
+
+
+def test_strength_scales_the_update_and_half_precision_tells_its_cost() -> None:
+    state = {"unet.conv_in.weight": torch.randn(8, 4, 3, 3), "unet.conv_in.bias": torch.ones(8)}
+    adapter = random_adapter({"unet.conv_in": (8, 4, 3, 3)})
+    update = adapter.modules["unet.conv_in"].update()
+    merged, report = merge_weights(state, adapter, strength=-0.5)
+    torch.testing.assert_close(merged["unet.conv_in.weight"], state["unet.conv_in.weight"] - 0.5 * update)
+    assert merged["unet.conv_in.bias"] is state["unet.conv_in.bias"] and report.rounding == 0
+    merged, report = merge_weights(state, adapter, dtype=torch.float16)
+    exact = state["unet.conv_in.weight"] + update
+    assert merged["unet.conv_in.weight"].dtype == torch.float16
+    assert report.rounding == pytest.approx(
+        float((exact.half().float() - exact).norm() / update.norm()), rel=1e-3
+    )
+
+
+def test_a_merge_that_does_not_fit_is_refused(base: Base) -> None:
+    state = {f"unet.{key}": value for key, value in base.unet.state_dict().items()}
+    missing = random_adapter({"unet.down_blocks.7.proj_in": (4, 4, 1, 1)})
+    with pytest.raises(
+        AdapterError, match=r"the base lacks 1 of 1 adapted layers, the first is unet.down_blocks.7.proj_in"
+    ):
+        merge_weights(state, missing)
+    with pytest.raises(
+        AdapterError,
+        match=(
+            r"unet.conv_in: the adapter is for a weight of shape \[8, 4, 3, 3\], the base's is \[16, "
+            r"4, 3, "
+            r"3\]"
+        ),
+    ):
+        merge_weights(state, random_adapter({"unet.conv_in": (8, 4, 3, 3)}))
+    huge = {"unet.conv_in": LoraModule(torch.full((1, 4, 3, 3), 1e5), torch.ones(16, 1, 1, 1), None)}
+    with pytest.raises(AdapterError, match="beyond the range of torch.float16: choose bf16 or fp32"):
+        merge_weights(state, Adapter(huge, "kohya", {}), dtype=torch.float16)
+    with pytest.raises(AdapterError, match="the base lacks"):
+        bank = bank_on(base, AdapterSection()).attach()
+        with merged_into(base, bank.adapter(0)):
+            pass
+
+
+def test_dora_merges_as_peft_merges_it(base: Base, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["to_q", "conv1"], use_dora=True, init_lora_weights=False
+    )
+    model = peft.get_peft_model(copy.deepcopy(base.unet), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.1)
+    model.save_pretrained(str(tmp_path / "dora"))
+    expected: UNet2DConditionModel = model.merge_and_unload()
+    with merged_into(base, load_adapter(tmp_path / "dora")):
+        for key, tensor in base.unet.state_dict().items():
+            torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_models_hold_the_adapter_and_refuse_it_a_second_time(
+    run: tuple[RunDir, StudyConfig], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    run_dir, config = run
+    written = export_arm(run_dir, config, "r4", "merged-diffusers", tmp_path / "model", "fp32")
+    assert "modules merged in float32" in written.notes[0] and len(written.notes) == 1
+    pipeline, plain = load_pipeline(tmp_path / "model"), load_pipeline(pipeline_folder)
+    adapter = load_adapter(run_dir.adapters_dir / "r4")
+    ours, theirs = layers_of(plain), layers_of(pipeline)
+    for path, module in adapter.modules.items():
+        torch.testing.assert_close(
+            theirs[path].weight, ours[path].weight + module.update(), rtol=1e-5, atol=1e-5
+        )
+    save_adapter(adapter, tmp_path / "a.safetensors", "diffusers", "fp32")
+    with pytest.raises(
+        AdapterError, match="has this adapter merged in already: merge into the model it was trained on"
+    ):
+        convert(
+            tmp_path / "a.safetensors", tmp_path / "twice", "merged-diffusers", base=str(tmp_path / "model")
+        )
+    export_arm(run_dir, config, "r4", "merged-diffusers", tmp_path / "model", "fp16", force=True)
+    assert (
+        load_pipeline(tmp_path / "model").unet.dtype == torch.float32
+    )  # diffusers' default, whatever the file's
+    tensors = safetensors.torch.load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_one_checkpoint_file_holds_the_merged_model(run: tuple[RunDir, StudyConfig], tmp_path: Path) -> None:
+    run_dir, config = run
+    written = export_arm(run_dir, config, "r4", "merged-ldm", tmp_path / "model.safetensors", "fp32")
+    tensors = safetensors.torch.load_file(written.path)
+    metadata = header_of(written.path)
+    assert (
+        metadata["modelspec.architecture"] == "other" and "only lorascope reads this file" in written.notes[1]
+    )  # tiny, not v1.5
+    assert len(json.loads(metadata["lorascope_merged"])) == 1
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    pipeline = load_pipeline(Path(config.base.model))
+    module = load_adapter(run_dir.adapters_dir / "r4").modules[f"unet.{ATTENTION}.to_q"]
+    layer = pipeline.unet.get_submodule(f"{ATTENTION}.to_q")
+    torch.testing.assert_close(tensors[name], layer.weight + module.update(), rtol=1e-5, atol=1e-5)
+    assert {key.split(".")[0] for key in tensors} == {"model", "first_stage_model", "cond_stage_model"}
+    base = load_base(BaseSection(model=str(written.path)), torch.device("cpu"))
+    torch.testing.assert_close(
+        base.unet.get_submodule(f"{ATTENTION}.to_q").weight, tensors[name], rtol=0, atol=0
+    )
+    save_adapter(load_adapter(run_dir.adapters_dir / "r4"), tmp_path / "a.safetensors", "kohya", "fp16")
+    with pytest.raises(AdapterError, match="has this adapter merged in already"):
+        convert(
+            tmp_path / "a.safetensors", tmp_path / "twice.safetensors", "merged-ldm", base=str(written.path)
+        )

@@ -1,0 +1,880 @@
+"""Sources: every kind on real files, columns, captions, splits and repeats."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorascope.config import DataSection
+from lorascope.data.dataset import Example, check_source, load_dataset, pictures, prepare_data, sources
+from lorascope.data.sources import open_source
+from lorascope.errors import DataError, HubError
+from samples import (
+    add_member,
+    captions,
+    count_words,
+    encode,
+    pixels,
+    plain,
+    prepare,
+    section,
+    shard_of,
+    write,
+    write_pictures,
+    write_shard,
+)
+
+
+def test_parquet_file(tmp_path: Path) -> None:
+    rows = plain(20)
+    dataset = prepare(write(tmp_path / "train-0.parquet", rows))
+    assert len(dataset.train) == 18
+    assert len(dataset.heldout) == 2
+    for example in (*dataset.train, *dataset.heldout):
+        file, index = example.id.split("#")
+        assert file == "train-0.parquet"
+        image, caption = rows[int(index)]
+        assert example.caption == caption
+        assert example.digest == hashlib.sha256(image).hexdigest()
+        loaded = dataset.load_pixels(example)
+        assert loaded.dtype == np.uint8
+        np.testing.assert_array_equal(loaded, pixels(int(caption.split()[1])))
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+def test_folder_with_declared_splits(tmp_path: Path, place: str) -> None:
+    write(tmp_path / place / "train-00000-of-00002.parquet", plain(4))
+    write(tmp_path / place / "train-00001-of-00002.parquet", plain(4, 10))
+    write(tmp_path / place / "test.parquet", plain(2, 20))
+    write(tmp_path / place / "validation_1.parquet", plain(2, 30))
+    dataset = prepare(tmp_path)
+    assert captions(dataset.heldout) == {"picture 20", "picture 21", "picture 30", "picture 31"}
+    assert len(dataset.train) == 8
+    assert dataset.summary["split"] == "the source's own: test, validation"
+    assert {example.id.split("#")[0] for example in dataset.heldout} == {
+        "test.parquet",
+        "validation_1.parquet",
+    }
+
+
+def test_only_a_test_split_is_drawn_from_like_any_other(tmp_path: Path) -> None:
+    write(tmp_path / "test.parquet", plain(10))
+    write(tmp_path / "testimony.parquet", plain(0))
+    dataset = prepare(tmp_path)
+    assert (len(dataset.train), len(dataset.heldout)) == (9, 1)
+    assert dataset.summary["split"].startswith("0.1 of the pictures")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_plain_bytes_and_other_column_names(tmp_path: Path, kind: Any, text: Any) -> None:
+    rows = plain(4)
+    table = pa.table(
+        {
+            "jpg": pa.array([image for image, _ in rows], kind),
+            "prompt": pa.array([caption for _, caption in rows]).cast(text),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    dataset = prepare(tmp_path / "a.parquet", image_column="jpg", caption_column="prompt")
+    assert captions((*dataset.train, *dataset.heldout)) == {f"picture {seed}" for seed in range(4)}
+
+
+def test_pocket() -> None:
+    dataset = prepare_data(DataSection(num_train=20, num_heldout=10), count_words)
+    assert (dataset.summary["source"], len(dataset.train), len(dataset.heldout)) == ("pocket", 20, 10)
+    assert dataset.load_pixels(dataset.train[0]).shape == (64, 64, 3)
+
+
+def test_pocket_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_POCKET_DIR", tmp_path)
+    with pytest.raises(DataError, match="missing from this installation: install lorascope again"):
+        prepare("pocket")
+
+
+def test_picture_folder_with_sidecars(tmp_path: Path) -> None:
+    write_pictures(
+        tmp_path, ["1.png", "cats/2.PNG", "cats/3.jpg", "4.png", "5.png", ".hidden/6.png", "._1.png"]
+    )
+    (tmp_path / "1.txt").write_text("\ufeffone", encoding="utf-8")
+    (tmp_path / "1.caption").write_text("not this")
+    (tmp_path / "cats/2.caption").write_text("two\n")
+    (tmp_path / "cats/3.txt").write_text("three")
+    (tmp_path / "4.txt").write_bytes(b"caf\xe9")
+    dataset = prepare(tmp_path)
+    examples = (*dataset.train, *dataset.heldout)
+    assert {example.id: example.caption for example in examples} == {
+        "1.png": "one",
+        "cats/2.PNG": "two",
+        "cats/3.jpg": "three",
+    }
+    assert dataset.summary["refused"] == [
+        {"id": "4.png", "reason": "4.txt cannot be read as UTF-8 text"},
+        {"id": "5.png", "reason": "no caption"},
+    ]
+    assert [example.id for example in dataset.in_storage_order(examples)] == [
+        "1.png",
+        "cats/2.PNG",
+        "cats/3.jpg",
+    ]
+    two = next(example for example in examples if example.caption == "two")
+    np.testing.assert_array_equal(dataset.load_pixels(two), pixels(1))
+
+
+def test_picture_folder_with_splits(tmp_path: Path) -> None:
+    names = ["train/1.png", "train/2.png", "test/3.png"]
+    write_pictures(tmp_path, [*names, "test-4.png", "tests/5.png"])
+    for path in list(tmp_path.rglob("*.png")):
+        path.with_suffix(".txt").write_text(path.stem)
+    dataset = prepare(tmp_path)
+    assert captions(dataset.heldout) == {"3"}
+    assert captions(dataset.train) == {"1", "2", "test-4", "5"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_picture_folder_with_metadata(tmp_path: Path, kind: str, column: str) -> None:
+    write_pictures(tmp_path, ["1.png", "cats/2.png", "3.png", "cats/4.png"])
+    (tmp_path / "3.txt").write_text("not read where there is metadata")
+    records: list[dict[str, Any]] = [
+        {"file_name": "1.png", column: "one, or\nfirst"},
+        {"file_name": "./cats/2.png", column: "two"},
+        {"file_name": "cats/4.png", column: "four"},
+        {"file_name": "missing.png", column: "five"},
+        {"file_name": "1.png", column: "again"},
+        {"file_name": "../outside.png", column: "six"},
+        {"file_name": "/absolute.png", column: "seven"},
+    ]
+    path = tmp_path / f"metadata.{kind}"
+    if kind == "jsonl":
+        path.write_text("\ufeff" + "\n\n".join(map(json.dumps, records)), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["file_name", column])
+            writer.writeheader()
+            writer.writerows(records)
+    dataset = prepare(tmp_path, caption_column=column if column == "prompt" else "text")
+    found = {example.id: example.caption for example in (*dataset.train, *dataset.heldout)}
+    assert found == {"1.png": "one, or\nfirst", "cats/2.png": "two", "cats/4.png": "four"}
+    lines = (9, 11, 13) if kind == "jsonl" else (7, 8, 9)
+    assert [(entry["id"], entry["reason"]) for entry in dataset.summary["refused"]] == [
+        ("missing.png", "the picture is not there"),
+        (f"metadata.{kind}#{lines[0]}", "1.png was named before"),
+        (f"metadata.{kind}#{lines[1]}", "file_name = '../outside.png' does not name a file in this folder"),
+        (f"metadata.{kind}#{lines[2]}", "file_name = '/absolute.png' does not name a file in this folder"),
+        ("3.png", "no caption"),
+    ]
+
+
+def test_metadata_in_subfolders_names_pictures_beside_it(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["train/1.png", "train/2.png", "test/1.png"])
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\n1.png,one\n2.png,two\n")
+    (tmp_path / "test/metadata.csv").write_text("file_name,text\n1.png,three\n")
+    dataset = prepare(tmp_path)
+    assert (captions(dataset.train), captions(dataset.heldout)) == ({"one", "two"}, {"three"})
+
+
+def test_a_source_given_through_parent_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "pictures", ["1.png", "2.png"])
+    (tmp_path / "pictures/metadata.csv").write_text("file_name,text\n1.png,one\n2.png,two\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(prepare("../elsewhere/../pictures").train) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metadata.jsonl",
+            b'{"file_name": "1.png", "text": "a"}\n{oops\n',
+            "metadata.jsonl: line 2: not JSON",
+        ),
+        ("metadata.jsonl", b"[1]\n", "metadata.jsonl: line 1: not a JSON object"),
+        (
+            "metadata.jsonl",
+            b'{"name": "1.png", "text": "a"}\n',
+            "needs columns file_name and text; line 1 has 'name', 'text'",
+        ),
+        (
+            "metadata.csv",
+            b"file_name,label\n1.png,a\n",
+            "needs columns file_name and text; line 2 has 'file_name', 'label'",
+        ),
+        ("metadata.csv", b"file_name,text\n1.png,caf\xe9\n", "metadata.csv: not UTF-8"),
+        ("metadata.csv", b"file_name,text\n1.png," + b"a" * 140_000 + b"\n", "metadata.csv: line 2: not CSV"),
+    ],
+)
+def test_wrong_metadata_is_an_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path)
+
+
+def test_text_that_cannot_be_written_as_utf8_is_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png", "3.png"])
+    os.rename(tmp_path / "3.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    lines = ['{"file_name": "1.png", "text": "half \\ud83d"}', '{"file_name": "2\\ud83d.png", "text": "two"}']
+    lines += ['{"file_name": "2.png", "text": 7}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"4 of 4 rows .* cannot be used and none is left"):
+        prepare(tmp_path)
+    write_pictures(tmp_path / "good", ["8.png", "9.png"])
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write(
+            '\n{"file_name": "good/8.png", "text": "eight"}\n{"file_name": "good/9.png", "text": "nine"}'
+        )
+    summary = prepare(tmp_path).summary
+    assert {entry["id"]: entry["reason"] for entry in summary["refused"]} == {
+        "1.png": "the caption holds half a character (a lone surrogate)",
+        "metadata.jsonl#2": "file_name = '2\\ud83d.png' does not name a file in this folder",
+        "2.png": "the caption is not text but int",
+        "caf\\xe9.png": "the file name is not UTF-8",
+    }
+    json.dumps(summary, ensure_ascii=False).encode()
+
+
+def make_snapshot(cache: Path, name: str, commit: str) -> Path:
+    """A folder of the hub's local cache, as the client lays it out."""
+    repository = cache / f"datasets--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    return repository / "snapshots" / commit
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's local cache; there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_hub_data_set(hub_cache: Path) -> None:
+    commit = "0123456789" * 4
+    write(make_snapshot(hub_cache, "owner/pictures", commit) / "data" / "train-0.parquet", plain(4))
+    dataset = prepare("owner/pictures")
+    assert dataset.summary["source"] == f"owner/pictures@{commit}"
+    assert load_dataset(section("owner/pictures"), dataset.summary) == dataset
+
+
+def test_hub_data_set_at_a_revision(hub_cache: Path) -> None:
+    for commit, first in (("a" * 40, 0), ("b" * 40, 10)):
+        write(
+            make_snapshot(hub_cache / commit, "owner/pictures", commit) / "train-0.parquet", plain(4, first)
+        )
+    merged = hub_cache / "datasets--owner--pictures"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(hub_cache / commit / merged.name, merged, dirs_exist_ok=True)
+    dataset = prepare("owner/pictures", revision="a" * 40)
+    assert captions((*dataset.train, *dataset.heldout)) == {f"picture {seed}" for seed in range(4)}
+    assert dataset.summary["source"] == f"owner/pictures@{'a' * 40}"
+
+
+def test_hub_data_set_of_loose_pictures(hub_cache: Path) -> None:
+    write_pictures(folder := make_snapshot(hub_cache, "owner/pictures", "c" * 40), ["1.png", "2.png"])
+    (folder / "metadata.csv").write_text("file_name,text\n1.png,one\n2.png,two\n")
+    assert prepare("owner/pictures").summary["num_rows"] == 2
+
+
+def test_hub_data_set_that_is_not_there(hub_cache: Path) -> None:
+    with pytest.raises(HubError, match="data.source = 'owner/pictures'") as caught:
+        prepare("owner/pictures")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_path() -> None:
+    with pytest.raises(DataError, match="'no/such/folder': no such file or folder, and no hub data set id"):
+        prepare("no/such/folder")
+
+
+def test_file_that_is_not_parquet(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,text\n")
+    with pytest.raises(
+        DataError, match=r"rows.csv': not a Parquet file \(.parquet\), a tar file \(.tar\) or a folder"
+    ):
+        prepare(tmp_path / "rows.csv")
+
+
+def test_folder_without_pictures(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(DataError, match="no Parquet or tar files in it or its data folder, and no pictures"):
+        prepare(tmp_path)
+
+
+def test_folder_without_captions(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png"])
+    with pytest.raises(DataError, match=r"2 pictures and no captions: add metadata.jsonl"):
+        prepare(tmp_path)
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", plain(3))
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    with pytest.raises(
+        DataError, match=r"a.parquet: cannot be read as Parquet \(.*\): download or export it again"
+    ):
+        prepare(path)
+    path.write_bytes(content[:4] + b"\xff" * 60 + content[64:])
+    with pytest.raises(DataError, match=r"a.parquet: row group 0 cannot be read \(.*\): download or export"):
+        prepare(path)
+
+
+@pytest.mark.parametrize("key", ["image_column", "caption_column"])
+def test_missing_column(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a.parquet", plain(3))
+    with pytest.raises(
+        DataError, match=rf"no column 'nothing'; columns present: 'image', 'text': set data.{key}"
+    ):
+        prepare(path, **{key: "nothing"})
+
+
+def test_column_of_another_type(tmp_path: Path) -> None:
+    rows = plain(3)
+    path = write(
+        tmp_path / "a.parquet", rows, number=pa.array([1, 2, 3]), many=pa.array([["a"], ["b"], ["c"]])
+    )
+    with pytest.raises(
+        DataError, match=r"column 'number' holds int64, needs image bytes: set data.image_column"
+    ):
+        prepare(path, image_column="number")
+    with pytest.raises(DataError, match=r"column 'many' holds list<.*>, needs text: set data.caption_column"):
+        prepare(path, caption_column="many")
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"a.parquet': holds no rows: give a source with pictures and captions"
+    ):
+        prepare(write(tmp_path / "a.parquet", []))
+
+
+# Columns ----------------------------------------------------------------------------------------------------
+
+
+def columns(path: Path, *names: str) -> Path:
+    """Four rows with these columns: names of pictures start with `i`."""
+    images = [image for image, _ in plain(4)]
+    table = {
+        name: pa.array(images, pa.binary())
+        if name[0] in "ij"
+        else pa.array([f"{name} {seed}" for seed in range(4)])
+        for name in names
+    }
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"), [(("img", "caption"), "caption"), (("jpg", "prompt", "url"), "prompt")]
+)
+def test_columns_with_common_names_are_found(tmp_path: Path, names: tuple[str, ...], prefix: str) -> None:
+    dataset = prepare(columns(tmp_path / "a.parquet", *names))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"{prefix} {seed}" for seed in range(4)}
+
+
+def test_the_default_name_comes_before_the_common_ones(tmp_path: Path) -> None:
+    dataset = prepare(columns(tmp_path / "a.parquet", "image", "img", "caption", "text", "prompt"))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"text {seed}" for seed in range(4)}
+
+
+def test_columns_that_may_each_be_meant_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"a.parquet: caption, prompt may each be meant: set data.caption_column"
+    ):
+        prepare(columns(tmp_path / "a.parquet", "image", "caption", "prompt"))
+    with pytest.raises(DataError, match=r"img, jpg may each be meant: set data.image_column"):
+        prepare(columns(tmp_path / "a.parquet", "img", "jpg", "text"))
+    with pytest.raises(
+        DataError, match=r"no column 'text'; columns present: 'image', 'url': set data.caption_column"
+    ):
+        prepare(columns(tmp_path / "a.parquet", "image", "url"))
+
+
+def test_a_line_of_metadata_without_a_caption_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "1.png", "caption": "one"}\n{"file_name": "2.png"}\n{"file_name": "3.png", '
+        '"caption": "3"}'
+    )
+    assert prepare(tmp_path).summary["refused"] == [{"id": "2.png", "reason": "no caption"}]
+
+
+# Folders with repeats ---------------------------------------------------------------------------------------
+
+
+def with_captions(folder: Path, names: Sequence[str]) -> None:
+    write_pictures(folder, names)
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text(name)
+
+
+def test_repeat_folders(tmp_path: Path) -> None:
+    with_captions(
+        tmp_path,
+        [
+            "10_cat/1.png",
+            "10_cat/below/2.png",
+            "3_dog/1.png",
+            "2023_holiday/1.png",
+            "plain/1.png",
+            "0_none/1.png",
+        ],
+    )
+    dataset = prepare(tmp_path, repeats=2)
+    found = {example.id: example.repeats for example in (*dataset.train, *dataset.heldout)}
+    expected = {"10_cat/1.png": 20, "10_cat/below/2.png": 20, "3_dog/1.png": 6}
+    assert found == {**expected, **dict.fromkeys(("2023_holiday/1.png", "plain/1.png", "0_none/1.png"), 2)}
+    assert [entry["repeats"] for entry in dataset.summary["train"]] == [
+        example.repeats for example in dataset.train
+    ]
+
+
+def test_the_name_of_a_repeat_folder_is_the_caption_where_it_has_no_caption_file(tmp_path: Path) -> None:
+    write_pictures(
+        tmp_path, ["10_sks cat/1.png", "10_sks cat/2.png", "5_dog/1.png", "5_dog/2.png", "others/1.png"]
+    )
+    (tmp_path / "5_dog/1.txt").write_text("a dog")
+    summary = prepare(tmp_path).summary
+    named = [
+        {"id": f"10_sks cat/{number}.png", "treatment": "captioned by the name of its folder"}
+        for number in (1, 2)
+    ]
+    assert summary["treated"] == named
+    assert summary["refused"] == [
+        {"id": name, "reason": "no caption"} for name in ("5_dog/2.png", "others/1.png")
+    ]
+    assert sorted(row["caption"] for split in ("train", "heldout") for row in summary[split])
+
+
+def test_a_caption_file_counts_whichever_of_the_endings_it_has(tmp_path: Path) -> None:
+    """bmaltais/kohya_ss #988 and #1370: `.txt` files were not read where the ending was not set, and training
+    went on without captions.
+    """
+    write_pictures(tmp_path, ["10_girl/1.png", "10_girl/2.png", "10_girl/3.png"])
+    (tmp_path / "10_girl/1.txt").write_text("one")
+    (tmp_path / "10_girl/2.caption").write_text("two")
+    dataset = prepare(tmp_path, max_refused_share=0.5)
+    assert captions((*dataset.train, *dataset.heldout)) == {"one", "two"}
+    assert dataset.summary["refused"] == [{"id": "10_girl/3.png", "reason": "no caption"}]
+    with pytest.raises(DataError, match=r"1 of 3 rows \(33.3%\) cannot be used .*10_girl/3.png: no caption"):
+        prepare(tmp_path, max_refused_share=0.1)
+
+
+def test_one_bad_picture_is_refused_and_the_rest_is_used(tmp_path: Path) -> None:
+    """bmaltais/kohya_ss #1574: one picture that cannot be decoded ends the run while latents are cached."""
+    with_captions(tmp_path, [f"{number}.png" for number in range(10)])
+    content = encode(pixels(3, 64), "JPEG", quality=95)
+    (tmp_path / "3.png").write_bytes(content[: len(content) // 2])
+    dataset = prepare(tmp_path, max_refused_share=0.1)
+    assert len(dataset.train) + len(dataset.heldout) == 9
+    [refused] = dataset.summary["refused"]
+    assert refused["id"] == "3.png" and refused["reason"].startswith("unreadable image")
+
+
+# Bad files --------------------------------------------------------------------------------------------------
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "3.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "above").symlink_to(tmp_path)
+    assert prepare(tmp_path).summary["refused"] == [{"id": "3.png", "reason": "the picture is not there"}]
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png", "3.png", "4.png"])
+    os.truncate(tmp_path / "3.png", pictures.MAX_FILE_BYTES + 1)
+    (tmp_path / "4.txt").write_text("a" * (sources.MAX_CAPTION_BYTES + 1))
+    assert prepare(tmp_path).summary["refused"] == [
+        {
+            "id": "3.png",
+            "reason": (
+                f"the image file has {pictures.MAX_FILE_BYTES + 1} bytes, more than the limit of 536870912"
+            ),
+        },
+        {"id": "4.png", "reason": "4.txt has more than 65536 bytes, too many for a caption"},
+    ]
+
+
+def test_a_file_that_grew_since_it_was_listed_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    dataset = prepare(tmp_path)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 20)
+    with pytest.raises(DataError, match="the image file has more bytes than the limit of 20"):
+        dataset.load_pixels(dataset.train[0])
+
+
+def test_metadata_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    (tmp_path / "metadata.csv").touch()
+    os.truncate(tmp_path / "metadata.csv", sources.MAX_METADATA_BYTES + 1)
+    with pytest.raises(
+        DataError,
+        match=r"metadata.csv: 1073741825 bytes, more than the limit of 1073741824: split the folder",
+    ):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar.gz", ".tgz"])
+def test_compressed_archives_are_not_read(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a{ending}").write_bytes(b"")
+    with pytest.raises(DataError, match="compressed: unpack it and give the folder"):
+        prepare(tmp_path / f"a{ending}")
+
+
+# Tar files --------------------------------------------------------------------------------------------------
+
+
+def test_a_tar_file(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0, 6, json={"caption": "not this", "seed": 1}))
+    dataset = prepare(path)
+    examples = (*dataset.train, *dataset.heldout)
+    assert captions(examples) == {f"picture {seed}" for seed in range(6)}
+    for example in examples:
+        assert re.fullmatch(r"a.tar/0000\d.png@\d+\+\d+", example.id)
+        np.testing.assert_array_equal(dataset.load_pixels(example), pixels(int(example.caption.split()[1])))
+    assert [example.caption for example in dataset.in_storage_order(examples)] == [
+        f"picture {seed}" for seed in range(6)
+    ]
+
+
+def test_pixels_of_a_tar_file_are_found_without_reading_its_headers_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    dataset = prepare(path)
+    monkeypatch.setattr(sources, "read_samples", None)
+    again = load_dataset(section(path), dataset.summary)
+    for example in again.train:
+        np.testing.assert_array_equal(again.load_pixels(example), dataset.load_pixels(example))
+    assert again.in_storage_order(again.train) == dataset.in_storage_order(dataset.train)
+
+
+def test_a_folder_of_tar_files_with_splits(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data/train-000.tar", shard_of(0))
+    write_shard(tmp_path / "data/train-001.tar", shard_of(10))
+    write_shard(tmp_path / "data/test-000.tar", shard_of(20, 2))
+    dataset = prepare(tmp_path)
+    assert (len(dataset.train), captions(dataset.heldout)) == (8, {"picture 20", "picture 21"})
+
+
+def test_a_folder_of_pictures_with_a_tar_file_is_one_of_pictures(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    write_shard(tmp_path / "backup.tar", shard_of(0))
+    assert prepare(tmp_path).summary["num_rows"] == 2
+
+
+def test_a_pattern_of_tar_files(tmp_path: Path) -> None:
+    for number in range(9, 12):
+        write_shard(tmp_path / f"{number % 2}" / f"shard-{number:03}.tar", shard_of(10 * number))
+    assert prepare(f"{tmp_path}/1/shard-{{009..009}}.tar").summary["num_rows"] == 4
+    dataset = prepare(f"{tmp_path}/{{1/shard-009,0/shard-010,1/shard-011}}.tar")
+    assert {example.id.rpartition("/")[0] for example in (*dataset.train, *dataset.heldout)} == {
+        *("1/shard-009.tar", "0/shard-010.tar", "1/shard-011.tar")
+    }
+    with pytest.raises(
+        DataError, match=r"1/shard-010.tar is not there and 1 more: correct the range, or download"
+    ):
+        prepare(f"{tmp_path}/1/shard-{{009..012}}.tar".replace("012", "012"))
+    with pytest.raises(DataError, match="a range in it is empty: give the lower number first"):
+        prepare(f"{tmp_path}/shard-{{5..3}}.tar")
+    for pattern in ("{0..99999999999}", "{0..9999}-{0..9999}"):
+        with pytest.raises(DataError, match="more than 100000 files"):
+            prepare(f"{tmp_path}/shard-{pattern}.tar")
+
+
+def test_captions_in_json(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": f"{seed}", "jpg": encode(pixels(seed), "JPEG"), "json": {"caption": f"picture {seed}"}}
+        for seed in range(4)
+    ]
+    samples += [
+        {"__key__": "8", "jpg": b"a", "json": b"{oops"},
+        {"__key__": "9", "jpg": b"a", "json": {"url": "x"}},
+    ]
+    dataset = prepare(write_shard(tmp_path / "a.tar", samples))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"picture {seed}" for seed in range(4)}
+    assert [entry["reason"] for entry in dataset.summary["refused"]] == [
+        "its .json file is not JSON",
+        "no caption",
+    ]
+
+
+def test_endings_that_are_set_and_endings_that_may_each_be_meant(tmp_path: Path) -> None:
+    samples = [
+        {
+            "__key__": f"{seed}",
+            "left.png": encode(pixels(seed)),
+            "right.png": encode(pixels(seed + 9)),
+            "txt": "a",
+            "prompt": f"{seed}",
+        }
+        for seed in range(4)
+    ]
+    path = write_shard(
+        tmp_path / "a.tar", [{**sample, "prompt": str(sample["prompt"]).encode()} for sample in samples]
+    )
+    with pytest.raises(
+        DataError, match=r"a.tar: 0: left.png, right.png may each be meant: set data.image_column"
+    ):
+        prepare(path)
+    with pytest.raises(DataError, match=r"a.tar: 0: prompt, txt may each be meant: set data.caption_column"):
+        prepare(path, image_column="right.png")
+    dataset = prepare(path, image_column="right.png", caption_column="prompt")
+    [example] = dataset.heldout
+    np.testing.assert_array_equal(dataset.load_pixels(example), pixels(int(example.caption) + 9))
+
+
+def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
+    samples = [
+        *shard_of(0),
+        {"__key__": "a", "txt": "no picture"},
+        {"__key__": "b", "png": encode(pixels(50))},
+    ]
+    samples += [{"__key__": "c", "png": encode(pixels(51)), "txt": b"caf\xe9"}]
+    path = write_shard(tmp_path / "a.tar", samples)
+    assert [
+        (entry["id"].partition("@")[0], entry["reason"]) for entry in prepare(path).summary["refused"]
+    ] == [
+        ("a.tar/a", "no picture: txt"),
+        ("a.tar/b.png", "no caption"),
+        ("a.tar/c.png", "its .txt file cannot be read as UTF-8 text"),
+    ]
+
+
+def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None:
+    picture = encode(pixels(60))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for seed in range(4):
+            add_member(archive, f"{seed}.png", encode(pixels(seed)))
+            add_member(archive, f"{seed}.txt", b"fine")
+        add_member(archive, "folder.d", type=tarfile.DIRTYPE)
+        add_member(archive, "no-ending", picture)
+        add_member(archive, "__meta__/a.png", picture)
+        for number, name in enumerate(
+            ("../../up.png", "/etc/absolute.png", "a/../../b.png", "caf\udce9.png")
+        ):
+            add_member(archive, name, picture + bytes(number))
+        add_member(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
+        for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
+            add_member(archive, f"device{number}.png", type=kind)
+        add_member(archive, "twice.png", picture)
+        add_member(archive, "twice.PNG", picture)
+    refused = prepare(tmp_path / "a.tar").summary["refused"]
+    assert [(entry["id"], entry["reason"]) for entry in refused] == [
+        ("a.tar/../../up", "its name leads out of the archive"),
+        ("a.tar//etc/absolute", "its name leads out of the archive"),
+        ("a.tar/a/../../b", "its name leads out of the archive"),
+        ("a.tar/caf\\xe9", "the file name is not UTF-8"),
+        ("a.tar/symbolic.png", "a link, which is not followed"),
+        ("a.tar/hard.png", "a link, which is not followed"),
+        *((f"a.tar/device{number}.png", "a device, not a file") for number in range(3)),
+        ("a.tar/twice", "two files of one name"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "cache"}
+
+
+def test_a_member_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(
+        tmp_path / "a.tar", [*shard_of(0), {"__key__": "large", "png": b"a" * 3000, "txt": "large"}]
+    )
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 2000)
+    reason = "the image file has 3000 bytes, more than the limit of 2000"
+    assert prepare(path).summary["refused"] == [{"id": "a.tar/large.png", "reason": reason}]
+
+
+def test_a_tar_file_that_is_none(tmp_path: Path) -> None:
+    for content in (b"", b"not a tar file" * 100):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(
+            DataError,
+            match=(
+                r"a.tar: cannot be read as an uncompressed tar file \(.*\): unpack it, or download it "
+                r"again"
+            ),
+        ):
+            prepare(tmp_path / "a.tar")
+
+
+def test_pictures_of_a_tar_file_that_went_away(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    dataset = prepare(path)
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match=r"a.tar ends before this picture does: put it back"):
+        dataset.load_pixels(dataset.train[0])
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.tar cannot be read \(No such file or directory\)"):
+        dataset.load_pixels(dataset.train[0])
+    with pytest.raises(DataError, match=r"no such row in .*a.tar'"):
+        dataset.load_pixels(Example("elsewhere.tar/1.png@0+5", "a", "b", 1, 8, 8))
+
+
+# Files that change while they are read, and damaged metadata ------------------------------------------------
+
+
+def test_a_parquet_file_that_goes_away_or_changes_after_it_was_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", plain(6), row_group_size=2)
+    source = open_source(section(path))
+    write(path, plain(6), row_group_size=3)
+    for read in (lambda: list(source.rows()), lambda: source.read("a.parquet#3")):
+        with pytest.raises(
+            DataError,
+            match=r"a.parquet: row group \d is not what it was: the file changed after it was listed: run",
+        ):
+            read()
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"a.parquet: cannot be read any more \(No such file or directory\): put it back$"
+    ):
+        list(source.rows())
+    with pytest.raises(
+        DataError, match=r"a.parquet: cannot be read as Parquet \(.*No such file or directory\)"
+    ):
+        source.read("a.parquet#3")
+
+
+def test_a_tar_file_that_goes_away_after_it_was_listed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    source = open_source(section(path))
+    assert source.num_rows == 4
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"a.tar: cannot be read any more \(No such file or directory\): put it back$"
+    ):
+        list(source.rows())
+
+
+def test_metadata_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    (tmp_path / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(
+        DataError,
+        match=r"metadata.jsonl: cannot be read \(No such file or directory\): put it back, or correct",
+    ):
+        prepare(tmp_path)
+    (tmp_path / "below").mkdir()
+    scandir = os.scandir
+    monkeypatch.setattr(
+        os, "scandir", lambda path: scandir(path if path != tmp_path / "below/" else tmp_path / "gone")
+    )
+    with pytest.raises(
+        DataError,
+        match=r"gone: cannot be read \(No such file or directory\): put it back, or correct its permissions",
+    ):
+        prepare(tmp_path)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    write(tmp_path / "parquet" / "a.parquet", plain(4)).rename(tmp_path / "parquet" / f"{odd}.parquet")
+    write_shard(tmp_path / "tar" / f"{odd}.tar", shard_of(0))
+    for kind in ("parquet", "tar"):
+        with pytest.raises(
+            DataError, match=rf"{kind}: the file name caf\\xe9.{kind} is not UTF-8: rename the file"
+        ):
+            prepare(tmp_path / kind)
+    with_captions(tmp_path / "folder", ["1.png", "2.png"])
+    write_pictures(tmp_path / "folder" / odd, ["3.png"])
+    (tmp_path / "folder" / "metadata.jsonl").write_text(
+        '{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "text": "b"}\n'
+    )
+    (tmp_path / "folder" / odd / "metadata.jsonl").write_text(
+        '{"file_name": "3.png", "text": "a"}\n{"file_name": "/4.png", "text": "a"}\n'
+    )
+    assert [entry["id"] for entry in prepare(tmp_path / "folder").summary["refused"]] == [
+        r"caf\xe9/3.png",
+        r"caf\xe9/metadata.jsonl#2",
+    ]
+
+
+def test_nested_json_is_no_crash(tmp_path: Path) -> None:
+    samples = [{"__key__": "a", "png": encode(pixels(9)), "json": b"[" * 60_000}, *shard_of(0)]
+    path = write_shard(tmp_path / "a.tar", samples)
+    assert [entry["reason"] for entry in prepare(path).summary["refused"]] == ["its .json file is not JSON"]
+    write_pictures(tmp_path / "folder", ["1.png"])
+    (tmp_path / "folder" / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(
+        DataError, match=r"metadata.jsonl: line 1: not JSON \(maximum recursion depth exceeded"
+    ):
+        prepare(tmp_path / "folder")
+
+
+LETTERS = st.text(
+    st.sampled_from('ab1.png/\\",:{}[]\n\r\t\0\ufeff\ud800\u0301é日') | st.characters(), max_size=12
+)
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | LETTERS | st.lists(LETTERS, max_size=2)
+NAMES = (
+    st.sampled_from(["1.png", "2.png", "./1.png", "a/../1.png", "../1.png", "/1.png", "", ".", "1.txt"])
+    | LETTERS
+)
+RECORDS = st.fixed_dictionaries({"file_name": NAMES | VALUES, "text": VALUES}) | st.dictionaries(
+    LETTERS, VALUES, max_size=3
+)
+
+
+def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(
+        [["file_name", "text"], *([str(value).replace("\0", "") for value in row] for row in rows)]
+    )
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+CONTENTS = {
+    "metadata.jsonl": st.lists(RECORDS.map(json.dumps), max_size=4).map(
+        lambda lines: "\n".join(lines).encode()
+    ),
+    "metadata.csv": st.lists(st.tuples(NAMES | VALUES, VALUES), max_size=4).map(as_csv),
+    "1.txt": LETTERS.map(lambda text: text.encode(errors="surrogatepass")),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_any_metadata_and_captions_are_used_refused_or_an_error_of_one_line(
+    tmp_path: Path, name: str
+) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "2.txt").write_text("fine")
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(CONTENTS[name] | st.binary(max_size=40))
+    def check(content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        try:
+            checked = check_source(section(tmp_path), count_words)
+        except DataError as error:
+            message = str(error)
+            assert len(message.splitlines()) == 1, message
+            return
+        used = [picture.example.id for picture in checked.pictures]
+        refused = [entry["id"] for entry in checked.refused]
+        assert (
+            set(used) <= {"1.png", "2.png"}
+            and len(set(used)) == len(used)
+            and len(used) + len(refused) == checked.num_rows
+        )
+        assert {"1.png", "2.png"} <= {*used, *refused}
+        assert all(picture.example.caption.strip() for picture in checked.pictures)
+        json.dumps([checked.refused, checked.treated], ensure_ascii=False).encode()
+
+    check()

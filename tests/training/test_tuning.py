@@ -1,0 +1,264 @@
+"""Tuning: the fastest is kept by a margin, remembered, and obeyed by a run folder; tiny models are left
+alone.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_study
+from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attention_layers
+from lorascope.base.ldm import build_component
+from lorascope.base.loading import SD15_DIR, Base, read_configs
+from lorascope.config import BaseSection
+from lorascope.training.stage import tuning
+from lorascope.training.tuning import (
+    Tuning,
+    Workload,
+    build_workload,
+    cpu_has_bf16,
+    device_name,
+    race,
+    survey,
+    tune,
+    tuning_path,
+)
+
+CPU = torch.device("cpu")
+POCKET = read_configs(BaseSection())
+FOUND = Tuning(
+    device_name(CPU),
+    "bf16",
+    channels_last=True,
+    kernels={Shape(64, 64, 4, 32, True): Kernel("plain"), Shape(64, 77, 4, 32, False): Kernel("cudnn", 64)},
+    notes=("attention: plain",),
+)
+
+
+def test_tiny_models_are_not_timed(base: Base) -> None:
+    """Their differences are noise, so that every test and run of them is in fp32 with torch's attention."""
+    found = tune(base.configs["unet"], build_workload(base.configs, 32, 8, 18), CPU)
+    assert found.precision == "fp32" and not found.channels_last and not found.kernels
+    assert "nothing timed" in found.notes[0]
+    assert (
+        tune(base.configs["unet"], build_workload(base.configs, 32, 8, 18), CPU, "bf16").precision == "bf16"
+    )
+
+
+def test_the_survey_finds_every_attention_and_the_flops(base: Base) -> None:
+    """Against a pass of the real U-Net, and against the 803 GFLOP of Stable Diffusion v1.5 that others count
+    too.
+    """
+    seen: list[Shape] = []
+
+    class Recorder(AttentionProcessor):
+        def kernel(self, shape: Shape, device_type: str, dtype: torch.dtype) -> Kernel:
+            seen.append(shape)
+            return Kernel()
+
+    for layer in attention_layers(base.unet):
+        layer.set_processor(Recorder({}))
+    with torch.no_grad():
+        base.unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 77, 32))
+    _, shapes = survey(base.configs["unet"], Workload((4, 8, 8), 77, 1, 1))
+    assert shapes == {shape: seen.count(shape) for shape in seen}
+    flops, shapes = survey(build_sd15(), Workload((4, 64, 64), 77, 1, 1))
+    assert flops == pytest.approx(803e9, rel=0.01)
+    assert shapes[Shape(4096, 4096, 8, 40, False)] == 5 and shapes[Shape(64, 77, 8, 160, False)] == 1
+
+
+def build_sd15() -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((SD15_DIR / "unet" / "config.json").read_text())
+    return config
+
+
+def test_the_pocket_base_is_timed_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = build_workload(POCKET, 64, 8, 8)
+    assert workload == Workload((4, 16, 16), 77, 8, 8)
+    found = tune(POCKET["unet"], workload, CPU)
+    assert found.precision in (("fp32", "bf16") if cpu_has_bf16() else ("fp32",)) and not found.channels_last
+    assert {(shape.queries, shape.keys) for shape in found.kernels} == {
+        (n, keys) for n in (256, 64, 16) for keys in (n, 77)
+    }
+    assert {kernel.name for kernel in found.kernels.values()} <= {"sdpa", "plain"}
+    monkeypatch.setattr(tuning, "_measure", None)  # anything that times again fails
+    assert tune(POCKET["unet"], workload, CPU) == found
+    with pytest.raises(TypeError):
+        tune(POCKET["unet"], dataclasses.replace(workload, train_batch=4), CPU)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xff", b"[" * 100_000, b'{"KEY": 3}', b'{"KEY": {"attention": [{}]}}']
+)
+def test_a_damaged_memory_is_timed_anew(base: Base, content: bytes) -> None:
+    workload = build_workload(base.configs, 32, 8, 18)
+    found = tune(base.configs["unet"], workload, CPU)
+    (key,) = json.loads(tuning_path().read_text())
+    tuning_path().write_bytes(content.replace(b"KEY", key.encode()))
+    assert tune(base.configs["unet"], workload, CPU) == found
+    assert key in json.loads(tuning_path().read_text())
+
+
+def test_a_memory_that_cannot_be_written_stops_nothing(base: Base) -> None:
+    tuning_path().parent.parent.mkdir(parents=True, exist_ok=True)
+    tuning_path().parent.write_text("a file where the folder should be")
+    assert tune(base.configs["unet"], build_workload(base.configs, 32, 8, 18), CPU).precision == "fp32"
+
+
+def test_the_memory_does_not_grow_without_end(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_MAX_REMEMBERED", 2)
+    for batch in (1, 2, 3):
+        tune(base.configs["unet"], build_workload(base.configs, 32, batch, 1), CPU)
+    assert [entry["key"]["workload"][-2] for entry in json.loads(tuning_path().read_text()).values()] == [
+        2,
+        3,
+    ]
+
+
+def test_tunings_travel_as_json() -> None:
+    assert Tuning.from_json(json.loads(json.dumps(FOUND.to_json()))) == FOUND
+    for broken in (
+        None,
+        [],
+        {},
+        {**FOUND.to_json(), "precision": "fp8"},
+        {**FOUND.to_json(), "attention": [{"queries": "many"}]},
+    ):
+        with pytest.raises(ValueError, match="no tuning"):
+            Tuning.from_json(broken)
+    odd = FOUND.to_json()
+    odd["attention"][0]["kernel"] = "unknown"
+    with pytest.raises(ValueError, match="no tuning"):
+        Tuning.from_json(odd)
+
+
+def test_a_run_folder_keeps_its_choice(base: Base) -> None:
+    """All of it on the same device; on another of the kind its precision, so that all arms are trained in
+    one.
+    """
+    workload = build_workload(base.configs, 32, 8, 18)
+    assert tune(base.configs["unet"], workload, CPU, kept=FOUND.to_json()) == FOUND
+    moved = tune(
+        base.configs["unet"], workload, CPU, kept=dataclasses.replace(FOUND, device="another").to_json()
+    )
+    assert moved.precision == "bf16" and moved.device == FOUND.device and not moved.kernels
+    assert (
+        tune(base.configs["unet"], workload, CPU, kept={"precision": "bf16"}).precision == "fp32"
+    )  # damaged
+
+
+def test_another_kernel_must_win_by_a_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 10 % and 0.2 ms in a pass over the U-Net."""
+    candidates, shape = [Kernel(), Kernel("plain")], Shape(16, 16, 2, 8, False)
+
+    def chosen(default_s: float, other_s: float) -> tuple[Kernel, float]:
+        monkeypatch.setattr(
+            tuning, "race", lambda runs, device: dict(zip(runs, (default_s, other_s), strict=True))
+        )
+        return tuning._fastest_kernel(candidates, shape, 1, 1, torch.float32, CPU)
+
+    assert chosen(0.010, 0.005) == (Kernel("plain"), 2.0)
+    assert chosen(0.010, 0.0095)[0] == Kernel()
+    assert chosen(0.0002, 0.0001)[0] == Kernel()
+    assert chosen(0.005, 0.010) == (Kernel(), 1.0)
+
+
+def test_what_cannot_run_is_dropped() -> None:
+    candidates = [Kernel(), Kernel("cudnn"), Kernel("efficient"), Kernel("flash", 64)]
+    runs = {
+        kernel: tuning._attention_run(kernel, Shape(16, 16, 2, 8, gradients=True), 1, 2, torch.float32, CPU)
+        for kernel in candidates
+    }
+    times = race(runs, CPU)
+    assert set(times) == {Kernel(), Kernel("flash", 64)} and all(
+        0 < seconds < 10 for seconds in times.values()
+    )
+
+
+def test_what_a_gpu_tries_and_what_is_too_large_for_a_cpu() -> None:
+    tried = list(tuning._candidates(Shape(4096, 4096, 8, 40, True), 8, torch.bfloat16, torch.device("cuda")))
+    assert tried[0] == Kernel() and {str(kernel) for kernel in tried} == {
+        "sdpa", "flash", "flash padded to 64", "efficient", ("efficient padded to "
+        "64"), "cudnn", "cudnn padded to 64"
+    }  # fmt: skip
+    assert list(tuning._candidates(Shape(4096, 4096, 8, 40, True), 8, torch.bfloat16, CPU)) == [Kernel()]
+    assert list(tuning._candidates(Shape(64, 64, 8, 40, True), 8, torch.bfloat16, CPU)) == [
+        Kernel("plain"),
+        Kernel(),
+    ]
+    assert list(tuning._candidates(Shape(64, 64, 8, 40, False), 8, torch.bfloat16, CPU)) == [
+        Kernel(),
+        Kernel("plain"),
+    ]
+
+
+def test_a_large_model_is_cut_before_it_is_timed() -> None:
+    """Stable Diffusion v1.5 on a CPU: one sample, the finest level, a quarter of the sides; the pocket base
+    as it is.
+    """
+    workload = Workload((4, 64, 64), 77, 8, 8)
+    cut, shape = tuning._cut(build_sd15(), workload, 8 * 803e9, CPU)
+    assert (
+        shape == (1, 4, 16, 16)
+        and cut["block_out_channels"] == [320]
+        and cut["up_block_types"] == ["CrossAttnUpBlock2D"]
+    )
+    with torch.device("meta"):
+        build_component("unet", cut)  # diffusers takes it
+    same, shape = tuning._cut(POCKET["unet"], Workload((4, 16, 16), 77, 8, 8), 7.9e9, CPU)
+    assert same == POCKET["unet"] and shape == (8, 4, 16, 16)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_variant_of_a_pass_runs(base: Base, precision: str) -> None:
+    """Forward and backward with adapters, in `channels_last` too; a GPU times these, here they only run."""
+    for channels_last in (False, True):
+        variant = Tuning("a GPU", precision, channels_last)
+        tuning._pass_run(base.configs["unet"], (2, 4, 8, 8), 77, variant, CPU)()
+
+
+def test_a_pass_that_memory_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "_pass_run", build)
+    monkeypatch.setattr(tuning, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(tuning, "_tune_attention", lambda *arguments: ({}, "attention: torch's choice"))
+    found = tune(POCKET["unet"], build_workload(POCKET, 64, 8, 8), CPU)
+    assert found.precision == "fp32" and found.notes[0] == "bf16: could not be timed"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed() -> None:
+    found = tune(POCKET["unet"], build_workload(POCKET, 64, 8, 8), torch.device("cuda"))
+    assert found.precision in ("bf16", "fp16") and "channels_last" in found.notes[0]
+    assert {(shape.queries, shape.keys) for shape in found.kernels} == {
+        (n, keys) for n in (256, 64, 16) for keys in (n, 77)
+    }
+
+
+def test_applied_to_a_unet(base: Base) -> None:
+    """Memory format and kernels change nothing but rounding."""
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    with torch.no_grad():
+        before = base.unet(x, 500, text).sample
+        dataclasses.replace(FOUND, kernels={Shape(64, 64, 2, 8, False): Kernel("plain")}).apply(base.unet)
+        assert base.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        after = base.unet(x, 500, text).sample
+    assert (after - before).norm() <= 1e-5 * before.norm()
+
+
+def test_a_study_resumes_with_the_choice_it_began_with(study_file: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run")
+    assert study.base.unet.dtype == torch.float32
+    manifest = study.run_dir.manifest()
+    assert Tuning.from_json(manifest["tuning"]) == study.tuning
+    study.run_dir.describe(tuning=FOUND.to_json())
+    tuning_path().unlink()
+    again = make_study(study_file, tmp_path / "run")
+    assert again.tuning == FOUND and again.base.unet.dtype == torch.bfloat16
+    assert not tuning_path().exists()  # nothing was timed
