@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from lorascope.data.dataset import Example, load_dataset, prepare_data, shuffled_caption, sources
-from lorascope.data.dataset import dataset as data
+from lorascope.data import dataset as data
+from lorascope.data import sources
+from lorascope.data.dataset import Example, load_dataset, prepare_data, shuffled_caption
 from lorascope.data.pictures import examine_picture
 from lorascope.data.sources import ParquetSource
 from lorascope.errors import DataError

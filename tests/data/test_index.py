@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lorascope.data.dataset import Dataset, index, prepare_data
-from lorascope.data.dataset import dataset as data
+from lorascope.data import dataset as data
+from lorascope.data import index
+from lorascope.data.dataset import Dataset, prepare_data
 from lorascope.data.index import PictureIndex
 from lorascope.data.pictures import PictureFacts, RefusedError
 from samples import count_words, drawing, encode, pixels, plain, section, write

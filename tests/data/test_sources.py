@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorascope.config import DataSection
-from lorascope.data.dataset import Example, check_source, load_dataset, pictures, prepare_data, sources
+from lorascope.data import pictures, sources
+from lorascope.data.dataset import Example, check_source, load_dataset, prepare_data
 from lorascope.data.sources import open_source
 from lorascope.errors import DataError, HubError
 from samples import (

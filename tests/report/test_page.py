@@ -29,11 +29,11 @@ from lorascope.evaluation.score import (
     read_scores,
     summary_table,
 )
+from lorascope.report import page as report_module
 from lorascope.report.drawing import MAX_LINES, looks_of
 from lorascope.report.evidence import NOT_MEASURED, Facts, judge_conditions, list_warnings
 from lorascope.report.figures import build_figures, smooth, thin
 from lorascope.report.page import Album, Report, build_report, verdict_of
-from lorascope.report.page import page as report_module
 from lorascope.report.tables import Column, build_arms_table, build_contrast_table
 from lorascope.store import JsonLines, RunDir, read_json, write_json
 from synthetic_run import ABSTRACT, NORMAL, make_run

@@ -15,7 +15,7 @@ from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attentio
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import SD15_DIR, Base, read_configs
 from lorascope.config import BaseSection
-from lorascope.training.stage import tuning
+from lorascope.training import tuning
 from lorascope.training.tuning import (
     Tuning,
     Workload,
