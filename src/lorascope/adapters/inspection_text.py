@@ -179,7 +179,10 @@ def _figures(inspection: Inspection) -> list[str]:
         used = [module.rank_used for module in measured if module.rank_used]
         if used:
             nominal = statistics.median(module.rank or 0 for module in measured)
-            text = f"95 % of the energy in {statistics.median(used):g} of {nominal:g} (median), in {min(used)} to {max(used)} over the modules"
+            text = (
+                f"95 % of the energy in {statistics.median(used):g} of {nominal:g} (median), "
+                f"in {min(used)} to {max(used)} over the modules"
+            )
             lines += _row_lines("Rank used", text)
     near, zero = sum(module.is_near_zero for module in modules), sum(module.is_zero for module in modules)
     meaning = f"near zero is a root mean square of the update below {NEAR_ZERO_RMS:g}, which half precision rounds away"

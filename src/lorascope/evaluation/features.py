@@ -194,7 +194,7 @@ class CachedEncoder:
             with safe_open(self.path, framework="numpy") as file:
                 facts = json.loads((file.metadata() or {}).get("lorascope", "{}"))
                 return (
-                    {name: file.get_tensor(name) for name in file.keys()}
+                    {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                     if facts.get("key") == self._key
                     else {}
                 )

@@ -453,7 +453,10 @@ def _same_gain(facts: Facts) -> Condition:
         return Condition(
             name, "yes", f"The gain lr x alpha / rank x √rank is {gains[low]:.2g} for every arm."
         )
-    text = f"The gain lr x alpha / rank x √rank goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} ({high}), {ratio:.2g} times as much: "
+    text = (
+        f"The gain lr x alpha / rank x √rank goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} ({high}), "
+        f"{ratio:.2g} times as much: "
+    )
     text += "what looks like rank may be strength."
     return Condition(name, "caution", text)
 
@@ -522,7 +525,8 @@ def _scorer_quality(facts: Facts) -> Condition:
 
 
 def _retrieval(quality: Mapping[str, float], which: str) -> str:
-    return f"the right caption comes first for {quality[f'{which}_r1']:.0%} of pictures, among the first five for {quality[f'{which}_r5']:.0%}"
+    first, first_five = quality[f"{which}_r1"], quality[f"{which}_r5"]
+    return f"the right caption comes first for {first:.0%} of pictures, among the first five for {first_five:.0%}"
 
 
 def _scorer_apart(facts: Facts) -> Condition:

@@ -271,7 +271,10 @@ class Album:
         """How the prompts were chosen, in words."""
         text = "The first two prompts of each category"
         if self.judged is not None:
-            text += f", then of all others the two with the largest gains and the two with the largest losses of {self.judged} against the base"
+            text += (
+                ", then of all others the two with the largest gains and the two with the largest losses "
+                f"of {self.judged} against the base"
+            )
         seed = f" Pictures in a row start from the same noise, seed {self.seeds[0]};" if self.seeds else ""
         return (
             f"{text}. Nobody picked them by eye.{seed} the number is the CLIP score."
