@@ -57,7 +57,7 @@ def test_every_local_link_leads_somewhere(path: Path) -> None:
 
 
 def test_the_layers_of_the_example_are_stable_diffusions() -> None:
-    configs = read_configs(BaseSection(model=str(ROOT / "src" / "lorascope" / "sd15")))
+    configs = read_configs(BaseSection(model=str(ROOT / "src" / "lorascope" / "base" / "sd15")))
     with torch.device("meta"):
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
         components = {"unet": UNet2DConditionModel.from_config(configs["unet"]), "text_encoder": text_encoder}

@@ -39,7 +39,7 @@ def test_the_wheel_is_small_and_carries_licences_weights_and_data(wheel: Path) -
         "licenses/LICENSE",
         "py.typed",
         "presets/pocket.toml",
-        "prompts/sd15.txt",
+        "prompt_lists/sd15.txt",
         "sd15/tokenizer/merges.txt",
         "templates/viewer.js",
     ):

@@ -150,7 +150,7 @@ def test_trackio_goes_on_with_its_runs(tmp_path: Path) -> None:
     """In a process of its own: the package fixes its folder as it is imported."""
     pytest.importorskip("trackio")
     code = (
-        "import sys; sys.path[:0] = ['tests']; import os; from pathlib import Path; from test_trackers "
+        "import sys; sys.path[:0] = ['tests', 'tests/training']; import os; from pathlib import Path; from test_trackers "
         "import *\n"
         "folder = Path(os.environ['TRACKIO_DIR']).parent\n"
         "track('trackio', folder, range(1, 4)); track('trackio', folder, range(3, 6))\n"
