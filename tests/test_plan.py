@@ -79,7 +79,8 @@ def test_a_plan_tells_the_memory_and_stacks_what_fits(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan_with(free_bytes: float, *overrides: str) -> Plan:
-        monkeypatch.setattr("lorascope.plan.free_bytes", lambda device: int(free_bytes))
+        for module in ("plan", "training.passes"):
+            monkeypatch.setattr(f"lorascope.{module}.free_bytes", lambda device: int(free_bytes))
         own = [
             f"base.model={pipeline_folder}",
             "data.resolution_px=32",

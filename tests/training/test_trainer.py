@@ -65,8 +65,14 @@ def assert_close(bank: AdapterBank, other: AdapterBank) -> None:
 
 
 def test_an_adapter_in_a_stack_trains_as_it_does_alone(base: Base, pictures: Encoded) -> None:
-    """Rank 4 alone and beside rank 8: same losses and, after 10 steps, weights within 1e-4 of their norm."""
-    alone, stacked = make_trainer(base, pictures, R4), make_trainer(base, pictures, R4, R8)
+    """Rank 4 alone and beside rank 8: same losses and, after 10 steps, weights within 1e-4 of their norm.
+
+    By SGD, whose steps are as exact as the gradients; AdamW divides tiny gradients by their own size, which
+    makes of a rounding of 1e-7 whatever the processor likes.
+    """
+    plain = SECTION.model_copy(update={"optimizer": "SGD"})
+    alone = make_trainer(base, pictures, R4, section=plain)
+    stacked = make_trainer(base, pictures, R4, R8, section=plain)
     for one, two in zip(run(alone), run(stacked), strict=True):
         assert one.losses[0] == pytest.approx(two.losses[0], rel=1e-5)
     assert_close(alone.bank, stacked.bank)
@@ -204,7 +210,9 @@ def test_a_pause_is_asked_for_after_each_step_and_leaves_no_record_behind(
 
 def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(base: Base, pictures: Encoded) -> None:
     wild = Arm(name="wild", rank=4, alpha=1e30, lr=1e30, seed=0)
-    trainer, alone = make_trainer(base, pictures, R4, wild), make_trainer(base, pictures, R4)
+    plain = SECTION.model_copy(update={"optimizer": "SGD"})  # well conditioned, as in the test of a stack
+    trainer = make_trainer(base, pictures, R4, wild, section=plain)
+    alone = make_trainer(base, pictures, R4, section=plain)
     records = run(trainer)
     run(alone)
     assert records[-1].failed == (False, True)
