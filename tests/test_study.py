@@ -152,7 +152,7 @@ def test_the_same_command_again_does_nothing(
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = digests(run)
     for name in (
-        "training.Group",
+        "training.stage.Group",
         "study.draw_all",
         "study.draw_pictures",
         "study.load_encoder",
