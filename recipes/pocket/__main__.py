@@ -1,9 +1,11 @@
 """Make the pocket world: a small Stable Diffusion, a cartoon data set and a scorer.
 
-Command:  python -m recipes.pocket --work-dir build/pocket --out src/lorascope/pocket Time:     about 3 hours
-on one busy CPU core with bf16 matrix units (VAE 17, text encoder 8, U-Net 86, scorer 69 minutes);
+Command:  python -m recipes.pocket --work-dir build/pocket --out src/lorascope/pocket
+Time:     about 3 hours on one busy CPU core with bf16 matrix units (VAE 17, text encoder 8, U-Net 86,
+          scorer 69 minutes); `--preset cpu-longer --stages unet evaluate` after it 2 h 15 min more.
           `--preset gpu` trains on more drawings for longer and has not been run.
-Score:    R@5 among 100 captions: scorer 0.76 (aim 0.9), base 0.85 (aim 0.8); EXPERIMENTS.md has the rest.
+Score:    R@5 among 100 captions: scorer 0.76 (aim 0.9), base 0.85 and after `cpu-longer` 0.95 (aim 0.8);
+          EXPERIMENTS.md has the rest.
 
 Interrupted, the same command goes on from the last checkpoint in the work directory.
 """
