@@ -32,6 +32,8 @@ from lorascope.evaluation.features import check_encoder, load_encoder
 from lorascope.evaluation.prompts import Prompt, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
 from lorascope.evaluation.score import Generated, score_run
+from lorascope.machine.arithmetic import full_fp32
+from lorascope.machine.memory import free_cached
 from lorascope.report.page import Report, build_report
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
 from lorascope.training.optimizers import check_optimizer
@@ -395,7 +397,8 @@ class Study:
         job = plan_jobs(self.prompts, section.seeds)[0]
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
         results = {}
-        with self._stage("merge_check", inputs):
+        with self._stage("merge_check", inputs), full_fp32():
+            free_cached(self.base.device)
             base = self.base.in_fp32()
             bank = self.load_bank(arms, base)
             for index, arm in enumerate(arms):

@@ -3,6 +3,8 @@ eagerly.
 """
 
 import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.data.encoding import Encoded
 from lorascope.seeding import seeded
 from lorascope.training.feed import Batch
-from lorascope.training.step import Recorded, Step
+from lorascope.training.step import LossScale, Recorded, Step
 from lorascope.training.trainer import Trainer
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
@@ -102,7 +104,7 @@ def test_a_scaled_loss_gives_the_same_step(base: Base) -> None:
     take(plain, batch)
     plain.bank.detach()
     scaled = make_step(base)
-    scaled.loss_scale = 4096.0
+    scaled.loss_scale = LossScale(2, base.device)
     take(scaled, batch)
     assert torch.equal(plain.bank.parameters, scaled.bank.parameters)
     assert torch.equal(plain.norms, scaled.norms) and torch.equal(plain.losses, scaled.losses)
@@ -119,6 +121,88 @@ def test_an_arm_with_a_loss_that_is_not_finite_stands_still_for_good(base: Base)
         step.bank.parameters[1], before[1]
     )
     assert step.bank.parameters.isfinite().all()
+
+
+def test_an_overflowing_gradient_is_a_step_skipped_at_half_the_scale(base: Base) -> None:
+    """Only the arm that it concerns; its next step is taken, and is what it is without the skipped one."""
+    step, batch = make_step(base), make_batch(base, 8)
+    step.loss_scale = LossScale(2, base.device)
+    before = step.bank.parameters.clone()
+    step.begin(torch.tensor([1e-3, 2e-3]))
+    step.add_batch(batch)
+    step.bank.gradients[0, 0] = float("inf")
+    step.finish()
+    assert step.active.tolist() == [True, True]
+    assert step.loss_scale.factors.tolist() == [2048, 4096]
+    assert step.loss_scale.skipped_steps.tolist() == [1, 0]
+    assert torch.equal(step.bank.parameters[0], before[0])
+    assert not torch.equal(step.bank.parameters[1], before[1])
+    take(step, batch)
+    skipped = step.bank.parameters[0].clone()
+    step.bank.detach()
+    plain = make_step(base)
+    take(plain, batch)
+    assert torch.equal(plain.bank.parameters[0], skipped)
+
+
+def test_a_gradient_that_no_scale_helps_is_a_failure(base: Base) -> None:
+    step, batch = make_step(base), make_batch(base, 9)
+    step.loss_scale = LossScale(2, base.device)
+    step.loss_scale.factors[0] = 1.0
+    step.begin(torch.tensor([1e-3, 2e-3]))
+    step.add_batch(batch)
+    step.bank.gradients[0, 0] = float("inf")
+    step.finish()
+    assert step.active.tolist() == [False, True]
+
+
+def test_a_scale_grows_after_many_steps_without_an_overflow() -> None:
+    scale, fine = LossScale(1, torch.device("cpu")), torch.tensor([True])
+    scale.calm_steps.fill_(1998)
+    factors = []
+    for _ in range(3):
+        assert not scale.update(fine, fine).any()
+        factors.append(scale.factors.item())
+    assert factors == [4096, 8192, 8192]
+    scale.factors.fill_(65536)
+    scale.calm_steps.fill_(1999)
+    scale.update(fine, fine)
+    assert scale.factors.item() == 65536
+
+
+def test_the_state_of_a_step_goes_on_in_another(base: Base) -> None:
+    batches = [make_batch(base, key) for key in (10, 11)]
+    whole = make_step(base)
+    whole.loss_scale = LossScale(2, base.device)
+    take(whole, batches[0])
+    whole.loss_scale.factors[1] = 512
+    states = [{name: value.clone() for name, value in whole.state(index).items()} for index in range(2)]
+    parameters = whole.bank.parameters.clone()
+    take(whole, batches[1])
+    whole.bank.detach()
+    again = make_step(base)
+    again.loss_scale = LossScale(2, base.device)
+    again.bank.parameters.data.copy_(parameters)
+    for index, state in enumerate(states):
+        again.load_state(index, state)
+    take(again, batches[1])
+    assert torch.equal(again.bank.parameters, whole.bank.parameters)
+    assert again.loss_scale.factors.tolist() == [4096, 512]
+
+
+def test_nothing_outlives_a_closed_step(base: Base) -> None:
+    """Recordings hold the step and it holds them: what is not closed lives until cycles are collected."""
+    step = make_step(base)
+    step._record()
+    step.bank.detach()
+    step.close()
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @compiles

@@ -398,7 +398,7 @@ def _merged(
     weight: torch.Tensor, module: LoraModule, strength: float, path: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The merged weight in float32, and what it adds to `weight`."""
-    update = module.update()
+    update = module.update().to(weight.device)
     if update.numel() != weight.numel() or module.weight_shape[:2] != weight.shape[:2]:
         raise AdapterError(
             f"{path}: the adapter is for a weight of shape {list(module.weight_shape)}, the base's is "
@@ -408,7 +408,8 @@ def _merged(
     if module.dora_scale is not None:
         adapted = weight + update
         other_axes = [axis for axis, extent in enumerate(module.dora_scale.shape) if extent == 1]
-        scale = module.dora_scale.float() / torch.linalg.vector_norm(adapted, dim=other_axes, keepdim=True)
+        magnitudes = module.dora_scale.to(weight.device, torch.float32)
+        scale = magnitudes / torch.linalg.vector_norm(adapted, dim=other_axes, keepdim=True)
         update = adapted * scale - weight
     return weight + strength * update, strength * update
 

@@ -2,12 +2,14 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.base.loading import Base
+from lorascope.console import log
 from lorascope.machine.speed import matmul_flops
 
 _DECODED_PIXELS = 4 * 512 * 512  # decoded at once: some 0.5 GB a picture of 512 px in fp16
@@ -26,6 +28,7 @@ class Autoencoder:
         """`dtype` is fp16 on a GPU and fp32 on a CPU when absent."""
         self.base, self.device = base, base.device
         self.dtype = dtype or (torch.float16 if base.device.type == "cuda" else torch.float32)
+        self.num_batches = self.num_overflows = 0  # done in all, and of these again in fp32
 
     @functools.cached_property
     def _bases(self) -> list[Base]:
@@ -49,11 +52,7 @@ class Autoencoder:
         `pixels` is uint8 [n, 3, H, W]; it is moved before it is widened.
         """
         moved = pixels.to(self.device, non_blocking=True)
-        for base in self._bases:
-            posterior = torch.stack(base.encode_pixels(moved.float() / 127.5 - 1), dim=1)
-            if len(self._bases) == 1 or posterior.isfinite().all():
-                break
-        return posterior
+        return self._in_bounds(lambda base: torch.stack(base.encode_pixels(moved.float() / 127.5 - 1), dim=1))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures uint8 [n, H, W, 3] on the CPU, from scaled latents float32 [n, c, h, w]; a few at a time,
@@ -64,11 +63,27 @@ class Autoencoder:
         return torch.cat([self._decode_some(chunk) for chunk in latents.split(count)])
 
     def _decode_some(self, latents: torch.Tensor) -> torch.Tensor:
-        for base in self._bases:
-            pixels = base.decode_latents(latents)
-            if len(self._bases) == 1 or pixels.isfinite().all():
-                break
-        return to_bytes(pixels)
+        return to_bytes(self._in_bounds(lambda base: base.decode_latents(latents)))
+
+    def _in_bounds(self, compute: Callable[[Base], torch.Tensor]) -> torch.Tensor:
+        """What `compute` gives of the base in half precision, or in fp32 where that is not finite."""
+        self.num_batches += 1
+        if len(self._bases) > 1:
+            result = compute(self._bases[0])
+            if result.isfinite().all():
+                return result
+            self.num_overflows += 1
+        return compute(self.base)
+
+    def warn_of_overflows(self) -> None:
+        """Say how many batches so far had to be done again in fp32, if any."""
+        if self.num_overflows:
+            log.warning(
+                "vae      %d of %d batches overflowed in %s and were done again in fp32, which takes longer",
+                self.num_overflows,
+                self.num_batches,
+                self.precision,
+            )
 
     def share_of_limit(self, size: tuple[int, ...], num_batches: int, seconds: float) -> float:
         """The rate of so many batches of [n, 3, H, W] in so many seconds, as a share of a large matrix

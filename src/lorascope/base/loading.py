@@ -45,7 +45,10 @@ from lorascope.base.ldm import (
 )
 from lorascope.base.weights import PICKLE_SUFFIXES, load_tensors, read_header, require_finite, save_tensors
 from lorascope.config import BaseSection
+from lorascope.console import log, size
 from lorascope.errors import BaseModelError, first_line
+from lorascope.machine.memory import free_bytes
+from lorascope.machine.transfer import send
 from lorascope.store import digest_folder, digest_json, kept_digest
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -83,6 +86,7 @@ _COUNTS = {
 }
 _MAX_COUNT = 64
 _MAX_TIMESTEPS = 100_000
+_PICTURE_BYTES = 2 * 2**30  # what drawing one picture may take
 _NO_EFFECT = {
     "sample_size",
     "architectures",
@@ -149,12 +153,23 @@ class Base:
     def in_fp32(self) -> "Base":
         """The same base with a U-Net in fp32, a copy whose weights are these ones exactly; itself where it is
         in fp32.
+
+        Where a GPU has no room for the copy, its merged weights and a picture, all parts are copied to the CPU.
         """
         if self.unet.dtype == torch.float32:
             return self
-        unet = copy.deepcopy(self.unet).float()
-        set_kernels(unet, {})
-        return replace(self, unet=unet)
+        wanted = 2 * sum(4 * weight.numel() for weight in self.unet.parameters()) + _PICTURE_BYTES
+        if self.device.type == "cpu" or free_bytes(self.device) >= wanted:
+            unet = _copied(self.unet, self.device, torch.float32)
+            set_kernels(unet, {})
+            return replace(self, unet=unet)
+        log.info(
+            "base     %s are not free on the GPU for the U-Net in fp32: it goes to the CPU", size(wanted)
+        )
+        cpu = torch.device("cpu")
+        parts = {name: _copied(getattr(self, name), cpu, torch.float32) for name in _MODELS}
+        set_kernels(parts["unet"], {})
+        return replace(self, **parts, alphas_cumprod=self.alphas_cumprod.cpu(), device=cpu)
 
     def build_pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline of this base, with the scheduler that it names (PNDM, as SD v1.5's, without
@@ -183,7 +198,7 @@ class Base:
             truncation=True,
             return_tensors="pt",
         )
-        return tokens.input_ids.to(self.device)
+        return send(tokens.input_ids, self.device)
 
     def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """The text encoder's last hidden states, float32 [n, tokens, width], of int64 [n, tokens]; keeps
@@ -228,7 +243,20 @@ def choose_device(name: str) -> torch.device:
         raise BaseModelError(
             'device = "cuda": torch sees no GPU here: use device = "cpu" or install a CUDA build of torch'
         )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())  # with its number, as its tensors say it
+    return torch.device("cpu")
+
+
+def _copied(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """A copy of a frozen module on a device, its floating-point weights in `dtype`; no other copy is made on
+    the way.
+    """
+    known: dict[int, Any] = {id(buffer): buffer.to(device, copy=True) for buffer in module.buffers()}
+    for weight in module.parameters():
+        moved = weight.detach().to(device, dtype, copy=True)
+        known[id(weight)] = torch.nn.Parameter(moved, requires_grad=False)
+    return copy.deepcopy(module, known)
 
 
 def resolve_model(

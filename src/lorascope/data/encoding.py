@@ -31,6 +31,7 @@ from lorascope.console import log
 from lorascope.data.dataset import Dataset, Example
 from lorascope.errors import CacheError
 from lorascope.machine.memory import free_bytes
+from lorascope.machine.transfer import send
 from lorascope.store import digest_json, user_cache_path
 
 MAX_RESIDENT_BYTES = 2 * 2**30
@@ -98,8 +99,8 @@ class Encoded:
         `dropped` bool [B].
         """
         assert self.text_states is not None
-        device = self.text_states.device
-        return self.text_states[torch.where(dropped, 0, self.caption_index[indices]).to(device)]
+        rows = torch.where(dropped, 0, self.caption_index[indices])
+        return self.text_states[send(rows, self.text_states.device)]
 
     def first(self, count: int) -> "Encoded":
         """The first `count` pictures."""
@@ -155,6 +156,7 @@ def encode_dataset(
         num_encoded += _add_missing(
             stores[width, height], dataset.in_storage_order(group), dataset, autoencoder, flip, progress
         )
+    autoencoder.warn_of_overflows()
     latents = _gather(stores, by_size, base.device)
     captions = ["", *sorted({example.caption for example in examples} - {""})]
     text_states = _find_text(captions, base, cache_dir) if keep_text else None

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from lorascope.base.loading import resolve_model
 from lorascope.config import ScoreSection
 from lorascope.errors import BaseModelError, RunError, first_line
+from lorascope.machine.arithmetic import full_fp32
 from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json, kept_digest
 
 SCALE = "100 x cosine"
@@ -111,7 +112,7 @@ class ClipEncoder:
     ) -> Features:
         parts = [np.empty((0, int(self._model.config.projection_dim)), np.float32)]
         for start in range(0, len(items), self.batch_size):
-            with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+            with full_fp32(deterministic=True):
                 features = encode(items[start : start + self.batch_size], start).double()  # (N, D)
             unit = (features / features.norm(dim=-1, keepdim=True)).float()
             broken = (~unit.isfinite().all(dim=-1)).nonzero().flatten().tolist()

@@ -22,7 +22,8 @@ from lorascope.console import log
 from lorascope.errors import RunError, first_line
 from lorascope.evaluation.inference import folded, text_projected_once
 from lorascope.evaluation.prompts import Prompt
-from lorascope.machine.memory import is_out_of_memory
+from lorascope.machine.memory import free_cached, is_out_of_memory
+from lorascope.machine.transfer import send
 from lorascope.seeding import seeded
 from lorascope.store import atomic_path
 
@@ -84,22 +85,24 @@ def denoise(
     """
     num_slices = len(text)
     scheduler = _SCHEDULERS[section.scheduler].from_config(base.scheduler_config)
-    scheduler.set_timesteps(section.steps, device=base.device)
+    # The scheduler reads its timesteps and sigmas on the host: on a GPU each would wait for the U-Net.
+    scheduler.set_timesteps(section.steps, device="cpu")
     guided = section.guidance != 1
     prompts, empty = text[:, 1:], text[:, :1].expand_as(text[:, 1:])  # (S, G, tokens, width)
     branches = [empty, prompts] if guided else [prompts]
     context = (
         torch.cat(branches, dim=1).flatten(0, 1).to(base.unet.dtype)
     )  # (S * branches * G, tokens, width)
-    latents = (
-        (noise * scheduler.init_noise_sigma).to(base.device).repeat(num_slices, 1, 1, 1)
+    latents = send(noise * scheduler.init_noise_sigma, base.device).repeat(
+        num_slices, 1, 1, 1
     )  # (S * G, c, h, w)
-    for timestep in scheduler.timesteps:
+    on_device = send(scheduler.timesteps, base.device)
+    for timestep, timestep_on_device in zip(scheduler.timesteps, on_device, strict=True):
         if is_stopped():
             raise KeyboardInterrupt
         x = latents.unflatten(0, (num_slices, 1, -1)).expand(-1, len(branches), -1, -1, -1, -1).flatten(0, 2)
         x = scheduler.scale_model_input(x, timestep)
-        prediction = base.unet(x.to(base.unet.dtype), timestep, context).sample.float()
+        prediction = base.unet(x.to(base.unet.dtype), timestep_on_device, context).sample.float()
         prediction = prediction.unflatten(0, (num_slices, len(branches), -1))
         if guided:
             unconditional, conditional = prediction.unbind(dim=1)
@@ -209,7 +212,9 @@ def draw_all(
     with PictureWriter() as writer:
         while True:
             try:
-                return _draw_all(painter, models, jobs, at_once, path_of, writer, note)
+                _draw_all(painter, models, jobs, at_once, path_of, writer, note)
+                painter.autoencoder.warn_of_overflows()
+                return
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -221,8 +226,7 @@ def draw_all(
             # Outside of the handler, whose traceback holds the tensors that did not leave enough room.
             at_once = min(at_once, len(models) * len(jobs)) // 2 or 1
             log.warning("sample   out of memory: going on with %d pictures at once", at_once)
-            if base.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_cached(base.device)
 
 
 def _draw_all(

@@ -1,6 +1,7 @@
 """Memory of a device: what is free, what is in use, the peak of a stage, and when it has run out."""
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from torch import nn
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
-_CPU_MESSAGES = (
+_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "could not create a primitive",  # all that torch passes on of oneDNN's failed allocation
+    "CUBLAS_STATUS_ALLOC_FAILED",  # of CUDA's libraries, which allocate for themselves
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
 )
 
 
@@ -86,6 +90,13 @@ def used_bytes(device: torch.device) -> int:
     )
 
 
+def free_cached(device: torch.device) -> None:
+    """Give back what nothing holds any more: on a GPU to other programs, which torch keeps it from."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Let `peak_memory` count from here on, after giving back to the system what this process has freed.
 
@@ -108,6 +119,13 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     import resource
 
     return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rss"
+
+
+def reserved_peak(device: torch.device) -> int:
+    """Bytes of a GPU that torch held at most since the last reset, in use or not, which others lacked; 0 on a
+    CPU.
+    """
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _status_bytes(key: str) -> int:
@@ -133,7 +151,9 @@ def parked(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch has a type of its own for GPUs, and only a message for CPUs."""
+    """Whether an allocation failed: torch has a type of its own for what it allocates on GPUs, and only a
+    message for CPUs and for what CUDA's libraries allocate.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)

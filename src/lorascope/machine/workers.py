@@ -55,7 +55,8 @@ def threads_per_worker(num_workers: int) -> int:
 def worker_environments(device_type: str, num_workers: int) -> list[dict[str, str]]:
     """What so many workers find in their environment: a GPU each, or on a CPU their number of threads."""
     if device_type == "cuda":
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers, UUIDs or names of MIG parts
+        visible = [name.strip() for name in named if name.strip()]
         return [
             {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
             for index in range(num_workers)

@@ -11,6 +11,7 @@ from lorascope.base.loading import Base
 from lorascope.config import Arm, DataSection, TrainSection
 from lorascope.data.dataset import shuffled_caption
 from lorascope.data.encoding import Encoded
+from lorascope.machine.transfer import send
 from lorascope.training.objective import Draws, batch_indices, draw, plan_batches
 
 
@@ -76,6 +77,14 @@ class Feed:
         rows = {seed: self._place(seed, number, part) for seed, part in drawn.items()}
         return Batch(*(torch.cat(parts) for parts in zip(*(rows[seed] for seed in self.seeds), strict=True)))
 
+    def largest_batch(self, start: int) -> int:
+        """The first batch from number `start` on of the largest pictures among these; `start` where none is
+        left.
+        """
+        sizes = [self.pictures.latents[int(bucket[0])][0, 0].numel() for bucket in self.buckets]
+        numbers = range(start, len(self.batches))
+        return max(numbers, key=lambda number: sizes[self.batches[number][0]], default=start)
+
     def _draw(self, number: int) -> dict[int, _Drawn]:
         """What batch `number` is made of, by training seed; issues no work to a GPU, whose stream may be
         recorded meanwhile.
@@ -101,15 +110,11 @@ class Feed:
         draws = drawn.draws
         mean, std = drawn.posterior or self.pictures.posterior(drawn.indices, draws.flipped)
         mean, std, posterior_noise, noise, timesteps = (
-            self._send(part) for part in (mean, std, draws.posterior_noise, draws.noise, draws.timesteps)
+            send(part, self.base.device)
+            for part in (mean, std, draws.posterior_noise, draws.noise, draws.timesteps)
         )
         text = self._text(drawn.indices, draws.dropped, seed, self._positions(number))
         return Batch(mean + std * posterior_noise, noise, timesteps, text)
-
-    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on the base's device; a copy to a GPU does not wait for what is computed there."""
-        device = self.base.device
-        return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
 
     def _text(
         self, indices: torch.Tensor, dropped: torch.Tensor, seed: int, positions: range

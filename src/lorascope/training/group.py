@@ -2,7 +2,7 @@
 adapters.
 """
 
-import gc
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,14 @@ from lorascope.evaluation.sampling import (
     plan_jobs,
     save_picture,
 )
-from lorascope.machine.memory import is_out_of_memory, peak_memory, reset_peak_memory, used_bytes
+from lorascope.machine.memory import (
+    free_cached,
+    is_out_of_memory,
+    peak_memory,
+    reserved_peak,
+    reset_peak_memory,
+    used_bytes,
+)
 from lorascope.machine.workers import deferred_signals
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.training.footprint import resolve_checkpointing
@@ -94,6 +101,7 @@ class Group:
         self.failures: dict[str, str] = {}
         self.last_epoch: dict[str, list[float]] = {arm.name: [] for arm in self.arms}  # losses
         self.best: dict[str, dict[str, Any]] = {}
+        self.skipped_steps: dict[str, int] = {}  # whose gradient overflowed fp16
 
     @property
     def has_first_arm(self) -> bool:
@@ -150,12 +158,18 @@ class Group:
         finally:
             for lines in self.metrics.values():
                 lines.close()
+            self.trainer.compute.close()
             self.bank.detach()
             self.base.unet.disable_gradient_checkpointing()
         for index in range(len(self.arms)):
             self._finish_arm(index)
         memory, kind = peak_memory(self.base.device)
-        log.info("memory   expected %s, measured %s (%s)", size(self.expected_bytes), size(memory), kind)
+        reserved = reserved_peak(self.base.device)
+        beside = f"; {size(reserved)} of the GPU were reserved" if reserved else ""
+        log.info(
+            "memory   expected %s, measured %s (%s)%s", size(self.expected_bytes), size(memory), kind, beside
+        )
+        log.info("train    steps ran as %s", self.trainer.compute.mode)
         if len(self.failures) < len(self.arms):
             log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
 
@@ -177,6 +191,7 @@ class Group:
         together = " each, in one pass" if len(self.arms) > 1 else ""
         pictures = self.section.batch_size * self.section.accumulation_steps
         log.info("train    %d steps of %d pictures%s", self.trainer.num_steps, pictures, together)
+        log.debug("train    %s", self.trainer.compute.mode)
         if len(self.trainer.feed.buckets) > 1:
             log.info("train    %d shapes of pictures, one shape a batch", len(self.trainer.feed.buckets))
 
@@ -205,6 +220,7 @@ class Group:
     # -- records ---------------------------------------------------------------------------------------------
 
     def _record_step(self, record: StepRecord) -> None:
+        self.skipped_steps = dict(zip((arm.name for arm in self.arms), record.skipped, strict=True))
         for arm, loss, norm, lr, failed in zip(
             self.arms, record.losses, record.grad_norms, record.lrs, record.failed, strict=True
         ):
@@ -212,12 +228,15 @@ class Group:
                 if arm.name not in self.failures:
                     self._fail(arm.name, f"loss or gradient is not finite at step {record.step}")
                 continue
-            values = {"loss": loss, "grad_norm": norm, "lr": lr}
+            # Only of a step that the arm skipped is it not finite.
+            values = {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None, "lr": lr}
             epoch = round(record.epoch, 6)
             self.metrics[arm.name].append(
                 {"kind": "train", "step": record.step, "epoch": epoch, "arm": arm.name, **values}
             )
-            self.trackers.log(arm.name, record.step, values)
+            self.trackers.log(
+                arm.name, record.step, {key: value for key, value in values.items() if value is not None}
+            )
             if record.step > self.trainer.num_steps - self.trainer.num_steps / self.section.epochs:
                 self.last_epoch[arm.name].append(loss)
 
@@ -374,6 +393,9 @@ class Group:
             "expected_memory_bytes": self.expected_bytes,
             "peak_memory_bytes": memory,
             "peak_memory_kind": memory_kind,
+            "peak_reserved_bytes": reserved_peak(self.base.device),
+            "step": trainer.compute.mode,
+            "skipped_steps": self.skipped_steps.get(arm.name, 0),
             "best": self.best.get(arm.name),
             "failed": failure,
         }
@@ -444,7 +466,5 @@ def try_group(train: Callable[[], None], device: torch.device) -> str | None:
             raise
         size_asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         reason = size_asked[0].lower() if size_asked else first_line(error)
-    gc.collect()  # the error's traceback held everything
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_cached(device)  # the error's traceback held everything
     return reason

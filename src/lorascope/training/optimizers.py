@@ -135,9 +135,10 @@ class TorchOptimizer:
             self._optimizers.append(_start(kind, groups, arm.lr, section))
 
     def step(self, lrs: torch.Tensor, active: torch.Tensor) -> None:
-        """As `AdamW.step`; waits for the device."""
-        for optimizer, lr, moves in zip(self._optimizers, lrs.tolist(), active.tolist(), strict=True):
-            if moves:
+        """As `AdamW.step`; waits for the device once."""
+        rates = torch.where(active, lrs, math.nan).tolist()  # one answer for both
+        for optimizer, lr in zip(self._optimizers, rates, strict=True):
+            if not math.isnan(lr):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["factor"]
                 optimizer.step()

@@ -21,6 +21,7 @@ from lorascope.base.loading import Base
 from lorascope.config import DataSection, TrainSection
 from lorascope.data.encoding import Encoded
 from lorascope.errors import StorageError
+from lorascope.machine.transfer import send
 from lorascope.seeding import seeded
 from lorascope.store import atomic_path
 from lorascope.training.feed import Feed
@@ -30,6 +31,7 @@ from lorascope.training.step import Step
 
 NUM_BANDS = 4
 PROBE_BATCH = 8  # pictures per slice at once
+_PROBED_SLICES = 8  # at once: beside a training's recorded passes a GPU has little room
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StepRecord:
     grad_norms: tuple[float, ...]  # before clipping
     lrs: tuple[float, ...]
     failed: tuple[bool, ...]  # arms that met a loss or gradient that is not finite; they no longer move
+    skipped: tuple[int, ...]  # steps that each arm has skipped so far, since its gradient overflowed fp16
     seconds: float  # wall time of the step
 
 
@@ -102,8 +105,10 @@ class Trainer:
         lag = 1 if self.base.device.type == "cuda" else 0
         pending: deque[_Pending] = deque()
         self.bank.select_all()
+        started = time.perf_counter()
+        if len(self.feed.buckets) > 1:  # the memory of the largest batch serves those of other shapes too
+            compute.prepare(self.feed.load(self.feed.largest_batch(self.step * accumulation)))
         while self.step < self.num_steps:
-            started = time.perf_counter()
             compute.begin(learning_rates(self.peak_lrs, self.step, self.num_steps, self.section))
             for part in range(accumulation):
                 compute.add_batch(self.feed.load(self.step * accumulation + part))
@@ -112,12 +117,19 @@ class Trainer:
             pending.append(_Pending(self.step, compute))
             pauses = self.step == self.num_steps or pause(self.step)
             while len(pending) > (0 if pauses else lag):
-                losses, norms, lrs, failed = pending[0].wait()
+                losses, norms, lrs, failed, skipped = pending[0].wait()
                 seconds = time.perf_counter() - started
                 self.seconds += seconds
                 step = pending.popleft().step
                 yield StepRecord(
-                    step, self._epoch(step), losses, norms, lrs, tuple(map(bool, failed)), seconds
+                    step,
+                    self._epoch(step),
+                    losses,
+                    norms,
+                    lrs,
+                    tuple(map(bool, failed)),
+                    tuple(map(int, skipped)),
+                    seconds,
                 )
                 started = time.perf_counter()
 
@@ -132,11 +144,7 @@ class Trainer:
         compute = self.compute
         tensors: dict[str, torch.Tensor] = {}
         for index, arm in enumerate(self.bank.arms):
-            state = {
-                "parameters": self.bank.unpadded(self.bank.parameters, index),
-                "active": compute.active[index],
-            }
-            state |= {f"optimizer.{name}": tensor for name, tensor in compute.optimizer.state(index).items()}
+            state = {"parameters": self.bank.unpadded(self.bank.parameters, index), **compute.state(index)}
             tensors |= {f"{arm.name}/{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
         _write_checkpoint(
             path, tensors, {"inputs": inputs, "step": self.step, "seconds": self.seconds, "facts": facts}
@@ -160,13 +168,7 @@ class Trainer:
                 if name.startswith(f"{arm.name}/")
             }
             self.bank.load_unpadded(self.bank.parameters, index, own["parameters"])
-            self.compute.active[index] = own["active"]
-            optimizer = {
-                name.removeprefix("optimizer."): tensor
-                for name, tensor in own.items()
-                if name.startswith("optimizer.")
-            }
-            self.compute.optimizer.load_state(index, optimizer)
+            self.compute.load_state(index, own)
         self.step, self.seconds = state["step"], state["seconds"]
         facts: dict[str, Any] = state["facts"]
         return facts
@@ -177,16 +179,19 @@ class _Pending:
 
     def __init__(self, step: int, compute: Step) -> None:
         self.step = step
+        skipped = torch.zeros_like(compute.losses)
+        if compute.loss_scale is not None:
+            skipped = compute.loss_scale.skipped_steps
         values = torch.stack(
-            [compute.losses, compute.norms, compute.lrs, (~compute.active).float()]
-        )  # (4, N)
+            [compute.losses, compute.norms, compute.lrs, (~compute.active).float(), skipped]
+        )  # (5, N)
         self._values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
         self._event = torch.cuda.Event() if values.is_cuda else None
         if self._event is not None:
             self._event.record()
 
     def wait(self) -> tuple[tuple[float, ...], ...]:
-        """Losses, gradient norms, learning rates and whether they failed, of each arm."""
+        """Losses, gradient norms, learning rates, whether it failed and steps skipped, of each arm."""
         if self._event is not None:
             self._event.synchronize()
         return tuple(tuple(values) for values in self._values.tolist())
@@ -245,35 +250,43 @@ def probe_losses(
     One timestep in each of `NUM_BANDS` equal bands, with its noise, is drawn by the picture's digest and the
     band, so every model and epoch meets the same. `conditional` gives the caption, else the empty caption.
     """
+    parts = []
+    for start in range(0, len(slices), _PROBED_SLICES):
+        part = slices[start : start + _PROBED_SLICES]
+        bank.select(part)
+        parts.append(_probe_selected(base, bank, len(part), pictures, conditional))
+    return torch.cat(parts)
+
+
+def _probe_selected(
+    base: Base, bank: AdapterBank, num_slices: int, pictures: Encoded, conditional: bool
+) -> torch.Tensor:
+    """As `probe_losses`, for the slices that the bank has selected."""
     width = len(base.alphas_cumprod) // NUM_BANDS
-    bank.select(slices)
-    losses = torch.empty(len(slices), len(pictures), NUM_BANDS)
+    losses = torch.empty(num_slices, len(pictures), NUM_BANDS, device=base.device)
     for bucket in pictures.buckets():
         for indices in bucket.unique().split(PROBE_BATCH):
-            mean, std = (
-                part.to(base.device)
-                for part in pictures.posterior(indices, torch.zeros_like(indices, dtype=torch.bool))
-            )
-            text = _probe_text(base, bank, pictures, indices, conditional, len(slices))
+            views = pictures.posterior(indices, torch.zeros_like(indices, dtype=torch.bool))
+            mean, std = (send(part, base.device) for part in views)
+            text = _probe_text(base, bank, pictures, indices, conditional, num_slices).to(base.unet.dtype)
+            columns = send(indices, base.device)
             for band in range(NUM_BANDS):
                 generators = [seeded("probe", pictures.digests[index], band) for index in indices.tolist()]
-                timesteps = torch.stack(
-                    [torch.randint(band * width, (band + 1) * width, (), generator=g) for g in generators]
-                )
-                noises = torch.stack([torch.randn((2, *mean.shape[1:]), generator=g) for g in generators]).to(
-                    base.device
-                )
-                timesteps, latents = timesteps.to(base.device), mean + std * noises[:, 0]
-                noisy = add_noise(latents, noises[:, 1], timesteps, base.alphas_cumprod)
+                drawn = [torch.randint(band * width, (band + 1) * width, (), generator=g) for g in generators]
+                noises = [torch.randn((2, *mean.shape[1:]), generator=g) for g in generators]
+                timesteps = send(torch.stack(drawn), base.device)
+                start, noise = send(torch.stack(noises), base.device).unbind(dim=1)
+                latents = mean + std * start
+                noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
                 target = prediction_target(
-                    latents, noises[:, 1], timesteps, base.alphas_cumprod, base.prediction_type
+                    latents, noise, timesteps, base.alphas_cumprod, base.prediction_type
                 )
                 noisy, timesteps, target = (
-                    part.repeat(len(slices), *[1] * (part.dim() - 1)) for part in (noisy, timesteps, target)
+                    part.repeat(num_slices, *[1] * (part.dim() - 1)) for part in (noisy, timesteps, target)
                 )
-                prediction = base.unet(noisy.to(base.unet.dtype), timesteps, text.to(base.unet.dtype)).sample
-                losses[:, indices, band] = sample_losses(prediction, target).view(len(slices), -1).cpu()
-    return losses
+                prediction = base.unet(noisy.to(base.unet.dtype), timesteps, text).sample
+                losses[:, columns, band] = sample_losses(prediction, target).view(num_slices, -1)
+    return losses.cpu()
 
 
 def _probe_text(

@@ -6,7 +6,6 @@ Nothing changes what is computed but by rounding. What was found is kept for the
 began.
 """
 
-import gc
 import math
 import platform
 import time
@@ -34,6 +33,7 @@ from lorascope.base.loading import DTYPES
 from lorascope.config import REFERENCE_TARGETS, Arm
 from lorascope.console import log
 from lorascope.errors import StorageError, first_line
+from lorascope.machine.memory import free_cached
 from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
 _LEAST_FLOPS = 1e9  # of a forward pass: below, differences are noise and nothing is timed
@@ -45,6 +45,7 @@ _LEAST_GAIN_PRECISION = 1.08  # of bf16 on a CPU, which costs accuracy
 _LEAST_GAIN_FORMAT = 1.03
 _MAX_SCORES_BYTES = 2**28  # of one layer, for the kernel that keeps them
 _MAX_REMEMBERED = 100
+_REPLAYS = 10  # of a CUDA graph in one timed call: one is too short for the clock
 _MOST_S = 20.0  # on a machine busy with other work, what has not been timed by then stays with its default
 # Work of one timed call, forward: enough to be typical, little enough that the whole takes seconds.
 _ATTENTION_FLOPS = {"cpu": 2e9, "cuda": 2e11}
@@ -160,9 +161,8 @@ def tune(
         started = time.perf_counter()
         found = _measure(config, workload, device, precision)
         log.debug("tuning   timed in %.1f s", time.perf_counter() - started)
-        if device.type == "cuda":  # what was timed is no memory of the run
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_cached(device)  # what was timed is no memory of the run
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _remember(key, found)
     return found
@@ -178,35 +178,58 @@ def _measure(config: Mapping[str, Any], workload: Workload, device: torch.device
     flops, layers = survey(config, workload)
     if flops < _LEAST_FLOPS:
         return Tuning(name, precisions[0], notes=(f"nothing timed: a pass takes {flops / 1e9:.2g} GFLOP",))
-    kernels, notes = {}, {}
-    for option in precisions:
-        kernels[option], notes[option] = _tune_attention(layers, workload, DTYPES[option], device, until)
-    variants = [(option, False) for option in precisions]
     if device.type == "cuda":
-        variants.append((precisions[0], True))
-    if len(variants) == 1 or time.perf_counter() > until:
-        return Tuning(name, precisions[0], False, kernels[precisions[0]], (notes[precisions[0]],))
+        channels_last, told = _tune_format(config, workload, flops, precisions[0], device)
+        kernels, note = _tune_attention(layers, workload, DTYPES[precisions[0]], device, until)
+        return Tuning(name, precisions[0], channels_last, kernels, (told, note))
+    by_option = {
+        option: _tune_attention(layers, workload, DTYPES[option], device, until) for option in precisions
+    }
+    option, notes = precisions[0], []
+    if len(precisions) > 1 and time.perf_counter() <= until:
+        variants = [Tuning(name, choice, kernels=kernels) for choice, (kernels, _) in by_option.items()]
+        gain = _gain(config, workload, flops, variants, device)
+        option = precisions[1] if gain >= _LEAST_GAIN_PRECISION else option
+        notes.append(_told(f"{precisions[1]}", f"{precisions[0]}", gain, option == precisions[1]))
+    kernels, note = by_option[option]
+    return Tuning(name, option, False, kernels, (*notes, note))
+
+
+def _tune_format(
+    config: Mapping[str, Any], workload: Workload, flops: float, precision: str, device: torch.device
+) -> tuple[bool, str]:
+    """Whether a GPU's convolutions are held in `channels_last`, as they are unless the usual format is clearly
+    faster, and a sentence.
+    """
+    variants = [Tuning(device_name(device), precision, last) for last in (True, False)]
+    gain = _gain(config, workload, flops, variants, device)
+    is_usual = gain >= _LEAST_GAIN_FORMAT
+    return not is_usual, _told("the usual format", "channels_last", gain, is_usual)
+
+
+def _gain(
+    config: Mapping[str, Any],
+    workload: Workload,
+    flops: float,
+    variants: Sequence[Tuning],
+    device: torch.device,
+) -> float:
+    """The speed of a pass under the second of two tunings over the first's, 0 where one could not be timed."""
     cut, shape = _cut(config, workload, flops, device)
     runs = {}
-    for option, last in variants:
+    for number, variant in enumerate(variants):
         try:
-            runs[option, last] = _pass_run(
-                cut, shape, workload.text_tokens, Tuning(name, option, last, kernels[option]), device
-            )
+            runs[number] = _pass_run(cut, shape, workload.text_tokens, variant, device)
         except RuntimeError as error:  # no memory for it
-            log.debug("tuning   %s, channels_last %s: %s", option, last, first_line(error))
+            log.debug("tuning   %s: %s", variant, first_line(error))
     times = race(runs, device)
-    first, other = variants
-    gain = times[first] / times[other] if first in times and other in times else 0.0
-    wins = gain >= (_LEAST_GAIN_FORMAT if device.type == "cuda" else _LEAST_GAIN_PRECISION)
-    option, last = other if wins else first
-    what, reference = ("channels_last", "the usual format") if device.type == "cuda" else ("bf16", "fp32")
-    told = (
-        f"{what}: {gain:.2f}x the speed of {reference}, {'taken' if wins else 'not taken'}"
-        if gain
-        else f"{what}: could not be timed"
-    )
-    return Tuning(name, option, last, kernels[option], (told, notes[option]))
+    return times[0] / times[1] if len(times) == 2 else 0.0
+
+
+def _told(what: str, reference: str, gain: float, is_taken: bool) -> str:
+    if not gain:
+        return f"{what}: could not be timed"
+    return f"{what}: {gain:.2f}x the speed of {reference}, {'taken' if is_taken else 'not taken'}"
 
 
 def _precisions(device: torch.device) -> list[str]:
@@ -429,7 +452,7 @@ def race(runs: Mapping[T, Callable[[], None]], device: torch.device) -> dict[T, 
             ready[name] = _warmed(run, device)
         except RuntimeError as error:
             log.debug("tuning   %s cannot be used: %s", name, first_line(error))
-    times = dict.fromkeys(ready, math.inf)
+    times, calls = dict.fromkeys(ready, math.inf), _REPLAYS if device.type == "cuda" else 1
     started, rounds = time.perf_counter(), 0
     while times and (rounds < 2 or (rounds < 20 and time.perf_counter() - started < 0.03)):
         for name, run in ready.items():
@@ -437,13 +460,13 @@ def race(runs: Mapping[T, Callable[[], None]], device: torch.device) -> dict[T, 
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times[name] = min(times[name], time.perf_counter() - before)
+            times[name] = min(times[name], (time.perf_counter() - before) / calls)
         rounds += 1
     return times
 
 
 def _warmed(run: Callable[[], None], device: torch.device) -> Callable[[], Any]:
-    """The same, called before; on a GPU as ten replays of its CUDA graph."""
+    """The same, called before; on a GPU as `_REPLAYS` replays of its CUDA graph."""
     if device.type == "cpu":
         run()
         return run
@@ -458,7 +481,7 @@ def _warmed(run: Callable[[], None], device: torch.device) -> Callable[[], Any]:
         run()
 
     def replay() -> None:
-        for _ in range(10):
+        for _ in range(_REPLAYS):
             graph.replay()
 
     return replay
