@@ -178,6 +178,19 @@ def test_an_unreadable_picture_file_is_refused(tmp_path: Path, monkeypatch: pyte
     ]
 
 
+def test_a_damaged_picture_among_twelve_is_refused_by_name(tmp_path: Path) -> None:
+    """One flipped bit in the compressed pixels of a PNG: what follows of them would be black."""
+    for seed, (image, caption) in enumerate(plain(12)):
+        damaged = bytearray(image)
+        damaged[50] ^= 8 * (seed == 7)
+        (tmp_path / f"{seed}.png").write_bytes(damaged)
+        (tmp_path / f"{seed}.txt").write_text(caption)
+    dataset = prepare(tmp_path)
+    assert [entry["id"] for entry in dataset.summary["refused"]] == ["7.png"]
+    assert dataset.summary["refused"][0]["reason"].startswith("unreadable image: broken PNG file")
+    assert len(dataset.train) + len(dataset.heldout) == 11
+
+
 def test_too_many_refusals_stop_the_study(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [*plain(6), *[(b"", "bad")] * 4])
     assert len(prepare(path, max_refused_share=0.4).summary["refused"]) == 4

@@ -235,6 +235,64 @@ def test_pictures_that_cannot_be_used(image: Any, reason: str) -> None:
     assert (loaded.size, treatments) == (0, [])
 
 
+def flips(content: bytes, count: int) -> list[bytes]:
+    """The file with each of `count` bits turned over, drawn without repetition."""
+    bits = np.random.default_rng(0).permutation(8 * len(content))[:count].tolist()
+    flipped = np.array([list(content)] * len(bits), np.uint8)
+    for row, bit in zip(flipped, bits, strict=True):
+        row[bit // 8] ^= 1 << bit % 8
+    return [row.tobytes() for row in flipped]
+
+
+def pillow_refuses(content: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("JPEG", {}), ("WEBP", {"lossless": True}), ("WEBP", {"quality": 80}), ("GIF", {})],
+)
+def test_of_all_flips_of_a_bit_what_pillow_refuses_is_refused(kind: str, options: dict[str, Any]) -> None:
+    content = encode(pixels(3), kind, **options)
+    damaged = flips(content, 300)
+    refused = [image for image in damaged if pillow_refuses(image)]
+    assert refused
+    for image in refused:
+        with pytest.raises(RefusedError):
+            examine_picture(image)
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_no_png_with_a_flipped_bit_gives_other_pixels(side: int) -> None:
+    """Its checksums tell, those of the pixels too, which Pillow does not compare as it decodes."""
+    content = encode(pixels(3, side))
+    num_refused = 0
+    for image in flips(content, 400):
+        try:
+            loaded = decode_picture(image, side, side)
+        except RefusedError:
+            num_refused += 1
+        else:
+            np.testing.assert_array_equal(loaded, pixels(3, side))
+    assert num_refused > 350
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {"lossless": True}), ("WEBP", {}), ("GIF", {})]
+)
+def test_pictures_cut_short_are_refused(kind: str, options: dict[str, Any]) -> None:
+    content = encode(Image.fromarray(pixels(3)).resize((64, 64)), kind, **options)
+    for share in (0.1, 0.5, 0.9):
+        with pytest.raises(RefusedError):
+            examine_picture(content[: int(share * len(content))])
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pictures_with_too_many_pixels() -> None:
     _, _, refused = single(encode(Image.new("1", (9000, 8000))))

@@ -74,7 +74,18 @@ def build(folder: Path) -> Path:
     root, library = Path(torch.__file__).parent, folder / "libpretended_cuda.so"
     includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-    command = ["c++", "-O1", "-std=c++20", "-w", "-fPIC", "-shared", *includes, str(SOURCE), "-o", str(library)]
+    command = [
+        "c++",
+        "-O1",
+        "-std=c++20",
+        "-w",
+        "-fPIC",
+        "-shared",
+        *includes,
+        str(SOURCE),
+        "-o",
+        str(library),
+    ]
     subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
     return library
 
@@ -151,7 +162,9 @@ class _Everything(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
-        is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        )
         if is_composite and name not in ("aten::pin_memory", "aten::is_pinned"):
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -295,7 +308,11 @@ def _is(value: Any, dtype: torch.dtype) -> bool:
 
 
 def _to_tf32(value: Any) -> Any:
-    return (value.contiguous().view(torch.int32) & TF32_MASK).view(torch.float32) if _is(value, torch.float32) else value
+    return (
+        (value.contiguous().view(torch.int32) & TF32_MASK).view(torch.float32)
+        if _is(value, torch.float32)
+        else value
+    )
 
 
 def _inner(value: Any) -> Any:

@@ -21,7 +21,7 @@ from lorascope.data.pictures import PictureFacts, RefusedError
 from lorascope.data.sources import Stamp
 from lorascope.store import digest_bytes, user_cache_path
 
-_VERSION = f"1, Pillow {PIL.__version__}"  # decoders differ between versions, and what they refuse
+_VERSION = f"2, Pillow {PIL.__version__}"  # decoders differ between versions, and what they refuse
 _FIXED = struct.Struct("<32s32sQ768sII")
 _SETTLED_NS = 2 * 10**9
 _WRITE_EVERY = 256

@@ -101,17 +101,20 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
         raise RefusedError("the image file is empty")
     treatments = []
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with _open(content) as image:
             full = image.size
             if full[0] * full[1] > MAX_PIXELS:
                 raise RefusedError(f"{full[0]} x {full[1]} pixels are more than the limit of {MAX_PIXELS}")
             if (num_frames := getattr(image, "n_frames", 1)) > 1:
                 treatments.append(f"first of {num_frames} frames used")
-            declared = _orientation(image)
+            # A TIFF is turned as it is loaded, and then says 1. Others are loaded first: a PNG would be loaded by
+            # the question itself, and what is wrong with it never heard of.
+            declared = _orientation(image) if image.format == "TIFF" else 1
             if is_reduced := reduced and image.format == "JPEG" and min(full) >= _REDUCED_JPEG_SIDE:
                 image.draft(None, (full[0] // 8, full[1] // 8))
             image.load()
-            orientation = _orientation(image)  # a TIFF is turned as it is loaded, and then says 1
+            orientation = _orientation(image)
+            declared = max(declared, orientation)
             is_deep_png = image.format == "PNG" and content[24] == 16  # bits a channel, in the header
             if image.mode.startswith("I;16") or is_deep_png:
                 treatments.append("16 bits a channel scaled to 8")
@@ -139,6 +142,15 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
     if not is_reduced:
         return picture, treatments, picture.size
     return picture, treatments, full if orientation < 5 else (full[1], full[0])
+
+
+def _open(content: bytes) -> Image.Image:
+    """The image file, opened; of a PNG all checksums hold, which decoding alone does not look at."""
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    if image.format != "PNG":
+        return image
+    image.verify()
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:
