@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from pretended_cuda import device
 
 STAGES = ("check_inputs", "prepare_data", "encode", "train", "sample", "check_merge", "score", "report")
