@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lorascope.config import Arm, StudyConfig
-from lorascope.evaluation.score import ScoreRow, Scores, write_scores
+from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
 from lorascope.store import JsonLines, RunDir, digest_bytes, write_json, write_text
 
 NORMAL = (

@@ -177,7 +177,7 @@ _KILL_AT = {
     "while adapters are written": ("lorascope.training.group.Group._finish_arm", 2),
     "before an arm's files for other programs": ("lorascope.training.stage.write_study_files", 2),
     "in the middle of sampling": ("lorascope.evaluation.sampling.save_picture", 13),
-    "while scoring": ("lorascope.evaluation.score.write_scores", 1),
+    "while scoring": ("lorascope.evaluation.scoring.write_scores", 1),
 }
 _KILLER = """
 import os, signal, sys

@@ -31,7 +31,8 @@ from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.evaluation.features import check_encoder, load_encoder
 from lorascope.evaluation.prompts import Prompt, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
-from lorascope.evaluation.score import Generated, score_run
+from lorascope.evaluation.scores import Generated
+from lorascope.evaluation.scoring import score_run
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import free_cached
 from lorascope.report.page import Report, build_report

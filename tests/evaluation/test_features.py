@@ -18,16 +18,8 @@ from lorascope.config import ScoreSection, StudyConfig
 from lorascope.errors import BaseModelError, HubError, RunError
 from lorascope.evaluation.features import CachedEncoder, ClipEncoder, load_encoder
 from lorascope.evaluation.prompts import Prompt
-from lorascope.evaluation.score import (
-    BASE,
-    NOISE,
-    REAL,
-    SHUFFLED,
-    Generated,
-    clip_score,
-    read_scores,
-    score_run,
-)
+from lorascope.evaluation.scores import BASE, NOISE, REAL, SHUFFLED, Generated, read_scores
+from lorascope.evaluation.scoring import clip_score, score_run
 from lorascope.store import RunDir
 
 CPU = torch.device("cpu")

@@ -20,15 +20,15 @@ from lorascope.config import SampleSection, load_study
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, save_picture
-from lorascope.evaluation.score import (
+from lorascope.evaluation.scores import (
     ALL,
     BASE,
-    choose_arm,
     paired_differences,
     planned_contrasts,
     read_scores,
     summary_table,
 )
+from lorascope.evaluation.verdict import choose_arm
 from lorascope.report import page as report_module
 from lorascope.report.drawing import MAX_LINES, looks_of
 from lorascope.report.evidence import NOT_MEASURED, Facts, judge_conditions, list_warnings

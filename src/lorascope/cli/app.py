@@ -168,7 +168,8 @@ def _stage(name: str) -> Any:
                 case _:
                     getattr(job, name)()
         if name == "score":
-            from lorascope.evaluation.score import read_scores, scores_as_dict, scores_as_markdown
+            from lorascope.evaluation.score_text import scores_as_dict, scores_as_markdown
+            from lorascope.evaluation.scores import read_scores
 
             scores = read_scores(job.run_dir)
             print(json.dumps(scores_as_dict(scores), indent=2) if as_json else scores_as_markdown(scores))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.errors import StorageError
-from lorascope.evaluation.score import (
+from lorascope.evaluation.scores import (
     ALL,
     BASE,
     NOISE,
@@ -26,16 +26,12 @@ from lorascope.evaluation.score import (
     SHUFFLED,
     PairedDifference,
     Scores,
-    Style,
     SummaryRow,
-    Verdict,
-    choose_arm,
-    describe_difference,
     paired_differences,
     read_scores,
-    read_styles,
     summary_table,
 )
+from lorascope.evaluation.verdict import Style, Verdict, choose_arm, describe_difference, read_styles
 from lorascope.store import RunDir, read_json
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst

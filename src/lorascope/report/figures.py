@@ -5,17 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.evaluation.score import (
-    ALL,
-    BASE,
-    CAPTIONS,
-    MIN_PROMPTS,
-    NOISE,
-    POWER_FORMULA,
-    REAL,
-    SHUFFLED,
-    describe_difference,
-)
+from lorascope.evaluation.scores import ALL, BASE, CAPTIONS, NOISE, REAL, SHUFFLED
+from lorascope.evaluation.statistics import MIN_PROMPTS, POWER_FORMULA
+from lorascope.evaluation.verdict import describe_difference
 from lorascope.report.drawing import (
     MAX_LINES,
     MAX_ROWS,

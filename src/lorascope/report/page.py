@@ -20,7 +20,8 @@ from typing import Any
 from PIL import Image
 
 from lorascope import __version__
-from lorascope.evaluation.score import ALL, BASE, describe_difference
+from lorascope.evaluation.scores import ALL, BASE
+from lorascope.evaluation.verdict import describe_difference
 from lorascope.report.evidence import (
     NOT_MEASURED,
     SIGNS,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lorascope.evaluation.score import ALL, BASE, planned_contrasts
+from lorascope.evaluation.scores import ALL, BASE, planned_contrasts
 from lorascope.report.evidence import NOT_MEASURED, Facts, count
 from lorascope.store import digest_bytes, digest_file
 

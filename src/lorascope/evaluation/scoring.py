@@ -1,0 +1,207 @@
+"""The score stage: CLIP similarity of every picture and of the calibration rows.
+
+Scores are 100 x cosine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lorascope.config import StudyConfig
+from lorascope.errors import RunError
+from lorascope.evaluation.prompts import Prompt
+from lorascope.evaluation.scores import (
+    BASE,
+    CAPTIONS,
+    NOISE,
+    REAL,
+    SHUFFLED,
+    Generated,
+    ScoreRow,
+    Scores,
+    check_same_prompts,
+    picture_order,
+    write_scores,
+)
+from lorascope.store import RunDir
+
+MAX_REAL = 50
+
+
+class Encoder(Protocol):
+    """What scoring needs of `features.ClipEncoder` or `features.CachedEncoder`; features are float32 [n, d]
+    of unit norm.
+
+    A picture is a path, a PIL image or a uint8 array [height, width, 3].
+    """
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def encode_images(self, pictures: Sequence[Any]) -> NDArray[np.float32]: ...
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
+
+    def count_truncated(self, texts: Sequence[str]) -> int: ...
+
+    def digest_picture(self, picture: Any) -> str: ...
+
+    def cached(self, path: Path) -> "Encoder": ...
+
+
+def clip_score(image_features: ArrayLike, text_features: ArrayLike) -> NDArray[np.float64]:
+    """100 x cosine of each picture [n, d] with its own text [n, d]; float64 [n] in [-100, 100], negative
+    values kept.
+
+    This is torchmetrics' scale (Hessel et al. 2021 multiply by 2.5 instead) without its floor at 0.
+    """
+    images, texts = np.asarray(image_features, np.float64), np.asarray(text_features, np.float64)
+    if images.ndim != 2 or images.shape != texts.shape:
+        raise ValueError(
+            f"features must be two arrays [n, d] of one shape, got {images.shape} and {texts.shape}"
+        )
+    products = np.einsum("nd,nd->n", images, texts)
+    cosine = products / (np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1))
+    return np.asarray(100.0 * np.clip(cosine, -1.0, 1.0))
+
+
+def derange(prompts: Sequence[tuple[str, str]]) -> list[int] | None:
+    """For each (category, prompt) the position of a different prompt: half the category's list further on.
+
+    Where a category has no two different prompts the whole list is shifted instead; None where that fails
+    too.
+    """
+    places = range(len(prompts))
+    groups = [
+        [i for i in places if prompts[i][0] == category]
+        for category in dict.fromkeys(category for category, _ in prompts)
+    ]
+    for split in (groups, [list(places)]):
+        shifted = [_shift([prompts[i][1] for i in group]) for group in split]
+        if prompts and all(shift is not None for shift in shifted):
+            target = {
+                i: group[shift[n]]
+                for group, shift in zip(split, shifted, strict=True)
+                if shift
+                for n, i in enumerate(group)
+            }
+            return [target[i] for i in places]
+    return None
+
+
+def _shift(texts: Sequence[str]) -> list[int] | None:
+    """Positions shifted by half the length, or by the nearest other step that gives no text itself."""
+    n = len(texts)
+    for step in sorted(range(1, n), key=lambda step: (abs(step - n // 2), step)):
+        moved = [(i + step) % n for i in range(n)]
+        if all(texts[i] != texts[j] for i, j in enumerate(moved)):
+            return moved
+    return None
+
+
+def draw_noise(count: int, side_px: int, seed: int = 0) -> list[NDArray[np.uint8]]:
+    """`count` pictures of uniform noise, uint8 [side_px, side_px, 3]; each a function of (seed, position)."""
+    return [
+        np.random.default_rng([seed, i]).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+        for i in range(count)
+    ]
+
+
+def score_run(
+    run: RunDir,
+    config: StudyConfig,
+    encoder: Encoder,
+    generated: Sequence[Generated],
+    heldout: Sequence[tuple[Any, str]],
+    prompts: Sequence[Prompt],
+) -> Scores:
+    """Score every sampled picture and the calibration rows, and write `scores.parquet`.
+
+    `heldout` are real held-out pictures (PIL, uint8 array or path) with their captions; the first 50 are
+    used. `prompts` are all the study's prompts. An arm without pictures is left out. Calibration: `noise`
+    scores uniform noise against every prompt, `shuffled prompts` the base's pictures against other prompts
+    (`derange`), `real held-out` real pictures against their own captions. Features are kept in
+    `features.safetensors`; every arm is encoded in batches of its own, so that neither other arms nor an
+    interruption changes its numbers. Raises `RunError` if there is no picture at all, or if arms differ in
+    prompts or seeds.
+    """
+    if not generated:
+        raise RunError(f"{run.path}: no pictures to score: sample this run first")
+    encoder = encoder.cached(run.features_safetensors)
+    by_arm: dict[str, list[Generated]] = {}
+    for item in sorted(generated, key=picture_order):
+        by_arm.setdefault(item.arm, []).append(item)
+    check_same_prompts(
+        {arm: [(i.category, i.prompt_index, i.seed) for i in items] for arm, items in by_arm.items()}
+    )
+    position = {(prompt.category, prompt.index): n for n, prompt in enumerate(prompts)}
+    for item in generated:
+        if (item.category, item.prompt_index) not in position:
+            raise RunError(
+                f"{item.image}: {item.category} prompt {item.prompt_index} is not in the study's list: "
+                "sample this run again"
+            )
+
+    texts = encoder.encode_texts([prompt.text for prompt in prompts])  # (P, D)
+    targets = derange([(prompt.category, prompt.text) for prompt in prompts])
+    rows: list[ScoreRow] = []
+    for arm, items in by_arm.items():
+        paths = [run.path / item.image for item in items]
+        features = encoder.encode_images(paths)  # (N, D)
+        digests = [encoder.digest_picture(path) for path in paths]
+        own = [position[item.category, item.prompt_index] for item in items]
+        for item, digest, score in zip(
+            items, digests, clip_score(features, texts[own]).tolist(), strict=True
+        ):
+            values = {key: value for key, value in asdict(item).items() if key != "image"}
+            rows.append(
+                ScoreRow(kind="arm", **values, clip_score=score, image=item.image, image_digest=digest)
+            )
+        if arm == BASE and targets is not None:
+            other = [targets[place] for place in own]
+            for item, place, digest, score in zip(
+                items, other, digests, clip_score(features, texts[other]).tolist(), strict=True
+            ):
+                rows.append(_calibration_row(SHUFFLED, prompts[place], score, digest, item.seed, item.image))
+
+    noise = draw_noise(len(prompts), config.data.resolution_px)
+    for picture, prompt, score in zip(
+        noise, prompts, clip_score(encoder.encode_images(noise), texts).tolist(), strict=True
+    ):
+        rows.append(_calibration_row(NOISE, prompt, score, encoder.digest_picture(picture)))
+    captions = [Prompt(CAPTIONS, n, caption) for n, (_, caption) in enumerate(heldout[:MAX_REAL])]
+    if captions:
+        pictures = [picture for picture, _ in heldout[:MAX_REAL]]
+        real = clip_score(
+            encoder.encode_images(pictures), encoder.encode_texts([caption.text for caption in captions])
+        )
+        for picture, caption, score in zip(pictures, captions, real.tolist(), strict=True):
+            rows.append(_calibration_row(REAL, caption, score, encoder.digest_picture(picture)))
+    num_truncated = encoder.count_truncated([prompt.text for prompt in (*prompts, *captions)])
+    scores = Scores.from_rows(rows, encoder.identity, num_truncated)
+    write_scores(run, scores)
+    return scores
+
+
+def _calibration_row(
+    name: str, prompt: Prompt, score: float, digest: str, seed: int = 0, image: str = ""
+) -> ScoreRow:
+    return ScoreRow(
+        kind="calibration",
+        arm=name,
+        rank=None,
+        alpha=None,
+        lr=None,
+        training_seed=None,
+        category=prompt.category,
+        prompt_index=prompt.index,
+        prompt=prompt.text,
+        seed=seed,
+        clip_score=score,
+        image=image,
+        image_digest=digest,
+    )
