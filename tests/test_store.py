@@ -1,8 +1,10 @@
 """Files appear whole or not at all; a run folder has one owner; digests are canonical."""
 
+import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope.errors import EXIT_RUN_FAILED, LorascopeError, StorageError
+from lorascope.errors import EXIT_RUN_FAILED, ConfigError, LorascopeError, StorageError
 from lorascope.store import (
     JsonLines,
     RunDir,
@@ -24,7 +26,10 @@ from lorascope.store import (
     digest_folder,
     digest_json,
     kept_digest,
+    open_regular,
     read_json,
+    read_regular,
+    require_regular,
     storage_errors,
     write_bytes,
     write_json,
@@ -260,11 +265,84 @@ def test_damaged_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> 
 def test_json_that_is_not_there_or_not_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not there: run the stage that writes it first"):
         read_json(tmp_path / "value.json")
-    with pytest.raises(StorageError, match="cannot be read"):
+    with pytest.raises(StorageError, match="is a folder"):
         read_json(tmp_path)
 
 
 # -- digests -------------------------------------------------------------------------------------------------
+
+
+READERS = {
+    "json": read_json,
+    "digest": digest_file,
+    "kept digest": kept_digest,
+    "bytes": read_regular,
+    "open": open_regular,
+    "lines": lambda path: JsonLines(path).read(),
+    "append": lambda path: JsonLines(path).append({}),
+    "length": lambda path: JsonLines(path).sync(),
+    "rewind": lambda path: JsonLines(path).rewind(0),
+}
+
+
+def make_pipe(path: Path) -> str:
+    os.mkfifo(path)
+    return "named pipe"
+
+
+def make_socket(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(path.parent):
+        listener.bind(path.name)
+    return "socket"
+
+
+def make_folder(path: Path) -> str:
+    path.mkdir()
+    return "folder"
+
+
+def make_device(path: Path) -> str:
+    path.symlink_to("/dev/zero")
+    return "device"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs named pipes and sockets with names")
+@pytest.mark.parametrize("make", [make_pipe, make_socket, make_folder, make_device])
+@pytest.mark.parametrize("read", READERS)
+def test_what_is_no_file_is_never_opened(make: Callable[[Path], str], read: str, tmp_path: Path) -> None:
+    path = tmp_path / "here"
+    kind = make(path)
+    with pytest.raises(StorageError, match=rf"here: is a {kind}, where a file is needed: name a file"):
+        READERS[read](path)
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_not_opened(tmp_path: Path) -> None:
+    make_pipe(tmp_path / ".lock")
+    with pytest.raises(StorageError, match=r"\.lock: is a named pipe"), RunDir(tmp_path).lock():
+        pass
+
+
+def test_the_error_is_the_callers_and_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        require_regular(tmp_path, ConfigError)
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular(tmp_path / "link", limit_bytes=5) == b"12345"
+    with pytest.raises(ConfigError, match="has 5 bytes, at most 4 are read: name the right file"):
+        read_regular(tmp_path / "link", ConfigError, limit_bytes=4)
+    with pytest.raises(FileNotFoundError):
+        require_regular(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a" * 5000, "File name too long"), ("a\0b", "embedded null byte"), ("file/x", "Not a directory")],
+)
+def test_a_path_that_cannot_be_is_one_line(name: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=rf"cannot be read \({reason}\): check the path") as caught:
+        read_json(tmp_path / name)
+    assert len(str(caught.value)) < 500
 
 
 def test_digests_are_stable() -> None:
@@ -410,10 +488,11 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_log_on_a_full_disk_is_a_storage_error() -> None:
-    lines = JsonLines(Path("/dev/full"))
+def test_a_log_on_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JsonLines, "_open", lambda _: open("/dev/full", "ab"))  # noqa: SIM115
+    lines = JsonLines(tmp_path / "log.jsonl")
     lines.append({"step": 0})
-    with pytest.raises(StorageError, match="/dev/full: cannot be written: the disk is full"):
+    with pytest.raises(StorageError, match="log.jsonl: cannot be written: the disk is full"):
         lines.sync()
     with pytest.raises(StorageError, match="the disk is full"):
         lines.close()
@@ -532,6 +611,29 @@ def test_a_folder_that_cannot_be_locked_is_a_storage_error(
         RunDir(tmp_path / "run").lock(),
     ):
         pass
+
+
+def test_where_files_in_use_cannot_be_replaced_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where another process that reads the file is in the way."""
+    monkeypatch.setattr("lorascope.store._IS_POSIX", False)
+    refusals = iter([PermissionError(errno.EACCES, "in use")] * 2)
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        for refusal in refusals:
+            raise refusal
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new" and files_in(tmp_path) == ["a"]
+    monkeypatch.setattr("lorascope.store._REPLACE_WAIT_S", 0.1)
+    monkeypatch.setattr(Path, "replace", failing(errno.EACCES))
+    with pytest.raises(StorageError, match="a: cannot be written: permission denied"):
+        write_text(tmp_path / "a", "newer")
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_records_of_arms_are_read_in_order_and_joined_once(tmp_path: Path) -> None:

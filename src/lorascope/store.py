@@ -5,23 +5,28 @@ renamed.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
-from lorascope.errors import StorageError
+from filelock import lock_descriptor
+
+from lorascope.errors import LorascopeError, StorageError
 
 _PARTIAL = ".partial"
 _LOCK_WAIT_S = 2.0
+_REPLACE_WAIT_S = 2.0
+_IS_POSIX = os.name == "posix"
 _OTHER_FOLDER = (
     "choose another folder (--run-dir for a run, XDG_CACHE_HOME for the cache, HF_HOME for downloads)"
 )
@@ -79,16 +84,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 partial.stat().st_mode
             )  # as the user's umask has it; some writers put a private file in its place
             yield partial
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
             partial.chmod(mode)
-            partial.replace(path)
+            _replace(partial, path)
             _sync_directory(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
 
+def _replace(partial: Path, path: Path) -> None:
+    """Rename over `path`. Windows refuses that while anyone reads it, such as a virus scanner: this waits for it."""
+    give_up = time.monotonic() + _REPLACE_WAIT_S
+    while True:
+        try:
+            partial.replace(path)
+            return
+        except PermissionError:
+            if _IS_POSIX or time.monotonic() >= give_up:
+                raise
+        time.sleep(0.05)
+
+
 def _sync_directory(directory: Path) -> None:
+    if not _IS_POSIX:  # Windows opens no folders
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot; the file itself is on disk
@@ -113,18 +133,68 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON from `path`; raise `StorageError` if it is missing or damaged."""
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular(path: Path, error: type[LorascopeError] = StorageError) -> os.stat_result:
+    """The status of a regular file, or of the one a link leads to.
+
+    Raises `error`, one line, where anything else stands there, since opening a named pipe waits for ever and a device
+    may have no end, and where the system does not let it be looked at. Where nothing is, `FileNotFoundError` stays.
+    """
+    with _reading(path, error):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no file")
+        raise error(f"{path}: is {kind}, where a file is needed: name a file, or put one in its place")
+    return status
+
+
+def open_regular(path: Path, error: type[LorascopeError] = StorageError) -> BufferedReader:
+    """Open a regular file for reading bytes; raises as `require_regular`."""
+    require_regular(path, error)
+    with _reading(path, error):
+        return path.open("rb")
+
+
+def read_regular(
+    path: Path, error: type[LorascopeError] = StorageError, limit_bytes: int | None = None
+) -> bytes:
+    """The content of a regular file; raises as `require_regular`, and `error` where it is larger than the limit."""
+    size = require_regular(path, error).st_size
+    if limit_bytes is not None and size > limit_bytes:
+        raise error(f"{path}: has {size:,} bytes, at most {limit_bytes:,} are read: name the right file")
+    with _reading(path, error):
+        return path.read_bytes()
+
+
+@contextmanager
+def _reading(path: Path, error: type[LorascopeError]) -> Iterator[None]:
+    """Turn what the system says on reading `path` into one line, but for a missing file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as cause:  # ValueError: a name with a null byte
+        reason = getattr(cause, "strerror", None) or cause
+        shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:297]}..."
+        raise error(f"{shown}: cannot be read ({reason}): check the path and its permissions") from cause
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON from `path`; raise `StorageError` if it is missing, damaged or no file."""
+    try:
+        return json.loads(read_regular(path).decode())
     except FileNotFoundError as error:
         raise StorageError(f"{path}: not there: run the stage that writes it first") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
-        ) from error
 
 
 def export_name(name: str, layout: str) -> str:
@@ -158,7 +228,7 @@ def digest_json(value: Any) -> str:
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hex digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -169,16 +239,16 @@ def kept_digest(path: Path) -> str:
     It is known by place, size, inode and the times of change of content and inode. A file that changed in the
     last seconds may change again within the clock's tick, so its digest is not kept.
     """
-    stat, place = path.stat(), path.resolve()
-    if stat.st_size < _KEPT_FROM_BYTES:
+    status, place = require_regular(path), path.resolve()
+    if status.st_size < _KEPT_FROM_BYTES:
         return digest_file(path)
     entry = user_cache_path("digests") / f"{digest_bytes(os.fsencode(place))[:32]}.json"
-    stamp = [stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    stamp = [status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
     with suppress(StorageError, KeyError, TypeError):
         if (known := read_json(entry))["stamp"] == stamp:
             return str(known["digest"])
     digest = digest_file(path)
-    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
         with suppress(StorageError):  # a cache that cannot be written costs time, nothing else
             write_json(entry, {"stamp": stamp, "digest": digest})
     return digest
@@ -209,7 +279,7 @@ class JsonLines:
         Raises `StorageError` if there are fewer: the records of steps that will not be done again are lost.
         """
         self.close()
-        found = self.path.stat().st_size if self.path.exists() else 0
+        found = self._length()
         if found < length_bytes:
             raise StorageError(
                 f"{self.path}: has {found} bytes, but {length_bytes} were written before the "
@@ -229,16 +299,22 @@ class JsonLines:
     def _open(self) -> IO[bytes]:
         """Open for appending, after the last complete line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
+        content = read_regular(self.path) if self._length() else b""
+        if content and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
         return self.path.open("ab")
+
+    def _length(self) -> int:
+        """Bytes on disk, 0 without a file."""
+        try:
+            return require_regular(self.path).st_size
+        except FileNotFoundError:
+            return 0
 
     def sync(self) -> int:
         """Flush to disk and return the length in bytes, to be stored in a checkpoint for `rewind`."""
         if self._file is None:
-            return self.path.stat().st_size if self.path.exists() else 0
+            return self._length()
         with storage_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -255,18 +331,23 @@ class JsonLines:
         """All complete records; a last line cut short by a crash is left out, damage elsewhere is a
         `StorageError`.
         """
-        if not self.path.exists():
-            return []
         records = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+        for number, line in enumerate(
+            (read_regular(self.path) if self._length() else b"").split(b"\n")[:-1], 1
+        ):
             try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise StorageError(
-                    f"{self.path}: line {number} is damaged ({error}): delete that line, or run again "
-                    "in an empty folder"
-                ) from error
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise self._damaged(number, str(error)) from error
+            if not isinstance(record, dict):
+                raise self._damaged(number, "not a JSON object")
+            records.append(record)
         return records
+
+    def _damaged(self, number: int, reason: str) -> StorageError:
+        return StorageError(
+            f"{self.path}: line {number} is damaged ({reason}): delete that line, or run again in an empty folder"
+        )
 
 
 class RunDir:
@@ -358,7 +439,10 @@ class RunDir:
         """
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            lock_path = self.path / ".lock"
+            if lock_path.exists():
+                require_regular(lock_path)
+            file = lock_path.open("a")
         with file:
             with storage_errors(self.path):
                 self._take(file)
@@ -373,14 +457,10 @@ class RunDir:
     def _take(self, file: IO[str]) -> None:
         """Lock the open lock file."""
         give_up = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                if time.monotonic() >= give_up:
-                    raise StorageError(
-                        f"{self.path}: another lorascope process is working in this run folder: wait "
-                        "for it, or name another with --run-dir"
-                    ) from error
+        while not lock_descriptor(file.fileno(), blocking=False):
+            if time.monotonic() >= give_up:
+                raise StorageError(
+                    f"{self.path}: another lorascope process is working in this run folder: wait "
+                    "for it, or name another with --run-dir"
+                )
             time.sleep(0.05)
