@@ -16,7 +16,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from lorascope.base.weights import Header, TensorInfo, load_tensors, read_header, require_finite, save_tensors
+from lorascope.base.weights import (
+    Header,
+    TensorInfo,
+    load_sealed,
+    load_tensors,
+    read_header,
+    require_finite,
+    save_sealed,
+    save_tensors,
+)
 from lorascope.errors import StorageError, WeightsError
 
 
@@ -364,3 +373,31 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="a file stands where a folder is needed"):
         save_tensors(tmp_path / "file" / "a.safetensors", {"a": torch.ones(1)}, {})
+
+
+def test_a_sealed_file_is_read_to_the_last_bit_or_not_at_all(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 2).T,
+        "a": torch.tensor(1.5, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False]),
+    }
+    path = tmp_path / "file.safetensors"
+    save_sealed(path, tensors, {"state": "é"})
+    found, metadata = load_sealed(path)
+    assert metadata == {"state": "é"} and found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            load_sealed(path)
+        except WeightsError:
+            refused += 1
+    assert refused == len(whole) - len("lorascope.digest"), "but for the digest's own name, no bit may differ"
+
+
+def test_a_file_of_0_1_0_without_a_digest_is_read(tmp_path: Path) -> None:
+    save_tensors(path := tmp_path / "file.safetensors", {"a": torch.ones(2)}, {"state": "1"})
+    assert load_sealed(path)[1] == {"state": "1"}

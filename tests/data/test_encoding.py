@@ -1,6 +1,7 @@
 """The cache: equal to encoding, never stale, and nothing is encoded twice."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_pictures, make_pipeline_folder, write_parquet
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base, load_base
+from lorascope.base.weights import read_header
 from lorascope.config import BaseSection, DataSection
 from lorascope.data.dataset import Dataset, prepare_data
 from lorascope.data.encoding import Encoded, _gather, _Store, encode_dataset
@@ -195,12 +197,84 @@ def test_a_shard_of_another_base_is_refused(base: Base, dataset: Dataset, tmp_pa
         encode_dataset(dataset, base, tmp_path)
 
 
-def test_a_damaged_shard_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:
+def flip_a_bit(path: Path) -> None:
+    """The lowest bit of the last number: a change of 1e-7 of its size."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def with_rows(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Other rows under the metadata that the shard has."""
+    metadata = read_header(path).metadata
+    rows = change(load_file(path)["rows"].clone())
+    save_file({"rows": rows}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        flip_a_bit,
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"rows"', b'"raws"')),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"identity"', b'"jdentity"')),
+        lambda path: with_rows(path, lambda rows: rows.roll(1, 0)),
+        lambda path: with_rows(path, lambda rows: rows.log()),  # NaN where a number was below 0
+        lambda path: with_rows(path, lambda rows: rows[1:]),
+    ],
+    ids=["truncated", "one bit", "other name", "other key", "exchanged", "NaN", "a row less"],
+)
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_a_damaged_shard_is_encoded_again(
+    base: Base,
+    dataset: Dataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], object],
+    kind: str,
+) -> None:
+    first, _, _ = encode_dataset(dataset, base, tmp_path)
+    latents, text = sorted(tmp_path.rglob("*.safetensors"), key=lambda path: -path.stat().st_size)
+    if read_header(latents).tensors["rows"].shape[1:] == (77, 32):
+        latents, text = text, latents
+    path = latents if kind == "latents" else text
+    whole, all_of_first = path.read_bytes(), all_latents(first).clone()
+    damage(path)
+    assert path.read_bytes() != whole
+    again, _, num_encoded = encode_dataset(dataset, base, tmp_path)
+    assert num_encoded == (20 if kind == "latents" else 0)
+    assert f"{path}: damaged (" in caplog.text and caplog.text.count("it is encoded again") == 1
+    assert path.read_bytes() == whole
+    assert torch.equal(all_latents(again), all_of_first)
+    assert torch.equal(again.text_states, first.text_states)
+    caplog.clear()
+    assert encode_dataset(dataset, base, tmp_path)[2] == 0 and not caplog.text
+
+
+def test_a_shard_of_0_1_0_without_a_digest_is_read_but_for_NaN(
+    base: Base, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     encode_dataset(dataset, base, tmp_path)
-    path = next(tmp_path.rglob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CacheError, match=r"damaged .*delete it and run again"):
+    paths = list(tmp_path.rglob("*.safetensors"))
+    for path in paths:
+        metadata = read_header(path).metadata
+        del metadata["lorascope.digest"]
+        save_file(load_file(path), path, metadata=metadata)
+    assert encode_dataset(dataset, base, tmp_path)[2] == 0 and not caplog.text
+    for path in paths:
+        with_rows(path, lambda rows: rows.log())
+    assert encode_dataset(dataset, base, tmp_path)[2] == 20
+    assert caplog.text.count("it holds NaN or infinity") == 2
+
+
+def test_a_picture_of_which_the_vae_makes_nan_is_named(
+    base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias = base.vae.quant_conv.bias
+    monkeypatch.setattr(bias, "data", bias.data * float("nan"))
+    with pytest.raises(DataError, match=r"^\S+: the base's VAE makes NaN or infinity of this picture: leave"):
         encode_dataset(dataset, base, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_what_half_precision_encoded_is_kept_apart_from_fp32(
@@ -238,6 +312,7 @@ def test_on_another_device_a_size_is_one_tensor_where_it_fits(
     store = _Store(
         tmp_path, {"kind": "latents", "base": base.digest, "width_px": 32, "height_px": 32, "flip": False}
     )
+    assert not store.missing([example.digest for example in dataset.train])
     for limit, device in ((2**30, "meta"), (0, "cpu")):
         monkeypatch.setattr("lorascope.data.encoding.MAX_RESIDENT_BYTES", limit)
         rows = _gather({(32, 32): store}, {(32, 32): dataset.train}, torch.device("meta"))

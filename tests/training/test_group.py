@@ -13,11 +13,19 @@ from PIL import Image
 from conftest import make_study
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.base.loading import Base
-from lorascope.errors import RunError
+from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import draw_pictures
 from lorascope.store import read_json
-from lorascope.training.group import preview_jobs
+from lorascope.study import Study
+from lorascope.training.group import Group, preview_jobs
+from lorascope.training.trainer import StepRecord
+
+
+def train_only(study: Study) -> None:
+    with study.working("test"):
+        for stage in (study.prepare_data, study.encode, study.train):
+            stage()
 
 
 def test_tensorboard_gets_losses_and_previews_of_every_arm_of_every_group(
@@ -33,9 +41,7 @@ def test_tensorboard_gets_losses_and_previews_of_every_arm_of_every_group(
         "sample.num_previews=2",
     )
     study = make_study(study_file, run, 'trackers=["tensorboard"]', *choices)
-    with study.working("test"):
-        for stage in (study.prepare_data, study.encode, study.train):
-            stage()
+    train_only(study)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {path.name for path in (run / "tensorboard").iterdir()} == {"r4", "r8"}
     for arm in ("r4", "r8"):
@@ -75,9 +81,7 @@ def test_a_preview_that_cannot_be_drawn_is_a_warning_and_training_goes_on(
     study = make_study(
         study_file, run, "train.batch_size=24", "sample.preview_every_epochs=2", "sample.num_previews=1"
     )
-    with study.working("test"):
-        for stage in (study.prepare_data, study.encode, study.train):
-            stage()
+    train_only(study)
     drawn = {path.relative_to(run / "previews").as_posix() for path in (run / "previews").rglob("*.png")}
     assert drawn == {"base/epoch-0000/normal-000-0.png", "r4/epoch-0003/normal-000-0.png"}
     assert "no preview of r8 after epoch 3: latents are not finite" in (run / "lorascope.log").read_text()
@@ -147,3 +151,36 @@ def test_an_arm_that_breaks_in_the_last_step_of_an_epoch_is_not_probed_drawn_or_
     assert {record["arm"] for record in records if record["kind"] == "probe"} == {"base", "r4"}
     assert {path.name for path in (tmp_path / "run" / "previews").iterdir()} == {"base", "r4"}
     assert [path.name for path in (tmp_path / "run" / "adapters" / "wild").iterdir()] == ["training.json"]
+
+
+def test_a_damaged_checkpoint_is_one_line_and_deleting_it_trains_anew_to_the_same_adapters(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Group._record_step
+
+    def stop_after_five(group: Group, record: StepRecord) -> None:
+        original(group, record)
+        if record.step == 5:
+            raise RunError("stopped")
+
+    train_only(make_study(study_file, tmp_path / "whole"))
+    monkeypatch.setattr(Group, "_record_step", stop_after_five)
+    with pytest.raises(RunError, match="stopped"):
+        train_only(make_study(study_file, tmp_path / "run"))
+    monkeypatch.undo()
+    (path,) = (
+        path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name != "base.safetensors"
+    )
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"damaged checkpoint \(its content is not what was written"):
+        train_only(make_study(study_file, tmp_path / "run"))
+    path.unlink()
+    train_only(make_study(study_file, tmp_path / "run"))
+    for name in (
+        "metrics.jsonl",
+        "adapters/r4/adapter_model.safetensors",
+        "adapters/r8/adapter_model.safetensors",
+    ):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

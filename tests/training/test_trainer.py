@@ -150,7 +150,15 @@ def test_checkpoints_of_other_inputs_or_damaged_are_refused(
     trainer.save_checkpoint(path, "inputs", {})
     with pytest.raises(StorageError, match="of another configuration"):
         trainer.load_checkpoint(path, "others")
-    path.write_bytes(path.read_bytes()[:100])
+    whole = path.read_bytes()
+    header_bytes = int.from_bytes(whole[:8], "little")
+    for place in (9, header_bytes // 2, header_bytes + 20, len(whole) - 1):  # names, facts and numbers
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(
+            StorageError, match=r"damaged checkpoint \(.*: delete it and run the same command"
+        ):
+            trainer.load_checkpoint(path, "inputs")
+    path.write_bytes(whole[:100])
     with pytest.raises(StorageError, match="damaged checkpoint"):
         trainer.load_checkpoint(path, "inputs")
 

@@ -5,6 +5,7 @@ is executed: a `.ckpt` passes torch's weights-only loader, and only after its li
 read.
 """
 
+import hashlib
 import json
 import math
 import pickletools
@@ -40,6 +41,7 @@ _UNREADABLE = (
     "F6_E2M3",
     "F6_E3M2",
 )  # packed: an element is no whole byte, and torch has no such numbers
+_DIGEST_KEY = "lorascope.digest"  # metadata of sealed files
 _HIDDEN = "a global named as it runs"
 _NEEDS = {
     "GLOBAL": "",
@@ -353,6 +355,33 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     with atomic_path(path) as partial:
         safetensors.torch.save_file(contiguous, partial, metadata=dict(metadata))
         _sort_header(partial)
+
+
+def save_sealed(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """As `save_tensors`, with a digest of all it holds, against which `load_sealed` reads it."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, own, {**metadata, _DIGEST_KEY: _content_digest(own, metadata)})
+
+
+def load_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors, mapped from the file, and metadata that `save_sealed` wrote, to the last bit.
+
+    A file without a digest, as 0.1.0 wrote it, passes if it is whole. Raises `WeightsError` for damage.
+    """
+    metadata, tensors = read_header(path).metadata, load_tensors(path)
+    sealed = metadata.pop(_DIGEST_KEY, None)
+    if sealed is not None and sealed != _content_digest(tensors, metadata):
+        raise WeightsError(f"{path}: its content is not what was written (another digest)")
+    return tensors, metadata
+
+
+def _content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over metadata and contiguous tensors on the CPU, whatever their order."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _sort_header(path: Path) -> None:

@@ -14,25 +14,23 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
-from lorascope.base.weights import save_tensors
+from lorascope.base.weights import load_sealed, load_tensors, read_header, save_sealed
 from lorascope.console import log
 from lorascope.data.dataset import Dataset, Example
-from lorascope.errors import CacheError
+from lorascope.errors import CacheError, DataError, WeightsError
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.transfer import send
-from lorascope.store import digest_json, user_cache_path
+from lorascope.store import digest_json, storage_errors, user_cache_path
 
 MAX_RESIDENT_BYTES = 2 * 2**30
 """What latents and text states may each take on a CPU; on a GPU it is a quarter of the free memory. Latents
@@ -133,7 +131,8 @@ def encode_dataset(
 
     `flip` adds mirrored views; `keep_text` off leaves the text states out, for captions that change from draw
     to draw or a text encoder that is trained. `progress` is called with the number of pictures just encoded
-    or found. Raises `CacheError` for a shard that is damaged or does not belong to its folder.
+    or found. A damaged shard is encoded again, with a warning. Raises `CacheError` for a shard that does not
+    belong to its folder, and `DataError` for a picture whose latents are not finite.
     """
     examples = [*dataset.train, *dataset.heldout]
     by_size: dict[tuple[int, int], list[Example]] = {}
@@ -184,7 +183,8 @@ def _add_missing(
     progress: Callable[[int], None],
 ) -> int:
     """Encode those of some examples of one size that are not in the store; how many those were."""
-    missing = {example.digest: example for example in stored if example.digest not in store}
+    absent = store.missing([example.digest for example in stored])
+    missing = {example.digest: example for example in stored if example.digest in absent}
     progress(len(stored) - len(missing))
     batch_size = max(1, min(32, _BATCH_PIXELS // (stored[0].width_px * stored[0].height_px)))
     queue = list(missing.values())
@@ -201,7 +201,9 @@ def _add_missing(
             for batch in parts:
                 rows.append(_encode_pictures(next(decoded), len(batch), autoencoder, flip))
                 progress(len(batch))
-            store.add([example.digest for example in shard], torch.cat(rows).cpu())
+            latents = torch.cat(rows).cpu()
+            _require_finite(latents, shard)
+            store.add([example.digest for example in shard], latents)
     if queue and autoencoder.device.type == "cuda":
         num_views = sum(map(len, batches)) * (1 + flip)
         size = (batch_size, 3, queue[0].height_px, queue[0].width_px)
@@ -212,6 +214,16 @@ def _add_missing(
             100 * share,
         )
     return len(queue)
+
+
+def _require_finite(latents: torch.Tensor, examples: Sequence[Example]) -> None:
+    """Raise `DataError` that names the first picture whose latents [n, ...] are not finite."""
+    for is_finite, example in zip(latents.flatten(1).isfinite().all(dim=1).tolist(), examples, strict=True):
+        if not is_finite:
+            raise DataError(
+                f"{example.id}: the base's VAE makes NaN or infinity of this picture: leave it out, or use "
+                "another base"
+            )
 
 
 def _decoded(
@@ -305,7 +317,8 @@ def _find_text(captions: Sequence[str], base: Base, cache_dir: Path) -> torch.Te
         return None
     store = _Store(cache_dir, {"kind": "text", "base": base.digest})
     keys = {caption: hashlib.sha256(caption.encode()).hexdigest() for caption in captions}
-    queue = [caption for caption in captions if keys[caption] not in store]
+    absent = store.missing(list(keys.values()))
+    queue = [caption for caption in captions if keys[caption] in absent]
     for start in range(0, len(queue), _SHARD_ROWS):
         shard = queue[start : start + _SHARD_ROWS]
         states = torch.cat(
@@ -322,42 +335,57 @@ class _Store:
         self._identity = digest_json(identity)
         self._folder = cache_dir / self._identity[:32]
         self._places: dict[str, tuple[Path, int]] = {}
-        self._shards: dict[Path, torch.Tensor] = {}
+        self._shards: dict[Path, torch.Tensor] = {}  # those that are known to be whole
         for path in sorted(self._folder.glob("[!.]*.safetensors")):
             self._index(path)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._places
+    def missing(self, keys: Collection[str]) -> set[str]:
+        """Those of the keys that have no row; the shards of the others are read through once, held against
+        their digests and thrown away with a warning where they are damaged.
+        """
+        for path in sorted({self._places[key][0] for key in keys if key in self._places} - set(self._shards)):
+            try:
+                rows = load_sealed(path)[0]["rows"]
+                if not torch.stack(rows.aminmax()).isfinite().all():
+                    raise ValueError("it holds NaN or infinity")
+                self._shards[path] = rows
+            except (WeightsError, KeyError, ValueError) as error:
+                self._discard(path, error)
+        return {key for key in keys if key not in self._places}
 
     def row(self, key: str) -> torch.Tensor:
-        """One row; it maps its shard's file and is read when it is touched."""
+        """One row of a key that is not missing; it is mapped from its shard's file and read when it is
+        touched.
+        """
         path, row = self._places[key]
-        if path not in self._shards:
-            try:
-                self._shards[path] = safetensors.torch.load_file(path)["rows"]
-            except (SafetensorError, OSError, KeyError) as error:
-                raise _damaged(path, error) from error
         return self._shards[path][row]
 
     def add(self, keys: Sequence[str], rows: torch.Tensor) -> None:
         """Write a shard of rows [len(keys), ...]."""
         path = self._folder / f"{digest_json(list(keys))[:32]}.safetensors"
-        save_tensors(path, {"rows": rows}, {"identity": self._identity, "keys": json.dumps(list(keys))})
+        save_sealed(path, {"rows": rows}, {"identity": self._identity, "keys": json.dumps(list(keys))})
         self._index(path)
+        self._shards[path] = load_tensors(path)["rows"]
 
     def _index(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                keys = json.loads(metadata["keys"])
-                num_rows = file.get_slice("rows").get_shape()[0]
-            if metadata["identity"] != self._identity or len(keys) != num_rows:
+            header = read_header(path)
+            keys, num_rows = json.loads(header.metadata["keys"]), header.tensors["rows"].shape[0]
+            if len(keys) != num_rows:
+                raise ValueError(f"{num_rows} rows of {len(keys)} keys")
+            if header.metadata["identity"] != self._identity:
                 raise CacheError(f"{path}: was made from another base or size: delete it and run again")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, error) from error
+        except (WeightsError, LookupError, TypeError, ValueError) as error:
+            self._discard(path, error)
+            return
         for row, key in enumerate(keys):
             self._places.setdefault(key, (path, row))
 
-
-def _damaged(path: Path, error: Exception) -> CacheError:
-    return CacheError(f"{path}: damaged ({error}): delete it and run again")
+    def _discard(self, path: Path, error: Exception) -> None:
+        """Remove a damaged shard: what it held is made again."""
+        log.warning(
+            "encode   %s: damaged (%s): it is encoded again", path, str(error).removeprefix(f"{path}: ")
+        )
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+        self._places = {key: place for key, place in self._places.items() if place[0] != path}

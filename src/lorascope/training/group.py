@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lorascope.adapters.bank import AdapterBank, Slice, Target, count_parameters
 from lorascope.adapters.files import save_adapter
 from lorascope.base.loading import Base
-from lorascope.base.weights import save_tensors
+from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.config import StudyConfig, TrainSection
 from lorascope.console import Tally, duration, log, size
 from lorascope.data.encoding import Encoded
-from lorascope.errors import RunError, first_line
+from lorascope.errors import RunError, WeightsError, first_line
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import (
     Job,
@@ -208,6 +207,8 @@ class Group:
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
+            for lines in self.metrics.values():  # of a training whose checkpoint was damaged and deleted
+                lines.rewind(0)
             self._save_checkpoint()
             return
         facts = self.trainer.load_checkpoint(self.checkpoint, self.inputs)
@@ -282,13 +283,13 @@ class Group:
             for conditional in (True, False)
         }
         try:
-            with safe_open(path, framework="pt") as file:
-                if file.metadata()["key"] == key:
-                    return {probe: file.get_tensor(name) for probe, name in names.items()}
-        except (OSError, SafetensorError, KeyError, TypeError):
+            kept, metadata = load_sealed(path)
+            if metadata["key"] == key:
+                return {probe: kept[name] for probe, name in names.items()}
+        except (WeightsError, KeyError):
             pass  # not there, or of no use: measured anew
         losses = {probe: values[0] for probe, values in self._probe([Slice(0, 0.0)]).items()}
-        save_tensors(path, {names[probe]: values for probe, values in losses.items()}, {"key": key})
+        save_sealed(path, {names[probe]: values for probe, values in losses.items()}, {"key": key})
         return losses
 
     def _end_epoch(self, step: int, epoch: int, base_losses: Mapping[tuple[str, bool], torch.Tensor]) -> None:

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from scipy import stats
 
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.base.loading import Base
+from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.config import DataSection, TrainSection
 from lorascope.data.encoding import Encoded
-from lorascope.errors import StorageError
+from lorascope.errors import StorageError, WeightsError
 from lorascope.machine.transfer import send
 from lorascope.seeding import seeded
-from lorascope.store import atomic_path
 from lorascope.training.feed import Feed
 from lorascope.training.objective import add_noise, prediction_target, sample_losses
 from lorascope.training.optimizers import learning_rates
@@ -226,18 +224,18 @@ def read_checkpoint_facts(path: Path) -> dict[str, Any]:
 
 
 def _write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    with atomic_path(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={"state": json.dumps(state)})
+    save_sealed(path, tensors, {"state": json.dumps(state)})
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            state: dict[str, Any] = json.loads(file.metadata()["state"])
-        return safetensors.torch.load_file(path), state
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        tensors, metadata = load_sealed(path)
+        return tensors, json.loads(metadata["state"])
+    except (WeightsError, KeyError, ValueError) as error:
+        what = str(error).removeprefix(f"{path}: ")
         raise StorageError(
-            f"{path}: damaged checkpoint ({error}): delete it and run the same command again"
+            f"{path}: damaged checkpoint ({what}): delete it and run the same command again, "
+            "which trains its arms from the start"
         ) from error
 
 
