@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     write_pictures(folder / "3_blocks", [f"{number}.png" for number in range(10)])
     for number in range(9):
         (folder / f"3_blocks/{number}.txt").write_text(
-            f"blocks, number {number}, кошка" + "\0" * (number == 4)
+            f"blocks, number {number}, кошка" + "\a" * (number == 4)
         )
     for number, content in enumerate([*near_duplicates(drawing(1)), encode(pixels(0))]):
         (folder / f"drawing{number}.png").write_bytes(content)

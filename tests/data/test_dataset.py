@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from lorascope.data import dataset as data
 from lorascope.data import sources
-from lorascope.data.dataset import Example, load_dataset, prepare_data, shuffled_caption
+from lorascope.data.dataset import Example, load_dataset, prepare_data
 from lorascope.data.pictures import examine_picture
 from lorascope.data.sources import ParquetSource
 from lorascope.errors import DataError
@@ -100,27 +99,6 @@ def test_control_characters_are_taken_out_of_captions(tmp_path: Path) -> None:
     assert dataset.summary["refused"] == [{"id": "a.parquet#1", "reason": "the caption is empty"}]
 
 
-@pytest.mark.parametrize(
-    ("caption", "prefix", "word", "expected"),
-    [
-        ("a cat", None, None, "a cat"),
-        ("a cat", "drawing of ", None, "drawing of a cat"),
-        ("a cat", None, "sks", "sks, a cat"),
-        ("a cat", "drawing of ", "sks", "sks, drawing of a cat"),
-        ("a sks cat", None, "sks", "a sks cat"),
-        ("SKS, cat", None, "sks", "SKS, cat"),
-        ("asks", None, "sks", "sks, asks"),
-        ("a cat", "photo of sks, ", "sks", "photo of sks, a cat"),
-        ("cat", None, "s.s (x)", "s.s (x), cat"),
-        ("a cat", "e\u0301t\u00e9 ", None, "été a cat"),
-    ],
-)
-def test_prefix_and_trigger_word(caption: str, prefix: str | None, word: str | None, expected: str) -> None:
-    assert (
-        data.complete_caption(caption, section("any", caption_prefix=prefix, trigger_word=word)) == expected
-    )
-
-
 def test_prefix_and_trigger_word_count_as_tokens_and_are_recorded(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [*plain(3), (encode(pixels(9)), "one two three")])
     chosen = section(path, caption_prefix="drawing of ", trigger_word="sks")
@@ -132,33 +110,6 @@ def test_prefix_and_trigger_word_count_as_tokens_and_are_recorded(tmp_path: Path
     assert {row["caption"] for row in summary["train"] + summary["heldout"]} == {
         f"sks, drawing of picture {seed}" for seed in range(3)
     }
-
-
-@pytest.mark.parametrize("generator", [random.Random, np.random.default_rng])
-def test_tags_are_shuffled(generator: Callable[[int], Any]) -> None:
-    tags = ["a", "b", "c c", "d", "e"]
-    caption = " a,b ,, c c, d,e,"
-    orders = {shuffled_caption(caption, 0, generator(seed)) for seed in range(20)}
-    assert len(orders) > 10
-    assert all(sorted(order.split(", ")) == tags for order in orders)
-    assert shuffled_caption(caption, 0, generator(3)) == shuffled_caption(caption, 0, generator(3))
-    kept = {tuple(shuffled_caption(caption, 2, generator(seed)).split(", ")) for seed in range(20)}
-    assert {order[:2] for order in kept} == {("a", "b")} and len(kept) > 3
-    assert shuffled_caption(caption, 5, generator(0)) == "a, b, c c, d, e"
-    assert shuffled_caption("one caption", 0, generator(0)) == "one caption"
-
-
-def test_the_trigger_word_stays_first() -> None:
-    orders = {
-        tuple(shuffled_caption("sks, a, b, c, d", 1, random.Random(seed), "sks").split(", "))
-        for seed in range(20)
-    }
-    assert {order[:2] for order in orders} == {("sks", "a")}
-    orders = {
-        tuple(shuffled_caption("a sks cat, b, c, d", 0, random.Random(seed), "sks").split(", "))
-        for seed in range(20)
-    }
-    assert {order[0] for order in orders} == {"a sks cat"} and len(orders) > 3
 
 
 def test_an_unreadable_picture_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

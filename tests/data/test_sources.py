@@ -124,7 +124,7 @@ def test_picture_folder_with_sidecars(tmp_path: Path) -> None:
         "cats/3.jpg": "three",
     }
     assert dataset.summary["refused"] == [
-        {"id": "4.png", "reason": "4.txt cannot be read as UTF-8 text"},
+        {"id": "4.png", "reason": "4.txt: not UTF-8 (unexpected end of data at byte 3): save it as UTF-8"},
         {"id": "5.png", "reason": "no caption"},
     ]
     assert [example.id for example in dataset.in_storage_order(examples)] == [
@@ -478,6 +478,60 @@ def test_a_caption_file_counts_whichever_of_the_endings_it_has(tmp_path: Path) -
         prepare(tmp_path, max_refused_share=0.1)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_as_windows_programs_save_them(tmp_path: Path, encoding: str) -> None:
+    texts = ["ein Käse", "猫", "a cat"]
+    names = ["1.png", "2.png", "3.png"]
+    for kind in ("sidecars", "csv", "jsonl"):
+        write_pictures(tmp_path / kind, names)
+    for name, text in zip(names, texts, strict=True):
+        (tmp_path / "sidecars" / name).with_suffix(".txt").write_bytes(f"{text}\r\n".encode(encoding))
+    rows = "".join(f"{name},{text}\r\n" for name, text in zip(names, texts, strict=True))
+    (tmp_path / "csv/metadata.csv").write_bytes(f"file_name,text\r\n{rows}".encode(encoding))
+    lines = [
+        json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
+        for name, text in zip(names, texts, strict=True)
+    ]
+    (tmp_path / "jsonl/metadata.jsonl").write_bytes("\r\n".join(lines).encode(encoding))
+    samples = [
+        {"__key__": str(seed), "png": encode(pixels(seed)), "txt": text.encode(encoding)}
+        for seed, text in enumerate(texts)
+    ]
+    tar = write_shard(tmp_path / "a.tar", samples)
+    for source in (tmp_path / "sidecars", tmp_path / "csv", tmp_path / "jsonl", tar):
+        dataset = prepare(source)
+        assert captions((*dataset.train, *dataset.heldout)) == set(texts)
+        assert dataset.summary["treated"] == dataset.summary["refused"] == []
+
+
+def test_lists_that_are_no_text_name_the_byte(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png"])
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (tmp_path / name).write_bytes(b"file_name,text\n1.png,caf\xe9\n")
+        with pytest.raises(DataError, match=rf"{name}: not UTF-8 \(.* at byte 24\): save it as UTF-8$"):
+            prepare(tmp_path)
+        (tmp_path / name).write_bytes("file_name,text\n".encode("utf-16-be"))
+        with pytest.raises(
+            DataError, match=rf"{name}: byte 0 is zero, as in UTF-16 without .*: save it as UTF-8$"
+        ):
+            prepare(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_one_line_of_a_sidecar_counts_and_that_is_said(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "1.txt").write_text("\none\n\nand more\n")
+    write_shard(
+        tmp_path / "tar/a.tar", [*shard_of(0), {"__key__": "9", "png": encode(pixels(9)), "txt": "one\nmore"}]
+    )
+    for source, row_id in ((tmp_path, "1.png"), (tmp_path / "tar", "a.tar/9.png")):
+        dataset = prepare(source)
+        assert "one" in captions((*dataset.train, *dataset.heldout))
+        [treated] = dataset.summary["treated"]
+        assert treated["id"].startswith(row_id)
+        assert treated["treatment"] == "only the first line of its caption file counts"
+
+
 def test_one_bad_picture_is_refused_and_the_rest_is_used(tmp_path: Path) -> None:
     """bmaltais/kohya_ss #1574: one picture that cannot be decoded ends the run while latents are cached."""
     with_captions(tmp_path, [f"{number}.png" for number in range(10)])
@@ -510,7 +564,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
                 f"the image file has {pictures.MAX_FILE_BYTES + 1} bytes, more than the limit of 536870912"
             ),
         },
-        {"id": "4.png", "reason": "4.txt has more than 65536 bytes, too many for a caption"},
+        {"id": "4.png", "reason": "4.txt: more than 65536 bytes, too many for a caption"},
     ]
 
 
@@ -658,7 +712,7 @@ def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
     ] == [
         ("a.tar/a", "no picture: txt"),
         ("a.tar/b.png", "no caption"),
-        ("a.tar/c.png", "its .txt file cannot be read as UTF-8 text"),
+        ("a.tar/c.png", "its .txt file: not UTF-8 (unexpected end of data at byte 3): save it as UTF-8"),
     ]
 
 

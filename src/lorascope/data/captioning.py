@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from lorascope.base.hub import fetch_snapshot
+from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text, has_words
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError, open_picture
 from lorascope.errors import BaseModelError, DataError, first_line
 from lorascope.store import write_text
@@ -310,11 +311,13 @@ class _Metadata:
 
     def _read(self) -> None:
         try:
-            text = self._path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = decode_text(self._path.read_bytes())
+        except OSError as error:
             raise DataError(
-                f"{self._path}: cannot be read as UTF-8 ({first_line(error)}): correct it, or move it away"
+                f"{self._path}: cannot be read ({error.strerror}): correct its permissions, or move it away"
             ) from error
+        except RefusedError as error:
+            raise DataError(f"{self._path}: {error}") from error
         self._lines = text.removesuffix("\n").split("\n") if text else []
         for index, line in enumerate(self._lines):
             if not line.strip():
@@ -334,7 +337,7 @@ class _Metadata:
 
     def has(self, name: str) -> bool:
         _, record, column = self._find(name)
-        if isinstance(text := record.get(column), str) and text.strip():
+        if isinstance(text := record.get(column), str) and has_words(text):
             return True
         if text := _beside(self._folder / name):
             self.put(name, text)
@@ -366,12 +369,16 @@ def _beside(picture: Path) -> str:
     path = next(
         (path for suffix in (".txt", ".caption") if (path := picture.with_suffix(suffix)).exists()), None
     )
+    if path is None:
+        return ""
     try:
-        return path.read_text(encoding="utf-8-sig").strip() if path else ""
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            return caption_in(file.read(MAX_CAPTION_BYTES + 1))[0].strip()
+    except RefusedError as error:
+        raise RefusedError(f"{path.name}: {error}, or delete it") from error
+    except OSError as error:
         raise RefusedError(
-            f"{picture.with_suffix('.txt').name} cannot be read as UTF-8 ({first_line(error)}): correct "
-            "or delete it"
+            f"{path.name} cannot be read ({error.strerror}): correct its permissions, or delete it"
         ) from error
 
 

@@ -7,10 +7,7 @@ nothing and smaller subsets nest.
 
 import hashlib
 import os
-import random
-import re
 import statistics
-import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +21,7 @@ from PIL import Image
 
 from lorascope.config import DataSection
 from lorascope.console import log
+from lorascope.data.captions import Caption, clean_caption, complete_caption
 from lorascope.data.duplicates import near_groups
 from lorascope.data.index import Outcome, PictureIndex, default_index_dir
 from lorascope.data.pictures import (
@@ -40,9 +38,6 @@ from lorascope.store import digest_json
 
 _PENDING_PER_THREAD = 4
 _SHOWN_REFUSALS = 3
-Caption = tuple[str, list[str]]
-"""The text of a caption, and what was done to it."""
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -241,7 +236,7 @@ def _take(
         return
     caption, treatments = (
         complete_caption(cleaned[0], section),
-        [*([row.note] if row.note else []), *cleaned[1], *outcome.treatments],
+        [*row.treatments, *cleaned[1], *outcome.treatments],
     )
     if (num_tokens := count_tokens(caption)) > max_tokens:
         reason = f"the caption has {num_tokens} tokens, the text encoder takes at most {max_tokens}"
@@ -393,64 +388,6 @@ def _count_buckets(train: Sequence[Example], heldout: Sequence[Example]) -> list
         }
         for size in sizes
     ]
-
-
-# Captions ---------------------------------------------------------------------------------------------------
-
-
-def clean_caption(caption: object) -> Caption:
-    """A caption as NFC text without control characters and outer space, and what was done to it.
-
-    Line ends and tabs are no control characters here. Raises `RefusedError` for what is no text or holds
-    none.
-    """
-    if caption is None:
-        raise RefusedError("no caption")
-    if not isinstance(caption, str):
-        raise RefusedError(f"the caption is not text but {type(caption).__name__}")
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise RefusedError("the caption holds half a character (a lone surrogate)") from error
-    treatments = []
-    text = _CONTROL_CHARACTERS.sub("", caption)
-    if text != caption:
-        treatments.append("control characters taken out of the caption")
-    text = unicodedata.normalize("NFC", text).strip()
-    if not text:
-        raise RefusedError("the caption is empty")
-    return text, treatments
-
-
-def complete_caption(caption: str, section: DataSection) -> str:
-    """The caption with the prefix before it, and before both the trigger word and a comma where it is in
-    neither.
-    """
-    complete = unicodedata.normalize("NFC", (section.caption_prefix or "") + caption).strip()
-    word = unicodedata.normalize("NFC", section.trigger_word or "").strip()
-    return complete if not word or _holds_word(complete, word) else f"{word}, {complete}"
-
-
-def _holds_word(text: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def shuffled_caption(
-    caption: str,
-    keep_tags: int,
-    generator: np.random.Generator | random.Random,
-    trigger_word: str | None = None,
-) -> str:
-    """The caption with its comma-separated tags in an order drawn from `generator`; the first `keep_tags`
-    stay in place.
-
-    So does a first tag that holds `trigger_word`, which is not counted among them. Empty tags are left out.
-    """
-    tags = [tag for part in caption.split(",") if (tag := part.strip())]
-    num_kept = keep_tags + bool(trigger_word and tags and _holds_word(tags[0], trigger_word))
-    moved = tags[num_kept:]
-    generator.shuffle(moved)
-    return ", ".join((*tags[:num_kept], *moved))
 
 
 # Duplicates and the split -----------------------------------------------------------------------------------

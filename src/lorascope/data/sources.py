@@ -17,7 +17,7 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ import pyarrow.parquet as pq
 
 from lorascope.base.hub import fetch_snapshot
 from lorascope.config import DataSection
+from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
 from lorascope.data.tars import Member, read_samples
 from lorascope.errors import DataError, first_line
 
 SPLITS = ("train", "test", "validation")
-MAX_CAPTION_BYTES = 2**16
 MAX_METADATA_BYTES = 2**30
 
 _POCKET_DIR = Path(__file__).parents[1] / "pocket" / "cartoon"
@@ -56,8 +56,8 @@ class Row:
     """A row as the source lists it.
 
     `stamp` is that of the file that holds the picture. `caption` is as found, text or not. `repeats` is that
-    of the row's `10_name` folder. `problem` says why the row cannot be used, `note` what was done to get its
-    caption.
+    of the row's `10_name` folder. `problem` says why the row cannot be used, `treatments` what was done to get
+    its caption, and `notes` what its owner may not expect.
     """
 
     id: str
@@ -66,7 +66,8 @@ class Row:
     caption: object
     repeats: int = 1
     problem: str | None = None
-    note: str | None = None
+    treatments: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ParquetSource:
@@ -232,9 +233,9 @@ class FolderSource:
             repeat_folder = _repeat_folder(posixpath.dirname(picture))
             if caption_name is None and repeat_folder and repeat_folder not in captioned:
                 text = posixpath.basename(repeat_folder).partition("_")[2]
-                row = self._picture_row(picture, stamps, text, note="captioned by the name of its folder")
+                row = self._picture_row(picture, stamps, text, "captioned by the name of its folder")
             rows.append((row, caption_name))
-        if not any(caption_name or row.note for row, caption_name in rows):
+        if not any(caption_name or row.treatments for row, caption_name in rows):
             raise DataError(
                 f"data.source = {self.name!r}: {len(pictures)} pictures and no captions: add "
                 "metadata.jsonl or metadata.csv with file_name"
@@ -247,7 +248,7 @@ class FolderSource:
         picture: str,
         stamps: Mapping[str, Stamp | None],
         caption: object = None,
-        note: str | None = None,
+        *treatments: str,
     ) -> Row:
         if not _is_unicode(picture):
             return Row(_shown(picture), "train", None, None, problem="the file name is not UTF-8")
@@ -255,7 +256,8 @@ class FolderSource:
         problem = None if stamp else "the picture is not there"
         if stamp and stamp[0] > MAX_FILE_BYTES:
             problem = f"the image file has {stamp[0]} bytes, more than the limit of {MAX_FILE_BYTES}"
-        return Row(picture, _split_of_picture(picture), stamp, caption, _repeats_of(picture), problem, note)
+        split, repeats = _split_of_picture(picture), _repeats_of(picture)
+        return Row(picture, split, stamp, caption, repeats, problem, treatments)
 
     def _metadata_rows(
         self, stamps: Mapping[str, Stamp | None], pictures: Sequence[str], metadata: Sequence[str]
@@ -323,8 +325,10 @@ class FolderSource:
                     yield _with_caption(
                         row, file.read(MAX_CAPTION_BYTES + 1), posixpath.basename(caption_name)
                     )
-            except OSError:
-                yield _with_problem(row, f"{posixpath.basename(caption_name)} cannot be read as UTF-8 text")
+            except OSError as error:
+                yield _with_problem(
+                    row, f"{posixpath.basename(caption_name)} cannot be read ({error.strerror})"
+                )
 
     def position(self, row_id: str) -> tuple[Any, ...]:
         """Where the row stands in the source, to be sorted by."""
@@ -443,10 +447,10 @@ class TarSource:
 
     def _read_caption(self, archive: io.BufferedReader, row: Row, caption: Member) -> Row:
         archive.seek(caption.offset)
-        found = _with_caption(
-            row, archive.read(min(caption.size, MAX_CAPTION_BYTES + 1)), f"its .{caption.ending} file"
-        )
-        return self._take_from_json(found) if caption.ending == "json" and not found.problem else found
+        content = archive.read(min(caption.size, MAX_CAPTION_BYTES + 1))
+        is_json = caption.ending == "json"
+        found = _with_caption(row, content, f"its .{caption.ending} file", is_json=is_json)
+        return self._take_from_json(found) if is_json and not found.problem else found
 
     def _take_from_json(self, row: Row) -> Row:
         try:
@@ -457,7 +461,7 @@ class TarSource:
         if not {self._section.caption_column, *_CAPTION_NAMES} & set(keys):
             return _with_problem(row, "no caption")
         column = _find_column("caption_column", self._section.caption_column, _CAPTION_NAMES, keys, row.id)
-        return Row(row.id, row.split, row.stamp, record[column], row.repeats)
+        return replace(row, caption=record[column])
 
     def position(self, row_id: str) -> tuple[Any, ...]:
         """Where the row stands in the source, to be sorted by."""
@@ -708,18 +712,17 @@ def _is_inside(name: str) -> bool:
     return not name.startswith(("/", "../")) and name not in (".", "..")
 
 
-def _with_caption(row: Row, content: bytes, file: str) -> Row:
+def _with_caption(row: Row, content: bytes, file: str, *, is_json: bool = False) -> Row:
     """The row with the text of its caption file, at most one byte more than `MAX_CAPTION_BYTES` of it."""
-    if len(content) > MAX_CAPTION_BYTES:
-        return _with_problem(row, f"{file} has more than {MAX_CAPTION_BYTES} bytes, too many for a caption")
     try:
-        return Row(row.id, row.split, row.stamp, content.decode("utf-8-sig"), row.repeats)
-    except UnicodeDecodeError:
-        return _with_problem(row, f"{file} cannot be read as UTF-8 text")
+        caption, left_out = caption_in(content, whole=is_json)
+    except RefusedError as error:
+        return _with_problem(row, f"{file}: {error}")
+    return replace(row, caption=caption, treatments=(*row.treatments, *left_out))
 
 
 def _with_problem(row: Row, problem: str) -> Row:
-    return Row(row.id, row.split, row.stamp, None, row.repeats, problem)
+    return replace(row, caption=None, problem=problem)
 
 
 def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -730,15 +733,13 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}: {num_bytes} bytes, more than the limit of {MAX_METADATA_BYTES}: split the "
                 "folder and its metadata"
             )
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode_text(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}): put it back, or correct its permissions"
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
+    except RefusedError as error:
+        raise DataError(f"{path}: {error}") from error
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         try:

@@ -9,7 +9,7 @@ import torch
 
 from lorascope.base.loading import Base
 from lorascope.config import Arm, DataSection, TrainSection
-from lorascope.data.dataset import shuffled_caption
+from lorascope.data.captions import shuffled_caption
 from lorascope.data.encoding import Encoded
 from lorascope.machine.transfer import send
 from lorascope.training.objective import Draws, batch_indices, draw, plan_batches
