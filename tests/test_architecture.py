@@ -184,7 +184,7 @@ def errors_raised(tree: ast.AST) -> set[str]:
 RAISED = [
     (module, error)
     for module in MODULES
-    if module != "cli.app"
+    if wing(module) != "cli"
     for error in sorted(errors_raised(TREES[module]))
 ]
 
