@@ -441,6 +441,7 @@ def test_summary(tmp_path: Path) -> None:
             "num_train",
             "num_heldout",
             "split",
+            "remarks",
             "refused",
             "treated",
             "duplicates",

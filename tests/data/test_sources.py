@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from lorascope.config import DataSection
 from lorascope.data import pictures, sources
 from lorascope.data.dataset import Example, check_source, load_dataset, prepare_data
+from lorascope.data.pictures import RefusedError
 from lorascope.data.sources import open_source
 from lorascope.errors import DataError, HubError
 from samples import (
@@ -177,7 +180,10 @@ def test_picture_folder_with_metadata(tmp_path: Path, kind: str, column: str) ->
         (f"metadata.{kind}#{lines[0]}", "1.png was named before"),
         (f"metadata.{kind}#{lines[1]}", "file_name = '../outside.png' does not name a file in this folder"),
         (f"metadata.{kind}#{lines[2]}", "file_name = '/absolute.png' does not name a file in this folder"),
-        ("3.png", "no caption"),
+        (
+            "3.png",
+            f"no caption: no line of metadata.{kind} names it, and 3.txt is not read where there is such a list",
+        ),
     ]
 
 
@@ -224,6 +230,38 @@ def test_wrong_metadata_is_an_error(tmp_path: Path, name: str, content: bytes, m
     write_pictures(tmp_path, ["1.png"])
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
+        prepare(tmp_path)
+
+
+def test_csv_captions_with_commas_and_no_quotes(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png", "3.png"])
+    text = 'file_name,text\n1.png,a girl, solo, smile\n2.png,"two, quoted"\n3.png,three,,\n'
+    (tmp_path / "metadata.csv").write_text(text)
+    dataset = prepare(tmp_path)
+    assert captions((*dataset.train, *dataset.heldout)) == {"a girl, solo, smile", "two, quoted", "three"}
+    assert dataset.summary["treated"] == [
+        {"id": "1.png", "treatment": "commas without quotes taken as the caption's own"}
+    ]
+    (tmp_path / "metadata.csv").write_text(
+        "text,file_name,split\na dog,2.png,a\na cat, asleep,1.png,a\nc,3.png,a\n"
+    )
+    advice = "has 1 field more than columns: put captions with commas into quotes"
+    assert prepare(tmp_path).summary["refused"][0] == {
+        "id": " asleep",
+        "reason": f"the picture is not there; line 3 of metadata.csv {advice}",
+    }
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,by\n1.png,a,me\n2.png,b,me\n3.png,a dog, asleep,me\n"
+    )
+    assert prepare(tmp_path).summary["refused"] == [
+        {"id": "3.png", "reason": f"line 4 of metadata.csv {advice}"}
+    ]
+
+
+def test_csv_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n1.png,a,b\n2.png,c,d\n")
+    with pytest.raises(DataError, match=r"metadata.csv: 2 columns are called 'text': rename all but one"):
         prepare(tmp_path)
 
 
@@ -357,6 +395,52 @@ def test_column_of_another_type(tmp_path: Path) -> None:
         prepare(path, image_column="number")
     with pytest.raises(DataError, match=r"column 'many' holds list<.*>, needs text: set data.caption_column"):
         prepare(path, caption_column="many")
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    images = pa.array([image for image, _ in plain(3)], pa.binary())
+    texts = pa.array(["a", "b", "c"])
+    for names, twice in ((["image", "text", "text"], "text"), (["image", "text", "image"], "image")):
+        table = pa.Table.from_arrays([images, texts, images if twice == "image" else texts], names)
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(
+            DataError, match=rf"a.parquet: 2 columns are called '{twice}': rename all but one"
+        ):
+            prepare(tmp_path / "a.parquet")
+    others = pa.Table.from_arrays([images, texts, texts, texts], ["image", "text", "id", "id"])
+    pq.write_table(others, tmp_path / "a.parquet")
+    assert len(prepare(tmp_path / "a.parquet").train) == 2
+    struct = pa.StructArray.from_arrays([images, images], ["bytes", "bytes"])
+    pq.write_table(pa.table({"image": struct, "text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'image' holds struct<.*>, needs image bytes"):
+        prepare(tmp_path / "a.parquet")
+
+
+def test_one_long_caption_for_many_rows_is_refused_at_once(tmp_path: Path) -> None:
+    """300 rows share a text of 1 MB, which stands in the file once: neither 300 MB nor minutes are spent."""
+    images = pa.array([encode(pixels(seed)) for seed in range(300)], pa.binary())
+    texts = [*["b" * 2**20] * 298, "fine", None]
+    for kind in (pa.string(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"image": images, "text": pa.array(texts, kind)}), tmp_path / "a.parquet")
+        before = pa.total_allocated_bytes()
+        rows = []
+        for row in open_source(section(tmp_path / "a.parquet")).rows():
+            rows.append(row)
+            assert pa.total_allocated_bytes() - before < 16 * 2**20
+        assert rows[0].problem == "the caption has 1048576 bytes, more than the limit of 65536 characters"
+        assert [row.caption for row in rows if row.problem is None] == ["fine", None]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_missing_shards_are_mentioned(tmp_path: Path, kind: str) -> None:
+    for number in (0, 2):
+        path = tmp_path / f"train-0000{number}-of-00003.{kind}"
+        write(path, plain(4, 10 * number)) if kind == "parquet" else write_shard(path, shard_of(10 * number))
+    summary = prepare(tmp_path).summary
+    assert summary["num_rows"] == 8
+    assert summary["remarks"] == [
+        f"1 of the 3 files train-*-of-00003.{kind} is not there: its rows are left out"
+    ]
 
 
 def test_no_rows(tmp_path: Path) -> None:
@@ -549,8 +633,134 @@ def test_one_bad_picture_is_refused_and_the_rest_is_used(tmp_path: Path) -> None
 def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     with_captions(tmp_path, ["1.png", "2.png"])
     (tmp_path / "3.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "4.png").symlink_to("4.png")  # to itself
+    (tmp_path / "1.txt").unlink()
+    (tmp_path / "1.txt").symlink_to("1.txt")
+    with_captions(tmp_path, ["5.png", "6.png"])
+    summary = prepare(tmp_path).summary
+    assert {entry["id"]: entry["reason"] for entry in summary["refused"]} == {
+        "1.png": "1.txt is a link that leads nowhere (Too many levels of symbolic links)",
+        "3.png": "the picture is a link that leads nowhere (No such file or directory)",
+        "4.png": "the picture is a link that leads nowhere (Too many levels of symbolic links)",
+    }
+
+
+def test_links_to_folders_are_not_followed_and_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
     (tmp_path / "above").symlink_to(tmp_path)
-    assert prepare(tmp_path).summary["refused"] == [{"id": "3.png", "reason": "the picture is not there"}]
+    (tmp_path / "10_dogs").symlink_to(tmp_path / "elsewhere")
+    with_captions(tmp_path / "elsewhere", ["3.png"])
+    summary = prepare(tmp_path).summary
+    [remark] = summary["remarks"]
+    assert remark == "links to folders are not followed: 10_dogs, above: move the folders here"
+    assert f"data     {remark}" in caplog.messages
+    assert (summary["num_rows"], summary["refused"]) == (3, [])
+
+
+def test_formats_that_are_not_read_are_mentioned(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    for name in ("a.heic", "b.PSD", "c.svg", "d.mp4", "e.odd", "e.txt", "f.odd", "1.npz"):
+        (tmp_path / name).write_bytes(b"something")
+    assert prepare(tmp_path).summary["remarks"] == [
+        "5 files in formats not read here: a.heic, b.PSD, c.svg and 2 more: convert what is to be used to "
+        "PNG or JPEG"
+    ]
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "a.heic").write_bytes(b"something")
+    with pytest.raises(
+        DataError, match=r"no pictures \(.*\), 1 file in a format not read here: a.heic: convert"
+    ):
+        prepare(only)
+
+
+def test_a_thousand_folders_one_in_another(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png"])
+    folders = [str(tmp_path) + "/d" * depth for depth in range(1, 1500)]
+    for folder in folders:
+        os.mkdir(folder)
+    assert prepare(tmp_path).summary["num_rows"] == 2
+    for folder in reversed(folders):  # pytest could not
+        os.rmdir(folder)
+
+
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    with_captions(tmp_path, ["1.png", "2.png", "3.png", "4.png"])
+    (tmp_path / "2.png").unlink()
+    os.mkfifo(tmp_path / "2.png")
+    (tmp_path / "3.txt").unlink()
+    os.mkfifo(tmp_path / "3.txt")
+    os.mkfifo(tmp_path / "notes")
+    what = "is a pipe, a socket or a device, not a file"
+    source = open_source(section(tmp_path))
+    assert {row.id: row.problem for row in source.rows() if row.problem} == {
+        "2.png": f"the picture {what}",
+        "3.png": f"3.txt {what}",
+    }
+    (tmp_path / "1.png").unlink()
+    os.mkfifo(tmp_path / "1.png")  # after it was listed
+    with pytest.raises(RefusedError, match="the image file is no file any more"):
+        source.read("1.png")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name} {what}: put a file in its place"):
+            prepare(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar"])
+def test_a_pipe_as_a_source_is_not_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf"{name}: is a named pipe, where a file is needed"):
+            prepare(source)
+
+
+@contextmanager
+def without_rights() -> Iterator[Path]:
+    """An empty folder that all can reach, in which the rights of files hold for us: root, who has all, is made
+    nobody.
+    """
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            (inner := Path(folder) / "inner").mkdir()
+            yield inner
+        finally:
+            os.seteuid(user)
+
+
+def test_folders_and_files_that_may_not_be_read() -> None:
+    with without_rights() as folder:
+        with_captions(folder, ["1.png", "2.png", "3.png", "below/4.png"])
+        (folder / "1.png").chmod(0)
+        (folder / "2.txt").chmod(0)
+        source = open_source(section(folder))
+        assert [row.id for row in source.rows() if row.problem] == ["2.png"]
+        with pytest.raises(RefusedError, match=r"the image file cannot be read \(Permission denied\)"):
+            source.read("1.png")
+        for name in ("below", "."):
+            (folder / name).chmod(0)
+            with pytest.raises(
+                DataError, match=r"cannot be read \(Permission denied\): put it back, or correct"
+            ):
+                list(open_source(section(folder)).rows())
+        with pytest.raises(DataError, match=r"below: cannot be read \(Permission denied\)"):
+            open_source(section(folder / "below"))
+        folder.chmod(0o777)
+        (folder / "below").chmod(0o777)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 2500, "/" + "a" * 5000 + "-{00..11}.tar"])
+def test_a_path_that_is_too_long(name: str) -> None:
+    with pytest.raises(DataError, match=r"a/?: cannot be read \(File name too long\)") as caught:
+        prepare(name)
+    assert len(str(caught.value)) < 500
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
@@ -749,6 +959,15 @@ def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "cache"}
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write_shard(
+        tmp_path / "a.tar", [*shard_of(0), {"__key__": "00001", "png": encode(pixels(9)), "txt": "9"}]
+    )
+    [entry] = prepare(path).summary["refused"]
+    assert entry["id"].startswith("a.tar/00001.png@")
+    assert entry["reason"] == "00001 was there before: the files of a sample must stand together, once"
+
+
 def test_a_member_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_shard(
         tmp_path / "a.tar", [*shard_of(0), {"__key__": "large", "png": b"a" * 3000, "txt": "large"}]
@@ -824,7 +1043,7 @@ def test_metadata_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: p
     (tmp_path / "metadata.jsonl").symlink_to("nowhere")
     with pytest.raises(
         DataError,
-        match=r"metadata.jsonl: cannot be read \(No such file or directory\): put it back, or correct",
+        match=r"metadata.jsonl is a link that leads nowhere \(No such file or directory\): put a file in its place",
     ):
         prepare(tmp_path)
     (tmp_path / "below").mkdir()
@@ -834,7 +1053,7 @@ def test_metadata_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: p
     )
     with pytest.raises(
         DataError,
-        match=r"gone: cannot be read \(No such file or directory\): put it back, or correct its permissions",
+        match=r"below: cannot be read \(No such file or directory\): put it back, or correct its permissions",
     ):
         prepare(tmp_path)
 

@@ -104,3 +104,26 @@ def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(header.tobuf() + bytes(2048))
     with pytest.raises(tarfile.ReadError, match=r"^a header claims \d+ bytes$"):
         samples_of(tmp_path / "a.tar")
+
+
+def with_pax(**headers: str) -> bytes:
+    """An archive of a good file and one with these extended headers, then another good one."""
+    content = b""
+    for name, more in (("0.png", {}), ("1.png", headers), ("2.png", {})):
+        member = tarfile.TarInfo(name)
+        member.size, member.pax_headers = 4, more
+        content += member.tobuf(tarfile.PAX_FORMAT) + b"fine" + bytes(508)
+    return content + bytes(1024)
+
+
+@pytest.mark.parametrize("size", ["1" * 20, "1" * 400, "9223372036854775807", "-512", "-1", "-2048", "x"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_size_that_cannot_be(tmp_path: Path, size: str, is_first: bool) -> None:
+    content = with_pax(size=size)
+    (tmp_path / "a.tar").write_bytes(content[1024:] if is_first else content)
+    try:
+        found = problems_of(tmp_path / "a.tar")
+    except tarfile.ReadError:
+        assert is_first
+    else:
+        assert found

@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lorascope.data.dataset import Checked, Dataset, Picture, split_pictures
 from lorascope.data.pictures import RefusedError, decode_picture
+from lorascope.data.sources import name_some
 from lorascope.errors import DataError
 from lorascope.store import atomic_path
 
 _COLUMNS = 100
 _BAR = 30
-_SHOWN_IDS = 3
 _SHOWN_TAGS = 20
 _SHOWN_GROUPS = 8
 _BINS = 8
@@ -64,6 +64,7 @@ class DataCheck:
             "caption_tokens": {"values": tokens, "max": self.max_tokens},
             "tags": [[tag, count] for tag, count in self._count_tags()],
             "repeats": self._count_repeats(),
+            "remarks": checked.source.remarks,
             "refused": checked.refused,
             "treated": checked.treated,
             "duplicates": dataset.summary["duplicates"] if dataset else None,
@@ -77,6 +78,11 @@ class DataCheck:
             checked.source.name,
             f"{checked.num_rows:,} rows, {len(checked.pictures):,} can be used, {num_refused:,} refused",
         ]
+        if checked.source.remarks:
+            lines += _section(
+                "Beside the rows",
+                [line for remark in checked.source.remarks for line in textwrap.wrap(remark, _COLUMNS - 2)],
+            )
         if num_refused:
             lines += _section(
                 "Refused", _count_reasons((entry["reason"], entry["id"]) for entry in checked.refused)
@@ -271,7 +277,7 @@ def _count_reasons(entries: Iterable[tuple[str, str]]) -> list[str]:
             members[0][0] if len({reason for reason, _ in members}) == 1 else f"{members[0][0]}, and the like"
         )
         lines += textwrap.wrap(
-            f"{len(members):>7,}  {reason}: {_name_some([row_id for _, row_id in members])}",
+            f"{len(members):>7,}  {reason}: {name_some([row_id for _, row_id in members])}",
             _COLUMNS - 2,
             subsequent_indent=" " * 9,
         )
@@ -284,13 +290,8 @@ def _describe_group(note: dict[str, Any]) -> str:
         (words for words in ("captions differ", "dropped from the held-out") if words in note["action"]), ""
     )
     room = _COLUMNS - 2 - len(f" ({remark})") * bool(remark)
-    names = _name_some(note["ids"])
+    names = name_some(note["ids"])
     return (names if len(names) <= room else f"{names[: room - 1]}…") + (f" ({remark})" if remark else "")
-
-
-def _name_some(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - _SHOWN_IDS:,} more" if len(ids) > _SHOWN_IDS else ""
-    return ", ".join(ids[:_SHOWN_IDS]) + more
 
 
 def _histogram(values: Sequence[int]) -> list[str]:

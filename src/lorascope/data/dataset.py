@@ -158,6 +158,8 @@ def check_source(
         raise DataError(
             f"data.source = {section.source!r}: holds no rows: give a source with pictures and captions"
         )
+    for remark in source.remarks:
+        log.warning("data     %s", remark)
     num_threads = os.cpu_count() or 1
     with (
         PictureIndex(index_dir or default_index_dir(), source.origin) as index,
@@ -323,6 +325,7 @@ def split_pictures(checked: Checked) -> Dataset:
         "num_train": len(train),
         "num_heldout": len(heldout),
         "split": split,
+        "remarks": checked.source.remarks,
         "refused": checked.refused,
         "treated": checked.treated,
         "duplicates": duplicates,

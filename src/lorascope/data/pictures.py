@@ -132,7 +132,9 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
     except Image.DecompressionBombError as error:
         raise RefusedError(f"the picture has more pixels than the limit of {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
-        raise RefusedError(f"not an image in a known format ({', '.join(_FORMATS)})") from error
+        raise RefusedError(
+            f"not an image in a known format ({', '.join(_FORMATS)}): convert it to one of these"
+        ) from error
     except Exception as error:  # decoders raise errors of any type on damaged files
         raise RefusedError(f"unreadable image: {first_line(error)}") from error
     if declared in _TURNS:

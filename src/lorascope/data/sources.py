@@ -13,9 +13,10 @@ import json
 import os
 import posixpath
 import re
+import stat
 import tarfile
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
 from lorascope.data.tars import Member, read_samples
 from lorascope.errors import DataError, first_line
+from lorascope.store import open_regular, require_regular
 
 SPLITS = ("train", "test", "validation")
 MAX_METADATA_BYTES = 2**30
@@ -42,6 +44,18 @@ _HUB_PATTERNS = (
     *("*.parquet", "*.tar", "*.txt", "*.caption", "*metadata.jsonl", "*metadata.csv"),
     *(f"*{suffix}" for suffix in sorted(SUFFIXES)),
 )
+_UNREAD_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".ico", ".svg", ".eps", ".pdf"),
+        *(".psd", ".psb", ".xcf", ".kra", ".clip", ".ai"),
+        *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+        *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"),
+    )
+)
+_CAPTION_ENDINGS = (".txt", ".caption")
+_SHOWN_NAMES = 3
+_SHOWN_PATH = 300
+_FOLDER_LINK = "is a link to a folder, which is not followed"
 _ROW_GROUP_CACHE_BYTES = 256 * 2**20
 _MAX_SHARDS = 100_000
 
@@ -76,6 +90,7 @@ class ParquetSource:
     def __init__(self, name: str, files: Mapping[str, Path], section: DataSection) -> None:
         self.name = name
         self.origin = "\n".join(str(path.resolve()) for path in files.values())
+        self.remarks = _missing_shards(files)
         self._files = dict(files)
         self._section = section
         self._columns: dict[str, tuple[str, str]] = {}
@@ -91,13 +106,15 @@ class ParquetSource:
             self._first_rows[file] = [0, *itertools.accumulate(sizes)]
         self.num_rows = sum(first[-1] for first in self._first_rows.values())
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str, coded: str | None = None) -> Any:
+        """The open file; of a column `coded` what is stored once for many rows is not copied for each."""
         try:
-            return pq.ParquetFile(self._files[file])
+            require_regular(self._files[file], DataError)
+            return pq.ParquetFile(self._files[file], read_dictionary=[coded] if coded else None)
         except (OSError, pa.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise DataError(
-                f"{self._files[file]}: cannot be read as Parquet ({first_line(error)}): download or "
-                "export it again"
+                f"{self._files[file]}: cannot be read as Parquet ({reason}): download or export it again"
             ) from error
 
     def _find_columns(self, file: str, schema: Any) -> tuple[str, str]:
@@ -107,12 +124,17 @@ class ParquetSource:
             ("caption_column", _CAPTION_NAMES, _holds_text, "text"),
         ):
             wanted = getattr(self._section, key)
-            fitting = [name for name in schema.names if fits(schema.field(name).type)]
+            fitting = [field.name for field in schema if fits(field.type)]
             name = (
                 wanted
                 if wanted in schema.names
                 else _find_column(key, wanted, common, fitting, str(self._files[file]), schema.names)
             )
+            if schema.names.count(name) > 1:
+                raise DataError(
+                    f"{self._files[file]}: {schema.names.count(name)} columns are called {name!r}: rename all "
+                    "but one"
+                )
             if name not in fitting:
                 raise DataError(
                     f"{self._files[file]}: column {name!r} holds {schema.field(name).type}, needs "
@@ -121,10 +143,10 @@ class ParquetSource:
             names.append(name)
         return names[0], names[1]
 
-    def _read_group(self, file: str, group: int, column: str) -> Any:
+    def _read_group(self, file: str, group: int, column: str, coded: bool = False) -> Any:
         where = f"{self._files[file]}: row group {group}"
         first_rows = self._first_rows[file]
-        with self._open(file) as parquet:
+        with self._open(file, column if coded else None) as parquet:
             try:
                 table = parquet.read_row_group(group, columns=[column])
             except (OSError, pa.ArrowException) as error:
@@ -147,13 +169,13 @@ class ParquetSource:
                     f"{self._files[file]}: cannot be read any more ({error.strerror}): put it back"
                 ) from error
             for group, first_row in enumerate(first_rows[:-1]):
-                captions = self._read_group(file, group, self._columns[file][1])
+                captions = self._read_group(file, group, self._columns[file][1], coded=True)
                 for index in range(len(captions)):
-                    row_id = f"{file}#{first_row + index}"
+                    row = Row(f"{file}#{first_row + index}", split, stamp, None)
                     try:
-                        yield Row(row_id, split, stamp, captions[index].as_py())
-                    except UnicodeDecodeError:
-                        yield Row(row_id, split, stamp, None, problem="the caption is not UTF-8")
+                        yield replace(row, caption=_bounded_text(captions[index]))
+                    except RefusedError as error:
+                        yield _with_problem(row, str(error))
 
     def position(self, row_id: str) -> tuple[Any, ...]:
         """Where the row stands in the source, to be sorted by."""
@@ -200,26 +222,27 @@ class FolderSource:
     def __init__(self, name: str, folder: Path, section: DataSection) -> None:
         self.name = name
         self.origin = str(folder.resolve())
+        self.remarks: list[str] = []
         self._folder = folder
         self._section = section
 
     @functools.cached_property
     def _listed(self) -> list[tuple[Row, str | None]]:
         """Rows without the captions that stand in files of their own, and the names of those files."""
-        try:
-            stamps = dict(sorted(_walk(self._folder)))
-        except OSError as error:
-            raise DataError(
-                f"{error.filename}: cannot be read ({error.strerror}): put it back, or correct its "
-                "permissions"
-            ) from error
+        stamps = dict(sorted(_walk(self._folder)))
+        if unread := _unread_files(stamps):
+            self.remarks.append(unread)
+        if links := [name for name, status in stamps.items() if status == _FOLDER_LINK]:
+            self.remarks.append(
+                f"links to folders are not followed: {name_some(links)}: move the folders here"
+            )
         pictures = [name for name in stamps if posixpath.splitext(name)[1].lower() in SUFFIXES]
         metadata = [name for name in stamps if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
         if not pictures:
             raise DataError(
                 f"data.source = {self.name!r}: no Parquet or tar files in it or its data folder, and no "
                 "pictures"
-                f" ({', '.join(sorted(SUFFIXES))}): give a folder with any of these"
+                f" ({', '.join(sorted(SUFFIXES))}){f', {unread}' if unread else ': give a folder with any of these'}"
             )
         if metadata:
             return [(row, None) for row in self._metadata_rows(stamps, pictures, metadata)]
@@ -234,6 +257,8 @@ class FolderSource:
             if caption_name is None and repeat_folder and repeat_folder not in captioned:
                 text = posixpath.basename(repeat_folder).partition("_")[2]
                 row = self._picture_row(picture, stamps, text, "captioned by the name of its folder")
+            if caption_name and not row.problem and isinstance(status := stamps[caption_name], str):
+                row = _with_problem(row, f"{posixpath.basename(caption_name)} {status}")
             rows.append((row, caption_name))
         if not any(caption_name or row.treatments for row, caption_name in rows):
             raise DataError(
@@ -246,33 +271,36 @@ class FolderSource:
     def _picture_row(
         self,
         picture: str,
-        stamps: Mapping[str, Stamp | None],
+        stamps: Mapping[str, Stamp | str],
         caption: object = None,
         *treatments: str,
     ) -> Row:
         if not _is_unicode(picture):
             return Row(_shown(picture), "train", None, None, problem="the file name is not UTF-8")
-        stamp = stamps.get(picture)
-        problem = None if stamp else "the picture is not there"
+        status = stamps.get(picture, "is not there")
+        stamp = None if isinstance(status, str) else status
+        problem = None if stamp else f"the picture {status}"
         if stamp and stamp[0] > MAX_FILE_BYTES:
             problem = f"the image file has {stamp[0]} bytes, more than the limit of {MAX_FILE_BYTES}"
         split, repeats = _split_of_picture(picture), _repeats_of(picture)
         return Row(picture, split, stamp, caption, repeats, problem, treatments)
 
     def _metadata_rows(
-        self, stamps: Mapping[str, Stamp | None], pictures: Sequence[str], metadata: Sequence[str]
+        self, stamps: Mapping[str, Stamp | str], pictures: Sequence[str], metadata: Sequence[str]
     ) -> Iterator[Row]:
         """A row for each line of the metadata files, then for each picture that none of them names."""
         named: set[str] = set()
         for name in metadata:
             path = self._folder / name
+            if isinstance(status := stamps[name], str):
+                raise DataError(f"{path} {status}: put a file in its place, or take it away")
             records = list(_read_metadata(path))
-            columns = list(dict.fromkeys(str(key) for _, record in records for key in record))
+            columns = list(dict.fromkeys(str(key) for _, record, _ in records for key in record))
             if records and (
                 "file_name" not in columns
                 or not {self._section.caption_column, *_CAPTION_NAMES} & set(columns)
             ):
-                line, record = records[0]
+                line, record, _ = records[0]
                 found = ", ".join(map(repr, record)) or "none"
                 raise DataError(
                     f"{path}: needs columns file_name and {self._section.caption_column}; line {line} "
@@ -285,7 +313,7 @@ class FolderSource:
                 if records
                 else ""
             )
-            for line, record in records:
+            for line, record, more in records:
                 file_name = record.get("file_name")
                 picture = posixpath.normpath(posixpath.join(posixpath.dirname(name), str(file_name)))
                 row_id = f"{_shown(name)}#{line}"
@@ -306,8 +334,12 @@ class FolderSource:
                     yield Row(row_id, "train", None, None, problem=f"{picture} was named before")
                 else:
                     named.add(picture)
-                    yield self._picture_row(picture, stamps, record.get(column))
-        yield from (self._picture_row(picture, stamps) for picture in pictures if picture not in named)
+                    row = self._picture_row(picture, stamps, record.get(column))
+                    yield _with_more_fields(row, more, column == list(record)[-1], f"line {line} of {name}")
+        for picture in pictures:
+            if picture not in named:
+                row = self._picture_row(picture, stamps)
+                yield row if row.problem else _with_problem(row, _unnamed(picture, metadata, stamps))
 
     @property
     def num_rows(self) -> int:
@@ -337,7 +369,9 @@ class FolderSource:
     def read(self, row_id: str) -> bytes:
         """The bytes of one picture file, from any thread; raise `RefusedError` if it cannot be read."""
         try:
-            with (self._folder / row_id).open("rb") as file:
+            if (path := self._folder / row_id).exists() and not path.is_file():
+                raise RefusedError("the image file is no file any more")
+            with path.open("rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise RefusedError(f"the image file cannot be read ({error.strerror})") from error
@@ -358,6 +392,7 @@ class TarSource:
     def __init__(self, name: str, files: Mapping[str, Path], section: DataSection) -> None:
         self.name = name
         self.origin = "\n".join(str(path.resolve()) for path in files.values())
+        self.remarks = _missing_shards(files)
         self._files = dict(files)
         self._section = section
 
@@ -369,10 +404,17 @@ class TarSource:
     def _list_file(self, file: str) -> Iterator[tuple[Row, str, Member | None]]:
         path = self._files[file]
         try:
-            stamp = stamp_of(os.stat(path))
-            with path.open("rb") as archive:
+            stamp = stamp_of(require_regular(path, DataError))
+            with open_regular(path, DataError) as archive:
+                keys = set()
                 for key, members in read_samples(archive, stamp[0]):
                     row, caption = self._sample(file, stamp, key, members)
+                    if key in keys and not row.problem:
+                        row = _with_problem(
+                            row,
+                            f"{_shown(key)} was there before: the files of a sample must stand together, once",
+                        )
+                    keys.add(key)
                     yield row, file, caption
         except (OSError, tarfile.TarError) as error:
             reason = first_line(error)
@@ -433,7 +475,7 @@ class TarSource:
         """All rows in the order of the files; captions are read as they come."""
         for file, entries in itertools.groupby(self._listed, key=lambda entry: entry[1]):
             try:
-                with self._files[file].open("rb") as archive:
+                with open_regular(self._files[file], DataError) as archive:
                     for row, _, caption in entries:
                         yield (
                             row
@@ -496,9 +538,16 @@ Source = ParquetSource | FolderSource | TarSource
 def open_source(section: DataSection, revision: str | None = None) -> Source:
     """The source that `data.source` names; `revision` takes the place of `data.revision` for a hub data set.
 
-    Raises `DataError` if there is nothing of that name or it holds no rows of any known kind, `HubError` if
-    the hub does not give it.
+    Raises `DataError` if there is nothing of that name, it cannot be read or holds no rows of any known kind,
+    `HubError` if the hub does not give it.
     """
+    try:
+        return _choose_source(section, revision)
+    except OSError as error:
+        raise _unreadable(Path(section.source), error) from error
+
+
+def _choose_source(section: DataSection, revision: str | None) -> Source:
     name, path = section.source, Path(section.source)
     if name == "pocket":
         path = _POCKET_DIR
@@ -592,6 +641,20 @@ def _expand_shards(pattern: str) -> dict[str, Path]:
     return {Path(name).relative_to(root).as_posix(): Path(name) for name in names}
 
 
+def _missing_shards(names: Iterable[str]) -> list[str]:
+    """A remark on each set of files such as `train-00000-of-00002.parquet` of which some are not there."""
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        if parts := re.fullmatch(r"(.*-)(\d{1,9})-of-(\d{1,9})(\.\w+)", name):
+            found.setdefault((parts[1], parts[3], parts[4]), set()).add(int(parts[2]))
+    return [
+        f"{num_missing} of the {int(total)} files {start}*-of-{total}{ending} "
+        f"{'are not there: their' if num_missing > 1 else 'is not there: its'} rows are left out"
+        for (start, total, ending), numbers in found.items()
+        if (num_missing := int(total) - len(numbers)) > 0
+    ]
+
+
 def _find_column(
     key: str,
     wanted: str,
@@ -649,8 +712,27 @@ def _repeats_of(picture: str) -> int:
 
 def _holds_images(kind: Any) -> bool:
     if pa.types.is_struct(kind):
-        return any(member.name == "bytes" and _holds_images(member.type) for member in kind)
+        return [_holds_images(member.type) for member in kind if member.name == "bytes"] == [True]
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _bounded_text(scalar: Any) -> str | None:
+    """The text of one row of a column; raise `RefusedError` where it is too long for a caption or no UTF-8.
+
+    It is measured before it is made: a file may hold one long text for all its rows.
+    """
+    while pa.types.is_dictionary(scalar.type):
+        scalar = scalar.value
+    if not scalar.is_valid:
+        return None
+    if (content := scalar.as_buffer()).size > 4 * MAX_CAPTION_BYTES:  # no character of UTF-8 has more than 4
+        raise RefusedError(
+            f"the caption has {content.size} bytes, more than the limit of {MAX_CAPTION_BYTES} characters"
+        )
+    try:
+        return content.to_pybytes().decode()
+    except UnicodeDecodeError as error:
+        raise RefusedError("the caption is not UTF-8") from error
 
 
 def _holds_text(kind: Any) -> bool:
@@ -667,28 +749,72 @@ def _holds_text(kind: Any) -> bool:
 # Folders ----------------------------------------------------------------------------------------------------
 
 
-def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, Stamp | None]]:
-    """Names of all files below `folder`, relative to it, with their stamps; a link that leads nowhere has
-    none.
+def _walk(folder: Path) -> Iterator[tuple[str, Stamp | str]]:
+    """Names of all files below `folder`, relative to it, with their stamps, or with what is wrong with them.
 
-    Hidden files and folders are left out, and links to folders are not followed.
+    Hidden files and folders are left out, and links to folders not followed. Raises `DataError` where a folder
+    cannot be read.
     """
-    with os.scandir(folder / below) as entries:
-        for entry in entries:
-            name = f"{below}{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(folder, f"{name}/")
-            elif entry.is_file():
-                yield name, stamp_of(entry.stat())
-            elif entry.is_symlink() and not entry.is_dir():
-                yield name, None
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        try:
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{below}{entry.name}/")
+                    else:
+                        yield f"{below}{entry.name}", _status_of(entry)
+        except OSError as error:
+            raise _unreadable(folder / below, error) from error
 
 
-def _caption_file(picture: str, names: Mapping[str, Stamp | None]) -> str | None:
+def _status_of(entry: os.DirEntry[str]) -> Stamp | str:
+    """The stamp of a file; what is wrong where it is none, since a pipe, say, may never end."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return f"is a link that leads nowhere ({error.strerror})"
+    if stat.S_ISREG(status.st_mode):
+        return stamp_of(status)
+    return _FOLDER_LINK if stat.S_ISDIR(status.st_mode) else "is a pipe, a socket or a device, not a file"
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{_shown(str(path))[:_SHOWN_PATH]}: cannot be read ({error.strerror}): put it back, or correct its permissions"
+    )
+
+
+def _unread_files(stamps: Mapping[str, Stamp | str]) -> str:
+    """Words on pictures and films in formats that are not read, which show by their endings or by captions that
+    stand beside them; empty where there are none.
+    """
+    parts = [(name, *posixpath.splitext(name)) for name in stamps]
+    stems = {stem for _, stem, ending in parts if ending.lower() in SUFFIXES}
+    unread = [
+        _shown(name)
+        for name, stem, ending in parts
+        if ending.lower() in _UNREAD_SUFFIXES
+        or (stem not in stems and ending not in _CAPTION_ENDINGS and _caption_file(name, stamps))
+    ]
+    if not unread:
+        return ""
+    files = f"{len(unread):,} files in formats" if len(unread) > 1 else "1 file in a format"
+    return f"{files} not read here: {name_some(unread)}: convert what is to be used to PNG or JPEG"
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+def _caption_file(picture: str, names: Mapping[str, Stamp | str]) -> str | None:
     stem = posixpath.splitext(picture)[0]
-    return next((name for ending in (".txt", ".caption") if names.get(name := stem + ending)), None)
+    return next((name for ending in _CAPTION_ENDINGS if (name := stem + ending) in names), None)
 
 
 def _is_unicode(text: str) -> bool:
@@ -725,8 +851,30 @@ def _with_problem(row: Row, problem: str) -> Row:
     return replace(row, caption=None, problem=problem)
 
 
-def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and record of each line."""
+def _with_more_fields(row: Row, more: Sequence[str], is_last: bool, where: str) -> Row:
+    """The row of a line that has `more` fields than its list has columns: commas of a caption without quotes.
+
+    They are read as that where the caption `is_last`, and a problem elsewhere.
+    """
+    if not any(more):
+        return row
+    if row.problem or not is_last or not isinstance(row.caption, str):
+        found = f"{where} has {len(more)} field{'s' if len(more) > 1 else ''} more than columns"
+        before = f"{row.problem}; " if row.problem else ""
+        return _with_problem(row, f"{before}{found}: put captions with commas into quotes")
+    caption = ",".join((row.caption, *more))
+    return replace(row, caption=caption, treatments=("commas without quotes taken as the caption's own",))
+
+
+def _unnamed(picture: str, metadata: Sequence[str], stamps: Mapping[str, Stamp | str]) -> str:
+    """Why a picture that no list names has no caption."""
+    beside = _caption_file(picture, stamps)
+    unread = f", and {posixpath.basename(beside)} is not read where there is such a list" if beside else ""
+    return f"no caption: no line of {name_some([_shown(name) for name in metadata])} names it{unread}"
+
+
+def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+    """Line number (from 1), record and fields beyond the columns, of each line."""
     try:
         if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
             raise DataError(
@@ -743,8 +891,12 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
+            names = Counter(reader.fieldnames or ())
+            if twice := next((name for name in names if name and names[name] > 1), None):
+                raise DataError(f"{path}: {names[twice]} columns are called {twice!r}: rename all but one")
             for record in reader:
-                yield reader.line_num, record
+                more: Any = record.pop(None, [])
+                yield reader.line_num, record, more
         except csv.Error as error:
             raise DataError(
                 f"{path}: line {reader.reader.line_num}: not CSV ({error}): correct the line"
@@ -761,4 +913,4 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(
                 f"{path}: line {line}: not a JSON object: give one object with file_name and text a line"
             )
-        yield line, record
+        yield line, record, []

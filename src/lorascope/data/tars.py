@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lorascope.errors import first_line
+
 _MAX_HEADER_BYTES = 2**20
 
 
@@ -64,16 +66,24 @@ def _read_headers(file: io.BufferedReader, num_bytes: int) -> Iterator[tuple[str
     Where a damaged header hides the rest, the last entry has the name `archive.damaged` and says so:
     `tarfile` would end there in silence.
     """
-    with tarfile.TarFile(fileobj=_HeaderFile(file), errorlevel=2) as archive:  # type: ignore[arg-type]
-        while True:
+    try:
+        archive = tarfile.TarFile(fileobj=_HeaderFile(file), errorlevel=2)  # type: ignore[arg-type]
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:  # damaged headers make it raise errors of any type
+        raise tarfile.ReadError(first_line(error)) from error
+    with archive:
+        last = 0
+        while last <= num_bytes:  # of a file that the archive is too short for, its own entry says so
             try:
                 member = archive.next()
-            except tarfile.ReadError:
-                if not archive.offset:
-                    raise
-                break  # a file that the archive is too short for: its own entry says so
-            if member is None:
+            except OSError:
+                raise
+            except Exception:
                 break
+            if member is None or archive.offset <= last:  # back: for a size below 0, and so for ever
+                break
+            last = archive.offset
             archive.members = []  # type: ignore[attr-defined]  # it would keep them all
             problem = None
             if not member.isreg():
@@ -84,15 +94,14 @@ def _read_headers(file: io.BufferedReader, num_bytes: int) -> Iterator[tuple[str
                 )
             elif member.sparse is not None:
                 problem = "a sparse file: pack it again without --sparse"
-            elif member.offset_data + member.size > num_bytes:
+            elif member.size < 0 or member.offset_data + member.size > num_bytes:
                 problem = "the archive ends before this file does"
             if not member.isdir():
                 yield member.name, member.offset_data, member.size, problem
-        file.seek(archive.offset)
-        if archive.offset < num_bytes and any(file.read(tarfile.BLOCKSIZE)):
+        if last < num_bytes and file.seek(last) == last and any(file.read(tarfile.BLOCKSIZE)):
             yield (
                 "archive.damaged",
                 0,
                 0,
-                f"damaged at byte {archive.offset}: what follows cannot be read, download it again",
+                f"damaged at byte {last}: what follows cannot be read, download it again",
             )
