@@ -458,8 +458,8 @@ class StudyConfig(Section):
     """A whole study."""
 
     name: Name = Field(default="study", description="name of the study; the run folder is `runs/<name>`")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="`auto` takes the GPU if there is one"
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="`auto` takes the GPU if there is one; `mps` is Apple's, in fp32"
     )
     workers: Positive | None = Field(
         default=None,

@@ -21,7 +21,11 @@ from lorascope.training.trackers import require_trackers
 from lorascope.training.trainer import count_steps
 
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
-_EFFICIENCY = {"cpu": 0.25, "cuda": 0.3}  # share of a matrix product's speed that U-Nets reach: a rough guess
+_EFFICIENCY = {
+    "cpu": 0.25,
+    "cuda": 0.3,
+    "mps": 0.25,
+}  # share of a matrix product's speed that U-Nets reach: a rough guess
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def plan_study(config: StudyConfig) -> Plan:
         training *= _CHECKPOINTING_FLOPS if largest.checkpointing else 1
         denoising = flops["unet"] * sample.steps * (1 if sample.guidance == 1 else 2)
         sampling = (denoising + flops["decode"] + flops["text"]) * (num_pictures + num_previews)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         seconds = (encoding + training + sampling) / (
             matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type]
         )
@@ -166,7 +170,7 @@ def plan_study(config: StudyConfig) -> Plan:
         denoising_steps=sample.steps,
         guidance=sample.guidance,
         memory=largest,
-        memory_bytes=largest.total_bytes * (passes.num_workers if device.type == "cpu" else 1),
+        memory_bytes=largest.total_bytes * (1 if device.type == "cuda" else passes.num_workers),
         free_bytes=free,
         estimated_s=seconds,
         estimated_bytes=copy_bytes * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,

@@ -34,7 +34,7 @@ from lorascope.evaluation.sampling import Job, draw_all, draw_pictures, latent_s
 from lorascope.evaluation.scores import Generated
 from lorascope.evaluation.scoring import score_run
 from lorascope.machine.arithmetic import full_fp32
-from lorascope.machine.memory import free_cached
+from lorascope.machine.memory import free_cached, machine_bytes
 from lorascope.report.page import Report, build_report
 from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
 from lorascope.training.optimizers import check_optimizer
@@ -530,8 +530,11 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "memory_bytes": properties.total_memory,
         }
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"name": device_name(device), "threads": torch.get_num_threads(), "memory_bytes": memory}
+    return {
+        "name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": machine_bytes(),
+    }
 
 
 def serve_groups() -> None:

@@ -21,6 +21,7 @@ from lorascope.base.ldm import from_diffusers, list_pairs
 from lorascope.base.loading import (
     Base,
     _random_weights,
+    _tried,
     build_random_base,
     choose_device,
     is_hub_id,
@@ -352,6 +353,22 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BaseModelError, match="torch sees no GPU"):
         choose_device("cuda")
     assert choose_device("auto") == CPU
+
+
+def test_an_apple_gpu_is_tried_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here trying it fails, as on a system whose torch lacks what is needed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(
+        BaseModelError, match=r'device = "mps": does not work here \(.*\): use device = "cpu"'
+    ):
+        choose_device("mps")
+    with caplog.at_level("WARNING", "lorascope"):
+        assert choose_device("auto") == CPU
+    assert "the Apple GPU is left aside" in caplog.text
+    assert _tried(CPU) == CPU, "what is tried is nothing that a device may refuse"
 
 
 def test_the_tokenizer_loads_alone(pipeline_folder: Path) -> None:

@@ -1,15 +1,18 @@
 """What is free, in use and at its peak, and that it ran out."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from lorascope.machine import memory
 from lorascope.machine.memory import (
     _container_free,
     _machine_free,
     free_bytes,
     is_out_of_memory,
+    machine_bytes,
     parked,
     peak_memory,
     reset_peak_memory,
@@ -32,7 +35,7 @@ def test_free_memory_of_a_cpu_counts_caches_as_free(tmp_path: Path) -> None:
         meminfo="MemTotal:       24684084 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB",
     )
     assert _machine_free(tmp_path / "meminfo") == 20_000_000 * 1024
-    assert 100 * MIB < free_bytes(CPU) <= _machine_free(tmp_path / "missing"), "at most what the machine has"
+    assert 100 * MIB < free_bytes(CPU) <= machine_bytes()
 
 
 def test_a_container_limits_memory_in_version_2(tmp_path: Path) -> None:
@@ -99,3 +102,20 @@ def test_an_allocation_that_failed_is_known() -> None:
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows and macOS: the same figures, from psutil."""
+    used, free = used_bytes(CPU), free_bytes(CPU)
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    assert used_bytes(CPU) == pytest.approx(used, rel=0.2)
+    assert free / 2 < free_bytes(CPU) <= machine_bytes()
+    assert machine_bytes() >= peak_memory(CPU)[0] >= used_bytes(CPU) * 0.8 and peak_memory(CPU)[1] == "rss"
+    monkeypatch.setitem(sys.modules, "resource", None)  # Windows has none
+    assert peak_memory(CPU)[0] == pytest.approx(used_bytes(CPU), rel=0.2)
+    reset_peak_memory(CPU)
+
+
+def test_an_apple_gpu_shares_the_machines_memory() -> None:
+    assert free_bytes(torch.device("mps")) == pytest.approx(free_bytes(CPU), rel=0.3)
+    assert used_bytes(torch.device("mps")) > 100 * MIB

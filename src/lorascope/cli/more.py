@@ -56,7 +56,7 @@ def bench(
     threads: Annotated[
         int | None, Parameter(help="CPU threads; torch's choice when absent", validator=Number(gte=1))
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="where it runs")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where it runs")] = "auto",
     peers: Annotated[Path, Parameter(help="where benchmarks/fetch_peers.py put kohya's modules")] = Path(
         "benchmarks/peers"
     ),

@@ -96,7 +96,7 @@ def caption(
     overwrite: Annotated[
         bool, Parameter(help="caption pictures that have a caption too", negative="")
     ] = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="where the model runs")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="where the model runs")] = "auto",
     as_json: AsJson = False,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="no progress", negative="")] = False,
 ) -> int:

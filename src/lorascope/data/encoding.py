@@ -287,11 +287,11 @@ def _gather(
     by_size: Mapping[tuple[int, int], Sequence[Example]],
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """The latents of all examples by id: mapped from their files, or on a GPU that has room views of one
+    """The latents of all examples by id: mapped from their files, or on a CUDA GPU that has room views of one
     tensor a size.
     """
     rows = {size: [stores[size].row(example.digest) for example in group] for size, group in by_size.items()}
-    if device.type != "cpu" and sum(
+    if device.type == "cuda" and sum(
         row.nbytes for group in rows.values() for row in group
     ) <= _resident_bytes(device):
         rows = {size: list(torch.stack(group).to(device)) for size, group in rows.items()}

@@ -113,7 +113,7 @@ class ClipEncoder:
         parts = [np.empty((0, int(self._model.config.projection_dim)), np.float32)]
         for start in range(0, len(items), self.batch_size):
             with full_fp32(deterministic=True):
-                features = encode(items[start : start + self.batch_size], start).double()  # (N, D)
+                features = encode(items[start : start + self.batch_size], start).cpu().double()  # (N, D)
             unit = (features / features.norm(dim=-1, keepdim=True)).float()
             broken = (~unit.isfinite().all(dim=-1)).nonzero().flatten().tolist()
             if broken:

@@ -2,12 +2,13 @@
 
 import ctypes
 import gc
-import os
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -24,8 +25,8 @@ _MESSAGES = (
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: on a GPU those of its memory, on a CPU those of the machine or of
-    its container.
+    """Bytes that can still be allocated: on a GPU those of its memory, on a CPU and on Apple's GPUs, which share its
+    memory, those of the machine or of its container.
 
     Memory that only caches files counts as free, since the system gives it up.
     """
@@ -37,11 +38,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _machine_free(meminfo: Path) -> int:
-    """What Linux says is available; the whole memory on systems that say nothing."""
+    """What the system says is available: Linux in its own file."""
     for line in _read(meminfo).splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().available)
+
+
+def machine_bytes() -> int:
+    """The whole memory of the machine."""
+    return int(psutil.virtual_memory().total)
 
 
 def _container_free(own: Path, root: Path) -> Iterator[int]:
@@ -82,12 +88,10 @@ def _read(path: Path) -> str:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Bytes in use: what torch has allocated on a GPU, the resident set of this process on a CPU."""
-    return (
-        torch.cuda.memory_allocated(device)
-        if device.type == "cuda"
-        else _status_bytes("VmRSS") or peak_memory(device)[0]
-    )
+    """Bytes in use: what torch has allocated on a CUDA GPU, the resident set of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS") or int(psutil.Process().memory_info().rss)
 
 
 def free_cached(device: torch.device) -> None:
@@ -95,6 +99,8 @@ def free_cached(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -116,9 +122,20 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "cuda"
-    import resource
+    return _status_bytes("VmHWM") or _peak_of_life(), "rss"
 
-    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "rss"
+
+def _peak_of_life() -> int:
+    """The peak resident set of this process's life where there is no /proc: of Windows, macOS or another Unix."""
+    now = psutil.Process().memory_info()
+    if peak := getattr(now, "peak_wset", 0):
+        return int(peak)
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:
+        return int(now.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 def reserved_peak(device: torch.device) -> int:
@@ -136,7 +153,8 @@ def _status_bytes(key: str) -> int:
 
 @contextmanager
 def parked(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Within, modules that are not needed on their GPU lie in the machine's memory; on a CPU nothing happens.
+    """Within, modules that are not needed on their GPU lie in the machine's memory; where that is the device's too
+    nothing happens.
 
     They come back with the same bits.
     """

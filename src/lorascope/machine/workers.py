@@ -201,7 +201,9 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **environment},
-            pass_fds=inherited,
+            pass_fds=inherited
+            if os.name == "posix"
+            else (),  # elsewhere it ends within a moment of its parent
             encoding="utf-8",
             errors="replace",
         )

@@ -250,7 +250,7 @@ class Group:
         bands] each.
         """
         return {
-            (split, conditional): probe_losses(self.base, self.bank, slices, pictures, conditional)
+            (split, conditional): probe_losses(self.base, self.bank, slices, pictures, conditional).cpu()
             for split, pictures in self.probed.items()
             for conditional in (True, False)
         }

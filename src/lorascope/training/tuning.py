@@ -178,6 +178,8 @@ def _measure(config: Mapping[str, Any], workload: Workload, device: torch.device
     flops, layers = survey(config, workload)
     if flops < _LEAST_FLOPS:
         return Tuning(name, precisions[0], notes=(f"nothing timed: a pass takes {flops / 1e9:.2g} GFLOP",))
+    if device.type == "mps":
+        return Tuning(name, precisions[0], notes=("nothing timed on an Apple GPU",))
     if device.type == "cuda":
         channels_last, told = _tune_format(config, workload, flops, precisions[0], device)
         kernels, note = _tune_attention(layers, workload, DTYPES[precisions[0]], device, until)
@@ -236,7 +238,7 @@ def _precisions(device: torch.device) -> list[str]:
     """The precisions that `auto` chooses from, the default first."""
     if device.type == "cuda":
         return ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
-    return ["fp32", "bf16"] if cpu_has_bf16() else ["fp32"]
+    return ["fp32", "bf16"] if device.type == "cpu" and cpu_has_bf16() else ["fp32"]
 
 
 def survey(config: Mapping[str, Any], workload: Workload) -> tuple[float, dict[Shape, int]]:
@@ -494,6 +496,8 @@ def device_name(device: torch.device) -> str:
     """The GPU's or CPU's model."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    if device.type == "mps":
+        return f"Apple GPU ({platform.machine()})"
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
