@@ -74,6 +74,12 @@ def _attend_plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v).view_as(query)
 
 
+def padded_head_dims(head_dim: int) -> list[int]:
+    """What fused kernels may be faster with: the next multiples of 32 and 64, and the next power of two."""
+    padded = {math.ceil(head_dim / multiple) * multiple for multiple in (32, 64)}
+    return sorted((padded | {2 ** math.ceil(math.log2(head_dim))}) - {head_dim})
+
+
 def default_kernel(device_type: str, dtype: torch.dtype, gradients: bool) -> Kernel:
     """The kernel where nothing was timed: the fused one, but for half precision's slow backward pass on CPUs
     (EXPERIMENTS.md).

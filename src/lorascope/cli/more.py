@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from lorascope import __version__
 from lorascope.cli.options import AsJson, set_level
 from lorascope.config import preset_names, preset_text, reference_table
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError
@@ -134,33 +133,11 @@ def keys() -> int:
 
 def env() -> int:
     """Print what a bug report needs: versions, device, threads, caches and variables."""
-    import importlib.metadata
-    import platform
-
-    facts = {"lorascope": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in (
-        "torch",
-        "diffusers",
-        "transformers",
-        "peft",
-        "safetensors",
-        "pydantic",
-        "cyclopts",
-        "numpy",
-        "pillow",
-        "pyarrow",
-    ):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    import torch
-
+    from lorascope.base.loading import choose_device
     from lorascope.data.encoding import default_cache_dir
+    from lorascope.doctor.examination import versions
 
-    facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    facts["threads"] = str(torch.get_num_threads())
-    facts["cache"] = str(default_cache_dir())
+    facts = {**versions(choose_device("auto")), "cache": str(default_cache_dir())}
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         facts[name] = os.environ.get(name, "")
     for key, value in facts.items():

@@ -26,6 +26,7 @@ from lorascope.base.attention import (
     attend,
     attention_layers,
     default_kernel,
+    padded_head_dims,
     set_kernels,
 )
 from lorascope.base.ldm import build_component
@@ -174,7 +175,7 @@ def tune(
 def _measure(config: Mapping[str, Any], workload: Workload, device: torch.device, precision: str) -> Tuning:
     """Time everything, or as much as `_MOST_S` allows."""
     until = time.perf_counter() + _MOST_S
-    name, precisions = device_name(device), _precisions(device) if precision == "auto" else [precision]
+    name, precisions = device_name(device), precisions_on(device) if precision == "auto" else [precision]
     flops, layers = survey(config, workload)
     if flops < _LEAST_FLOPS:
         return Tuning(name, precisions[0], notes=(f"nothing timed: a pass takes {flops / 1e9:.2g} GFLOP",))
@@ -234,7 +235,7 @@ def _told(what: str, reference: str, gain: float, is_taken: bool) -> str:
     return f"{what}: {gain:.2f}x the speed of {reference}, {'taken' if is_taken else 'not taken'}"
 
 
-def _precisions(device: torch.device) -> list[str]:
+def precisions_on(device: torch.device) -> list[str]:
     """The precisions that `auto` chooses from, the default first."""
     if device.type == "cuda":
         return ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
@@ -322,12 +323,9 @@ def _candidates(shape: Shape, batch: int, dtype: torch.dtype, device: torch.devi
     """Kernels to try, the default first; whether they exist for this shape shows when they are called."""
     if device.type == "cuda":
         yield Kernel()
-        padded = {math.ceil(shape.head_dim / multiple) * multiple for multiple in (32, 64)} | {
-            2 ** math.ceil(math.log2(shape.head_dim))
-        }
         for name in ("flash", "efficient", "cudnn"):
             yield Kernel(name)
-            yield from (Kernel(name, head_dim) for head_dim in sorted(padded - {shape.head_dim}))
+            yield from (Kernel(name, head_dim) for head_dim in padded_head_dims(shape.head_dim))
         return
     kernels = [Kernel(), Kernel("plain")]
     if batch * shape.heads * shape.queries * shape.keys * dtype.itemsize > _MAX_SCORES_BYTES:

@@ -1,0 +1,62 @@
+"""`lorascope doctor`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from lorascope.cli.options import AsJson, set_level
+from lorascope.config import StudyConfig, load_study
+from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED
+
+_PIPED_WIDTH = 200  # of the table in a file, where no line is to be broken
+
+
+def doctor(
+    *,
+    base: Annotated[
+        str, Parameter(help="base as base.model takes it, a study file (.toml) or a run folder")
+    ] = "pocket",
+    quick: Annotated[
+        bool, Parameter(help="only what a study checks at its first start on a GPU", negative="")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="what is examined")] = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Check every fast path on this device against the plain one, and print what a bug report needs.
+
+    A study does not use what is wrong. At its first start on a GPU with these versions it checks that itself;
+    this command checks again, and more. Exit code 0: nothing is wrong; 3: something is.
+
+    Examples:
+
+    lorascope doctor
+
+    lorascope doctor --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    """
+    from rich.console import Console
+
+    from lorascope.base.loading import choose_device
+    from lorascope.doctor.examination import Subject, examine
+
+    set_level(quiet=as_json, verbose=False)
+    config, resolution_px = _read(base)
+    chosen = choose_device(config.device if device == "auto" else device)
+    examination = examine(Subject(config.base, chosen, config.train.precision, resolution_px), quick)
+    if as_json:
+        print(json.dumps(examination.as_dict(), indent=2))
+    else:
+        examination.show(Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH))
+    return EXIT_RUN_FAILED if examination.wrong else EXIT_DONE
+
+
+def _read(base: str) -> tuple[StudyConfig, int | None]:
+    """The configuration with the base that is meant, and the side of a study's pictures."""
+    path = Path(base)
+    file = path / "study.toml" if (path / "study.toml").is_file() else path
+    if file.suffix == ".toml":
+        config = load_study(file)
+        return config, config.data.resolution_px
+    return load_study(preset="pocket", overrides=[f"base.model={json.dumps(base, ensure_ascii=False)}"]), None

@@ -1,0 +1,198 @@
+"""An examination of the device at hand with a base: all checks, or the quick ones that a study makes at its
+first start on a GPU.
+"""
+
+import importlib.metadata
+import math
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lorascope import __version__
+from lorascope.base.loading import DTYPES, load_base, read_configs
+from lorascope.config import BaseSection
+from lorascope.console import log, track
+from lorascope.doctor.checks import (
+    LatentShape,
+    check_attention,
+    check_channels_last,
+    check_half_vae,
+    check_memory,
+    check_recorded_step,
+    check_resume,
+    check_stacked_arms,
+    check_workers,
+)
+from lorascope.doctor.findings import (
+    ATTENTION,
+    CHANNELS_LAST,
+    HALF_VAE,
+    MEMORY,
+    RECORDED_STEP,
+    RESUME,
+    STACKED_ARMS,
+    WORKERS,
+    Examination,
+    Finding,
+    recall,
+    remember,
+)
+from lorascope.errors import first_line
+from lorascope.machine.memory import free_cached, is_out_of_memory
+from lorascope.store import digest_json
+from lorascope.training.tuning import build_workload, device_name, precisions_on, survey
+
+_PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "numpy")
+_DRIVER = Path("/proc/driver/nvidia/version")
+_PASS_FLOPS = {
+    "cpu": 1e10,
+    "cuda": 5e12,
+}  # of a U-Net's forward pass over one picture: sides are halved to it
+_MAX_SIDE_PX = {"cpu": 256, "cuda": 1024}  # of pictures for the VAE
+
+Check = Callable[[], Finding | list[Finding]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined: a base in a precision (`auto` or one of `DTYPES`), at pictures of a size (its own when
+    None), on a device.
+    """
+
+    section: BaseSection
+    device: torch.device
+    precision: str = "auto"
+    resolution_px: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The precision that the checks of a U-Net take."""
+        return precisions_on(self.device)[0] if self.precision == "auto" else self.precision
+
+
+def examine(subject: Subject, quick: bool = False) -> Examination:
+    """Check every fast path on the device, and unless `quick` what else may be wrong with it; the result is
+    kept.
+
+    Raises `BaseModelError` and `WeightsError` as `load_base` does.
+    """
+    section, device = subject.section, subject.device
+    configs = read_configs(section)
+    base = load_base(section, device, subject.dtype)
+    side = subject.resolution_px or int(configs["unet"].get("sample_size") or 64) * base.latent_factor
+    workload = build_workload(configs, side, 1, 1)
+    flops, shapes = survey(configs["unet"], workload)
+    levels = len(configs["unet"]["block_out_channels"])
+    shape = _affordable(workload.latent_shape, flops, levels, device)
+    options = precisions_on(device) if subject.precision == "auto" else [subject.precision]
+    dtypes = [DTYPES[option] for option in options]
+    side_px = min(side, _MAX_SIDE_PX[device.type])
+    checks: dict[str, Check] = {
+        ATTENTION.strip(): lambda: check_attention(shapes, dtypes, device),
+        CHANNELS_LAST: lambda: check_channels_last(base, shape),
+        RECORDED_STEP: lambda: check_recorded_step(base, shape),
+        HALF_VAE: lambda: check_half_vae(base, side_px),
+    }
+    if not quick:
+        checks |= {
+            STACKED_ARMS: lambda: check_stacked_arms(base, shape),
+            RESUME: lambda: check_resume(base, shape),
+            MEMORY: lambda: check_memory(device),
+            WORKERS: lambda: check_workers(torch.cuda.device_count()),
+        }
+    findings: list[Finding] = []
+    with track("doctor", len(checks), "checks") as task:
+        for name, check in checks.items():
+            findings += _found(name, check)
+            free_cached(device)
+            task.advance(1, name)
+    shown = f"{section.model}, U-Net in {subject.dtype}, latents {'x'.join(map(str, shape))}"
+    examination = Examination(shown, versions(device), tuple(findings))
+    remember(examination, digest_json(configs), subject.dtype)
+    return examination
+
+
+def recall_or_examine(subject: Subject) -> Examination:
+    """The last examination of such models by these versions on this device, or a quick one where there is
+    none.
+    """
+    known = recall(versions(subject.device), digest_json(read_configs(subject.section)), subject.dtype)
+    if known is not None:
+        return known
+    log.info("doctor   first start on this device with these versions: its fast paths are checked")
+    return examine(subject, quick=True)
+
+
+def _found(name: str, check: Check) -> Iterator[Finding]:
+    """What a check found, with its time; where it fails, that it did."""
+    started = time.perf_counter()
+    try:
+        found = check()
+    except RuntimeError as error:
+        told = f"the check could not end: {first_line(error)}"
+        found = Finding(name, "not checked" if is_out_of_memory(error) else "wrong", told)
+    seconds = round(time.perf_counter() - started, 2)
+    findings = found if isinstance(found, list) else [found]
+    for finding in findings:
+        yield replace(finding, seconds=seconds)
+
+
+def _affordable(shape: LatentShape, flops: float, levels: int, device: torch.device) -> LatentShape:
+    """Latents whose sides are halved until a pass over them is short; a U-Net halves them `levels` - 1 times,
+    and the check of recorded steps halves one itself.
+    """
+    channels, height, width = shape
+    least = 2**levels
+    while flops > _PASS_FLOPS[device.type] and min(height, width) >= 2 * least:
+        height, width, flops = height // 2, width // 2, flops / 4
+    return channels, *(math.ceil(side / least) * least for side in (height, width))
+
+
+# -- versions ------------------------------------------------------------------------------------------------
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a bug report says of the programs and the device."""
+    on_gpu = device.type == "cuda"
+    facts = {"lorascope": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    facts |= {package: _version(package) for package in _PACKAGES}
+    facts["device"] = device_name(device)
+    if on_gpu:
+        capability = torch.cuda.get_device_capability(device)
+        facts |= {
+            "CUDA": str(torch.version.cuda),
+            "driver": _driver(),
+            "cuDNN": str(torch.backends.cudnn.version()),
+        }
+        facts |= {
+            "compute capability": ".".join(map(str, capability)),
+            "GPUs": str(torch.cuda.device_count()),
+        }
+    facts["processor"] = device_name(torch.device("cpu"))
+    return facts | {"threads": str(torch.get_num_threads()), "platform": platform.platform()}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, by the kernel or by its own tool."""
+    with suppress(OSError):
+        if match := re.search(r"Kernel Module\s+(?:for \S+\s+)?(\S+)", _DRIVER.read_text()):
+            return match[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return result.stdout.splitlines()[0].strip()
+    return "unknown"
