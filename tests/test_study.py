@@ -27,6 +27,7 @@ from lorascope.adapters.export import merged_into
 from lorascope.adapters.files import Adapter, load_adapter
 from lorascope.base.loading import Base
 from lorascope.config import load_study
+from lorascope.console import log
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.machine.workers import Answer
 from lorascope.store import RunDir, read_json
@@ -200,6 +201,7 @@ setattr(owner, name, counted)
 import torch
 torch.set_num_threads(1)
 from lorascope.config import load_study
+from lorascope.console import log
 from lorascope.study import Study
 Study(load_study(Path(sys.argv[3]), environment={}), Path(sys.argv[4]), cache_dir=Path(sys.argv[5])).run()
 """
@@ -262,6 +264,7 @@ torch.set_num_threads(1)
 import lorascope.data.encoding, lorascope.evaluation.features, lorascope.training.feed, lorascope.training.group, lorascope.store
 from lorascope.base.loading import Base
 from lorascope.config import load_study
+from lorascope.console import log
 from lorascope.study import Study
 lorascope.store._KEPT_FROM_BYTES, lorascope.store._SETTLED_NS = 0, -1  # as if the weights were large and old
 counts = {}
@@ -613,6 +616,23 @@ def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(
 def test_another_configuration_in_the_folder_is_refused(study_file: Path, finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.epochs was 3, now 4"):
         make_study(study_file, finished, "train.epochs=4").run()
+
+
+def test_prompts_that_are_cut_are_told_before_training(
+    study_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    (tmp_path / "prompts.txt").write_text(f"[normal]\na cat\n{'a ' * 70}\n")
+    prompts = f"sample.prompts={json.dumps(str(tmp_path / 'prompts.txt'))}"
+    make_study(study_file, tmp_path / "run", prompts).check_inputs()
+    assert "are cut there" not in caplog.text
+    make_study(
+        study_file, tmp_path / "run", prompts, f"sample.prompt_prefix={json.dumps('a ' * 9)}"
+    ).check_inputs()
+    assert (
+        "prompts  1 of 2 are longer than 77 tokens and are cut there, the longest, of 81: 'a a a"
+        in caplog.text
+    )
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ from lorascope import __version__
 from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapters.export import merged_into
 from lorascope.adapters.files import load_adapter
-from lorascope.base.loading import Base, choose_device, load_base, load_tokenizer, read_configs
+from lorascope.base.loading import Base, choose_device, count_tokens, load_base, load_tokenizer, read_configs
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.evaluation.features import check_encoder, load_encoder
-from lorascope.evaluation.prompts import Prompt, load_prompts
+from lorascope.evaluation.prompts import Prompt, describe_cut, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
 from lorascope.evaluation.scores import Generated
 from lorascope.evaluation.scoring import score_run
@@ -106,6 +106,11 @@ class Study:
         require_trackers(self.config.trackers)
         check_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
+        tokenizer, prefix = self.base.tokenizer, self.config.sample.prompt_prefix or ""
+        count = functools.partial(count_tokens, tokenizer)
+        texts = [prefix + prompt.text for prompt in self.prompts]
+        if words := describe_cut(texts, count, tokenizer.model_max_length):
+            log.warning("prompts  %s", words)
 
     @contextmanager
     def working(self, command: str) -> Iterator[None]:
@@ -226,7 +231,7 @@ class Study:
 
                 dataset = prepare_data(
                     self.config.data,
-                    lambda caption: len(tokenizer(caption).input_ids),
+                    functools.partial(count_tokens, tokenizer),
                     tokenizer.model_max_length,
                     show,
                 )

@@ -31,6 +31,8 @@ def folder(tmp_path: Path) -> Path:
     (folder / "broken.txt").write_text("broken")
     (folder / "long.png").write_bytes(encode(pixels(30)))
     (folder / "long.txt").write_text("word " * 80)
+    (folder / "commas.png").write_bytes(encode(pixels(31)))
+    (folder / "commas.txt").write_text(", ,\n")
     (folder / "wide.png").write_bytes(encode(np.concatenate([pixels(40), pixels(41)], axis=1)))
     (folder / "wide.txt").write_text("a wide one")
     return folder
@@ -44,10 +46,12 @@ def test_it_says_what_is_there_in_lines_that_fit(folder: Path) -> None:
     text = look(folder, buckets=True, bucket_step_px=8, resolution_px=32).as_text()
     lines = text.splitlines()
     assert max(map(len, lines[1:])) <= 100
-    assert lines[:2] == [str(folder), "18 rows, 15 can be used, 3 refused"]
+    assert lines[:2] == [str(folder), "19 rows, 16 can be used, 3 refused"]
     for line in (
         "        1  no caption: 3_blocks/9.png",
-        "        1  the caption has 82 tokens, the text encoder takes at most 77: long.png",
+        "Caption lengths in tokens, 1 is cut at 77, the longest has 82",
+        "        1  the caption is cut at 77 tokens, all that the text encoder takes: long.png",
+        "        1  the caption holds nothing but commas, spaces and invisible characters: commas.png",
         "        1  control characters taken out of the caption: 3_blocks/4.png",
         "        9 pictures seen 3 times an epoch",
         "Near duplicates: 4 pictures in 1 group",
@@ -65,29 +69,29 @@ def test_it_says_why_no_run_would_start(folder: Path) -> None:
     result = look(folder, max_refused_share=0.1)
     assert result.dataset is None
     text = result.as_text()
-    assert "No run would start: data.source" in text and "3 of 18 rows (16.7%) cannot be used" in " ".join(
+    assert "No run would start: data.source" in text and "3 of 19 rows (15.8%) cannot be used" in " ".join(
         text.split()
     )
     assert max(map(len, text.splitlines()[1:])) <= 100
-    assert result.as_dict()["would_start"] is False and "3 of 18 rows" in result.as_dict()["problem"]
+    assert result.as_dict()["would_start"] is False and "3 of 19 rows" in result.as_dict()["problem"]
 
 
 def test_all_of_it_as_json(folder: Path) -> None:
     report = json.loads(json.dumps(look(folder).as_dict()))
-    assert (report["num_rows"], report["num_usable"], report["would_start"]) == (18, 15, True)
-    assert report["num_train"] + report["num_heldout"] == 14
+    assert (report["num_rows"], report["num_usable"], report["would_start"]) == (19, 16, True)
+    assert report["num_train"] + report["num_heldout"] == 15
     assert (
-        len(report["refused"]) == 3 and len(report["sizes"]) == len(report["caption_tokens"]["values"]) == 15
+        len(report["refused"]) == 3 and len(report["sizes"]) == len(report["caption_tokens"]["values"]) == 16
     )
-    assert report["buckets"] == [{"width_px": 16, "height_px": 16, "num_pictures": 15}]
-    assert report["repeats"] == {"1": 6, "3": 9}
+    assert report["buckets"] == [{"width_px": 16, "height_px": 16, "num_pictures": 16}]
+    assert report["repeats"] == {"1": 7, "3": 9}
 
 
 def test_sheets_are_drawn(folder: Path, tmp_path: Path) -> None:
     drawn = []
     paths = look(folder).draw(tmp_path / "out", drawn.append)
     assert [path.name for path in paths] == ["contact-sheet.png", "duplicates.png"]
-    assert sum(drawn) == 15 + 6
+    assert sum(drawn) == 16 + 6
     for path in paths:
         with Image.open(path) as sheet:
             assert sheet.width == 1140
@@ -141,11 +145,14 @@ def test_the_command(
     ]
     arguments += ["-s", "data.bucket_step_px=8", "-s", "data.heldout_share=0.2"]
     assert main(arguments) == EXIT_INPUT
-    assert "No run would start" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "No run would start" in captured.out
+    assert "Token indices sequence length" not in captured.err
     out = str(tmp_path / "out")
     assert main([*arguments, "-s", "data.max_refused_share=0.5", "--json", "--out", out]) == EXIT_DONE
     report = json.loads(capsys.readouterr().out)
-    assert report["would_start"] and report["caption_tokens"]["max"] == 77 and len(report["sheets"]) == 2
+    assert report["would_start"] and len(report["sheets"]) == 2
+    assert (report["caption_tokens"]["max"], report["caption_tokens"]["num_cut"]) == (77, 1)
     assert main([*arguments, "-s", "data.max_refused_share=0.5", "-q"]) == EXIT_DONE
     assert capsys.readouterr().out == ""
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
+from lorascope.console import log
 from lorascope.data import dataset as data
 from lorascope.data import sources
 from lorascope.data.dataset import Example, load_dataset, prepare_data
@@ -44,7 +45,6 @@ from samples import (
         (None, "no caption"),
         ("", "the caption is empty"),
         (" \n\u3000\u00a0", "the caption is empty"),
-        ("word " * 80, "the caption has 82 tokens, the text encoder takes at most 77"),
     ],
 )
 def test_captions_that_cannot_be_used(tmp_path: Path, caption: str | None, reason: str) -> None:
@@ -52,10 +52,29 @@ def test_captions_that_cannot_be_used(tmp_path: Path, caption: str | None, reaso
     assert prepare(path).summary["refused"] == [{"id": "a.parquet#3", "reason": reason}]
 
 
-def test_max_tokens(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.parquet", [*plain(3), (encode(pixels(99)), "one two three")])
-    assert prepare_data(section(path), count_words, max_tokens=5).summary["refused"] == []
-    assert len(prepare_data(section(path), count_words, max_tokens=4).summary["refused"]) == 1
+def test_long_captions_are_kept_and_said_to_be_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    rows = [*plain(3), (encode(pixels(98)), "one two three four"), (encode(pixels(99)), "one two three")]
+    path = write(tmp_path / "a.parquet", rows)
+    assert prepare_data(section(path), count_words, max_tokens=6).summary["treated"] == []
+    assert caplog.text == ""
+    dataset = prepare_data(section(path), count_words, max_tokens=4)
+    assert {"one two three four", "one two three"} <= captions((*dataset.train, *dataset.heldout))
+    assert dataset.summary["refused"] == []
+    assert dataset.summary["treated"] == [
+        {
+            "id": f"a.parquet#{row}",
+            "treatment": "the caption is cut at 4 tokens, all that the text encoder takes",
+        }
+        for row in (3, 4)
+    ]
+    assert dataset.summary["caption_tokens"]["max"] == 6
+    assert (
+        "captions longer than 4 tokens, which are cut there: 2, the longest, of 6, that of a.parquet#3"
+        in caplog.text
+    )
 
 
 def test_a_caption_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -100,12 +119,11 @@ def test_control_characters_are_taken_out_of_captions(tmp_path: Path) -> None:
 
 
 def test_prefix_and_trigger_word_count_as_tokens_and_are_recorded(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.parquet", [*plain(3), (encode(pixels(9)), "one two three")])
-    chosen = section(path, caption_prefix="drawing of ", trigger_word="sks")
-    summary = prepare_data(chosen, count_words, max_tokens=7).summary
-    assert summary["refused"] == [
-        {"id": "a.parquet#3", "reason": "the caption has 8 tokens, the text encoder takes at most 7"}
-    ]
+    path = write(tmp_path / "a.parquet", plain(3))
+    summary = prepare_data(
+        section(path, caption_prefix="drawing of ", trigger_word="sks"), count_words
+    ).summary
+    assert summary["caption_tokens"] == {"min": 7, "median": 7, "max": 7}
     assert (summary["caption_prefix"], summary["trigger_word"]) == ("drawing of ", "sks")
     assert {row["caption"] for row in summary["train"] + summary["heldout"]} == {
         f"sks, drawing of picture {seed}" for seed in range(3)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorascope.errors import DataError
-from lorascope.evaluation.prompts import Prompt, load_prompts
+from lorascope.evaluation import prompts
+from lorascope.evaluation.prompts import Prompt, describe_cut, load_prompts
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -52,11 +55,23 @@ def test_num_prompts_takes_the_first_of_each_category() -> None:
     [
         ("[normal]\na cat\n[abstract]\nhope\n\na cat \n", "line 6: 'a cat' stands on line 2 already"),
         ("a cat\n[normal]\n", "line 1: 'a cat' stands before the first section"),
+        ("[normal]\na cat\nA  Cat\n", "line 3: 'A  Cat' stands on line 2 already: take one of them out"),
+        ("[normal]\na \x07cat\n", r"line 2: 'a \\x07cat' holds the control character U\+0007: take it out"),
+        ("[normal]\na\ufeffcat\n", r"line 2: .* holds the control character U\+FEFF: take it out"),
+        (
+            "[normal]\na cat<|endoftext|>\n",
+            r"line 2: .* holds <\|endoftext\|>, which CLIP takes for the start or end of a text: take it out",
+        ),
+        ("[normal]\n, \u200b,\n", "line 2: .* holds no words: take it out"),
+        (
+            f"[normal]\n{'a' * 65_537}\n",
+            "line 2: 'a{80}' and so on has 65537 characters, more than the limit of 65536: shorten it",
+        ),
         ("[normal]\na cat\n[abstract]\n# nothing\n", r"section \[abstract\] is empty"),
         ("", "holds no prompts"),
         ("# only a comment\n", "holds no prompts"),
-        ("[a/b]\na cat\n", r"line 1: \[a/b\]: a category is letters"),
-        ("[]\na cat\n", r"line 1: \[\]: a category is letters"),
+        ("[a/b]\na cat\n", r"line 1: '\[a/b\]': a category is letters"),
+        ("[]\na cat\n", r"line 1: '\[\]': a category is letters"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -71,7 +86,68 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         load_prompts(str(path), None)
 
 
-@pytest.mark.parametrize("name", ["sd16", "missing.txt", ".", ""])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_list_as_windows_programs_save_it(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("[normal]\r\nein Käse, 猫\r\n".encode(encoding))
+    assert load_prompts(str(path), None) == [Prompt("normal", 0, "ein Käse, 猫")]
+
+
+def test_a_list_is_bounded_and_its_path_may_be_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "[normal]\na cat\n")
+    monkeypatch.setattr(prompts, "MAX_LIST_BYTES", 10)
+    with pytest.raises(
+        DataError, match=r"prompts.txt: more than 10 bytes, too many for a list of prompts: give"
+    ):
+        load_prompts(path, None)
+    with pytest.raises(
+        DataError, match=r"cannot be read \(File name too long\): correct the path or its perm"
+    ):
+        load_prompts("a" * 300 + ".txt", None)
+
+
+def test_prompts_that_are_cut_are_told_with_the_longest() -> None:
+    texts = ["a cat", "word " * 80, "more " * 90]
+    assert describe_cut(texts, lambda text: len(text.split()) + 2, 77) == (
+        f"2 of 3 are longer than 77 tokens and are cut there, the longest, of 92: {('more ' * 16)!r}"
+    )
+    assert describe_cut(texts, lambda text: len(text.split()), 92) == ""
+
+
+LETTERS = st.text(
+    st.sampled_from("ab,[]#\n\r\t \0\ufeff\u200b\u0301\x85é猫") | st.characters(exclude_categories=["Cs"]),
+    max_size=12,
+)
+LINES = LETTERS | st.sampled_from(["[normal]", "[a b]", "[]", "a cat", "A cat", "# no", "<|endoftext|>", ""])
+
+
+def test_any_list_is_read_or_an_error_of_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @given(
+        st.tuples(
+            st.lists(LINES, max_size=6).map("\n".join), st.sampled_from(["utf-8", "utf-16", "utf-16-le"])
+        ).map(lambda pair: ("[normal]\n" + pair[0]).encode(pair[1]))
+        | st.binary(max_size=40)
+    )
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            read = load_prompts(str(path), None)
+        except DataError as error:
+            message = str(error)
+            assert len(message.splitlines()) == 1, message
+            return
+        assert read and len({prompt.text.lower() for prompt in read}) == len(read)
+        assert all(prompt.text == prompt.text.strip() != "" for prompt in read)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["sd16", "missing.txt", ".", "", "a\0b"])
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(DataError, match="not `pocket`, `sd15` or an existing file"):
         load_prompts(name, None)

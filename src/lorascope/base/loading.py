@@ -320,6 +320,11 @@ def load_tokenizer(section: BaseSection) -> CLIPTokenizer:
         return _load(CLIPTokenizer, folder, "tokenizer")
 
 
+def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
+    """How many tokens a text has, with those of its start and end, cut nowhere."""
+    return len(tokenizer(text, verbose=False).input_ids)
+
+
 def read_configs(section: BaseSection) -> dict[str, dict[str, Any]]:
     """The configurations of the base's `unet`, `vae` and `text_encoder`, without its weights; raises
     `BaseModelError`.

@@ -1,6 +1,7 @@
 """Pictures before a run: a look at them, and captions."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,7 +57,7 @@ def check(
         ],
     )
 
-    from lorascope.base.loading import load_tokenizer
+    from lorascope.base.loading import count_tokens, load_tokenizer
     from lorascope.console import track
     from lorascope.data.check import check_data
     from lorascope.data.dataset import check_source
@@ -69,7 +70,7 @@ def check(
             task.advance(done - task.completed)
 
         checked = check_source(
-            config.data, lambda caption: len(tokenizer(caption).input_ids), tokenizer.model_max_length, show
+            config.data, partial(count_tokens, tokenizer), tokenizer.model_max_length, show
         )
     result = check_data(checked, tokenizer.model_max_length)
     sheets = result.draw(out) if out else []

@@ -61,7 +61,11 @@ class DataCheck:
                 {"width_px": width, "height_px": height, "num_pictures": count}
                 for (width, height), count in self._count_buckets()
             ],
-            "caption_tokens": {"values": tokens, "max": self.max_tokens},
+            "caption_tokens": {
+                "values": tokens,
+                "max": self.max_tokens,
+                "num_cut": sum(number > self.max_tokens for number in tokens),
+            },
             "tags": [[tag, count] for tag, count in self._count_tags()],
             "repeats": self._count_repeats(),
             "remarks": checked.source.remarks,
@@ -96,7 +100,7 @@ class DataCheck:
             lines += _section("Shorter side in pixels", _histogram(sides))
             lines += _section(f"Sizes in training, {self._plan()}", self._bucket_lines())
             tokens = [picture.num_tokens for picture in checked.pictures]
-            lines += _section(f"Caption lengths in tokens, at most {self.max_tokens}", _histogram(tokens))
+            lines += _section(f"Caption lengths in tokens{self._cut(tokens)}", _histogram(tokens))
             if tags := self._count_tags():
                 shown = ", ".join(f"{tag} {count:,}" for tag, count in tags[:_SHOWN_TAGS])
                 lines += _section(f"Most frequent of {len(tags):,} tags", textwrap.wrap(shown, _COLUMNS - 2))
@@ -123,6 +127,13 @@ class DataCheck:
         else:
             lines += ["", *textwrap.wrap(f"No run would start: {self.problem}", _COLUMNS)]
         return "\n".join(lines)
+
+    def _cut(self, tokens: Sequence[int]) -> str:
+        """What becomes of captions that are too long."""
+        if num_cut := sum(number > self.max_tokens for number in tokens):
+            verb = "are" if num_cut > 1 else "is"
+            return f", {num_cut:,} {verb} cut at {self.max_tokens}, the longest has {max(tokens):,}"
+        return f", at most {self.max_tokens}"
 
     def _plan(self) -> str:
         section = self.checked.section

@@ -129,8 +129,9 @@ def prepare_data(
     """Check every row of the source, find duplicates and split; afterwards every example can be loaded and
     trained on.
 
-    `count_tokens` gives a caption's length in tokens, with the start and end tokens; longer captions than
-    `max_tokens` are refused, not cut. `progress` is called with rows done and rows in all. Rows that cannot
+    `count_tokens` gives a caption's length in tokens, with the start and end tokens. Longer captions than
+    `max_tokens` are kept, but what comes after is cut by the tokenizer, as diffusers' and kohya's training do;
+    that is noted. `progress` is called with rows done and rows in all. Rows that cannot
     be used are refused with a reason and the rest goes on. Of exact duplicates (same bytes or same decoded
     pixels) one is kept, the first by digest, a training picture before a held-out one; near duplicates are
     kept but never straddle the split. Pictures that were looked at before and have not changed are not read
@@ -139,7 +140,15 @@ def prepare_data(
     Raises `DataError` if the source cannot be read, too many rows are refused, or nothing is left to train on
     or to hold out.
     """
-    return split_pictures(check_source(section, count_tokens, max_tokens, progress, index_dir))
+    checked = check_source(section, count_tokens, max_tokens, progress, index_dir)
+    long = [picture for picture in checked.pictures if picture.num_tokens > max_tokens]
+    if long:
+        longest = max(long, key=lambda picture: picture.num_tokens)
+        log.warning(
+            "data     captions longer than %d tokens, which are cut there: %d, the longest, of %d, that of %s",
+            max_tokens, len(long), longest.num_tokens, longest.example.id,
+        )  # fmt: skip
+    return split_pictures(checked)
 
 
 def check_source(
@@ -241,9 +250,7 @@ def _take(
         [*row.treatments, *cleaned[1], *outcome.treatments],
     )
     if (num_tokens := count_tokens(caption)) > max_tokens:
-        reason = f"the caption has {num_tokens} tokens, the text encoder takes at most {max_tokens}"
-        checked.refused.append({"id": row.id, "reason": reason})
-        return
+        treatments.append(f"the caption is cut at {max_tokens} tokens, all that the text encoder takes")
     width, height = choose_bucket(outcome.width_px, outcome.height_px, checked.buckets)
     if outcome.width_px < width or outcome.height_px < height:
         if section.buckets:

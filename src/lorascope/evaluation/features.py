@@ -126,7 +126,9 @@ class ClipEncoder:
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the model reads."""
-        return sum(len(self._tokenizer(text)["input_ids"]) > self._max_tokens for text in texts)
+        return sum(
+            len(self._tokenizer(text, verbose=False)["input_ids"]) > self._max_tokens for text in texts
+        )
 
     def digest_picture(self, picture: Picture) -> str:
         """SHA-256 of a file's bytes, or of the RGB pixels of a picture in memory."""

@@ -2,12 +2,23 @@
 
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorascope.data.captions import (
+    CONTROL_CHARACTERS,
+    MAX_CAPTION_BYTES,
+    SPECIAL_TOKENS,
+    decode_text,
+    has_words,
+)
+from lorascope.data.pictures import RefusedError
 from lorascope.errors import DataError
 
+MAX_LIST_BYTES = 16 * 2**20
 _PROMPTS_DIR = Path(__file__).parent / "prompt_lists"
+_SHOWN_LETTERS = 80
 
 
 @dataclass(frozen=True)
@@ -23,31 +34,52 @@ def load_prompts(name_or_path: str, num_prompts: int | None) -> list[Prompt]:
     """Prompts of a list of ours (`pocket`, `sd15`) or of a file, the first `num_prompts` of each category, or
     all.
 
-    A file is UTF-8 text with a section such as `[normal]` for each category and one prompt a line; blank
-    lines and lines that start with `#` are left out. Raises `DataError` with the line to correct.
+    A file is text with a section such as `[normal]` for each category and one prompt a line; blank lines and
+    lines that start with `#` are left out. Raises `DataError` with the line to correct.
     """
-    path = _PROMPTS_DIR / f"{name_or_path}.txt" if re.fullmatch(r"\w+", name_or_path) else Path(name_or_path)
-    if not path.is_file():
-        path = Path(name_or_path)
-    if not path.is_file():
+    own, path = _PROMPTS_DIR / f"{name_or_path}.txt", Path(name_or_path)
+    if re.fullmatch(r"\w+", name_or_path) and own.is_file():
+        path = own
+    try:
+        if not path.is_file():
+            raise DataError(
+                f"sample.prompts = {name_or_path!r}: not `pocket`, `sd15` or an existing file: check the path"
+            )
+        with path.open("rb") as file:
+            content = file.read(MAX_LIST_BYTES + 1)
+    except OSError as error:
         raise DataError(
-            f"sample.prompts = {name_or_path!r}: not `pocket`, `sd15` or an existing file: check the path"
-        )
-    sections = _read_sections(path)
+            f"sample.prompts = {name_or_path!r}: cannot be read ({error.strerror}): correct the path or its "
+            "permissions"
+        ) from error
     return [
         Prompt(category, index, text)
-        for category, texts in sections.items()
+        for category, texts in _read_sections(path, content).items()
         for index, text in enumerate(texts[:num_prompts])
     ]
 
 
-def _read_sections(path: Path) -> dict[str, list[str]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
+def describe_cut(texts: Sequence[str], count_tokens: Callable[[str], int], max_tokens: int) -> str:
+    """Words on those of the texts that the model cuts at `max_tokens`; none where it takes all of them whole."""
+    lengths = {text: length for text in texts if (length := count_tokens(text)) > max_tokens}
+    if not lengths:
+        return ""
+    longest = max(lengths, key=lambda text: lengths[text])
+    return (
+        f"{len(lengths)} of {len(texts)} are longer than {max_tokens} tokens and are cut there, the longest, "
+        f"of {lengths[longest]}: {longest[:_SHOWN_LETTERS]!r}"
+    )
+
+
+def _read_sections(path: Path, content: bytes) -> dict[str, list[str]]:
+    if len(content) > MAX_LIST_BYTES:
         raise DataError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
+            f"{path}: more than {MAX_LIST_BYTES} bytes, too many for a list of prompts: give a shorter one"
+        )
+    try:
+        lines = decode_text(content).split("\n")
+    except RefusedError as error:
+        raise DataError(f"{path}: {error}") from error
     sections: dict[str, list[str]] = {}
     first_lines: dict[str, int] = {}
     category = None
@@ -55,26 +87,28 @@ def _read_sections(path: Path) -> dict[str, list[str]]:
         text = unicodedata.normalize("NFC", line).strip()
         if not text or text.startswith("#"):
             continue
+        where, shown = f"{path}: line {number}", repr(text[:_SHOWN_LETTERS])
+        # CLIP reads neither case nor the width of a space.
+        key = " ".join(text.lower().split())
         if text.startswith("[") and text.endswith("]"):
             category = text[1:-1].strip()
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", category):
                 raise DataError(
-                    f"{path}: line {number}: {text}: a category is letters, digits, - and _, for "
-                    "example [normal]"
+                    f"{where}: {shown}: a category is letters, digits, - and _, for example [normal]"
                 )
             sections.setdefault(category, [])
+        elif problem := _problem_of(text):
+            raise DataError(f"{where}: {shown} {problem}")
         elif category is None:
             raise DataError(
-                f"{path}: line {number}: {text!r} stands before the first section: put a line such as "
-                "[normal] above it"
+                f"{where}: {shown} stands before the first section: put a line such as [normal] above it"
             )
-        elif text in first_lines:
+        elif key in first_lines:
             raise DataError(
-                f"{path}: line {number}: {text!r} stands on line {first_lines[text]} already: take one "
-                "of them out"
+                f"{where}: {shown} stands on line {first_lines[key]} already: take one of them out"
             )
         else:
-            first_lines[text] = number
+            first_lines[key] = number
             sections[category].append(text)
     if not sections:
         raise DataError(f"{path}: holds no prompts: add a section such as [normal] and one prompt a line")
@@ -82,3 +116,14 @@ def _read_sections(path: Path) -> dict[str, list[str]]:
         if not prompts:
             raise DataError(f"{path}: section [{name}] is empty: add prompts, or take it out")
     return sections
+
+
+def _problem_of(text: str) -> str | None:
+    """What is wrong with a prompt, and the remedy."""
+    if len(text) > MAX_CAPTION_BYTES:
+        return f"and so on has {len(text)} characters, more than the limit of {MAX_CAPTION_BYTES}: shorten it"
+    if control := CONTROL_CHARACTERS.search(text):
+        return f"holds the control character U+{ord(control[0]):04X}: take it out"
+    if token := SPECIAL_TOKENS.search(text):
+        return f"holds {token[0]}, which CLIP takes for the start or end of a text: take it out"
+    return None if has_words(text) else "holds no words: take it out"
