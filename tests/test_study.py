@@ -155,7 +155,7 @@ def test_the_same_command_again_does_nothing(
     for name in (
         "training.stage.Group",
         "study.draw_all",
-        "study.draw_pictures",
+        "study.compare_merged",
         "study.load_encoder",
         "study.prepare_data",
     ):
@@ -607,7 +607,7 @@ def test_a_merge_beyond_tolerance_is_a_fault_of_the_run(
             yield
         weight.data = own
 
-    monkeypatch.setattr("lorascope.study.merged_into", wrong_merge)
+    monkeypatch.setattr("lorascope.evaluation.merging.merged_into", wrong_merge)
     with pytest.raises(RunError, match=r"arm r4: merged output differs by"):
         make_study(study_file, tmp_path / "run").run()
     assert (tmp_path / "run" / "report.html").is_file()

@@ -380,6 +380,15 @@ class RunDir:
         """Where a picture drawn during training lies."""
         return self.previews_dir / arm / f"epoch-{epoch:04d}" / file_name
 
+    def image_path(self, arm: str, file_name: str) -> Path:
+        """Where a picture of the sample stage lies; the base's too, as of an arm called `base`."""
+        return self.images_dir / arm / file_name
+
+    def failure(self, arm: str) -> str | None:
+        """Why a trained arm stopped before its end; None where it did not."""
+        failure: str | None = read_json(self.adapters_dir / arm / "training.json")["failed"]
+        return failure
+
     def metrics_part(self, arm: str) -> Path:
         """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called
         `base`.

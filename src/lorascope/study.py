@@ -20,29 +20,38 @@ import torch
 
 from lorascope import __version__
 from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
-from lorascope.adapters.export import merged_into
 from lorascope.adapters.files import load_adapter
 from lorascope.base.loading import Base, choose_device, count_tokens, load_base, load_tokenizer, read_configs
 from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
-from lorascope.errors import ConfigError, RunError, StorageError
+from lorascope.errors import ConfigError, RunError
 from lorascope.evaluation.features import check_encoder, load_encoder
+from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.prompts import Prompt, describe_cut, load_prompts
-from lorascope.evaluation.sampling import Job, draw_all, draw_pictures, latent_shape_of, plan_jobs
-from lorascope.evaluation.scores import Generated
-from lorascope.evaluation.scoring import score_run
+from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_jobs
+from lorascope.evaluation.scoring import MAX_REAL, list_pictures, score_run
+from lorascope.inputs import (
+    data_inputs,
+    encode_inputs,
+    freeze,
+    merge_inputs,
+    require_same_data,
+    sample_inputs,
+    score_inputs,
+    train_inputs,
+)
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import free_cached, machine_bytes
+from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
-from lorascope.store import RunDir, digest_json, read_json, write_json, write_text
+from lorascope.store import RunDir, digest_json, read_json, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material
 from lorascope.training.trackers import require_trackers
-from lorascope.training.tuning import Tuning, build_workload, device_name, tune
+from lorascope.training.tuning import Tuning, device_name, study_workload, tune
 
-MERGE_TOLERANCE = 1e-3  # relative l2 error of the final latents in fp32
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -116,27 +125,10 @@ class Study:
     def working(self, command: str) -> Iterator[None]:
         """Hold the run folder, freeze the configuration in it, and log to it."""
         with self.run_dir.lock():
-            self._freeze()
+            freeze(self.run_dir, self.config)
             with log_to_file(self.run_dir.log_path):
                 self._describe(command)
                 yield
-
-    def _freeze(self) -> None:
-        """Write `study.toml`, or raise `ConfigError` if the folder belongs to another configuration."""
-        path = self.run_dir.study_toml
-        if not path.exists():
-            write_text(path, self.config.to_toml())
-            return
-        frozen = load_study(path, environment={})
-        changed = _differences(frozen.model_dump(mode="json"), self.config.model_dump(mode="json"))
-        if changed:
-            key, old, new = changed[0]
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise ConfigError(
-                f"{self.run_dir.path}: made with another configuration: {key} was {old!r}, now "
-                f"{new!r}{more}: "
-                "choose another folder with --run-dir, or delete this one"
-            )
 
     def _describe(self, command: str) -> None:
         facts = self.run_dir.manifest()
@@ -158,18 +150,10 @@ class Study:
         """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and
         on one device all of it.
         """
-        config, configs = self.config, read_configs(self.config.base)
-        arms = config.expand_arms()
-        stacked = min(len(arms), config.train.max_stacked_arms or 4)
-        branches = 1 if config.sample.guidance == 1 else 2
-        workload = build_workload(
-            configs,
-            config.data.resolution_px,
-            stacked * max(arm.batch_size for arm in arms),
-            config.sample.batch_size * branches,
-        )
+        configs = read_configs(self.config.base)
+        workload = study_workload(self.config, configs)
         kept = self.run_dir.manifest().get("tuning")
-        tuning = tune(configs["unet"], workload, self.device, config.train.precision, kept)
+        tuning = tune(configs["unet"], workload, self.device, self.config.train.precision, kept)
         if tuning.to_json() != kept:
             self.run_dir.describe(tuning=tuning.to_json())
         for note in (f"U-Net in {tuning.precision}", *tuning.notes):
@@ -218,7 +202,7 @@ class Study:
 
     def prepare_data(self) -> Dataset:
         """Check the pictures and captions, find duplicates, split; writes `data.json`."""
-        inputs = self.config.digest("data", "base")
+        inputs = data_inputs(self.config)
         if self.run_dir.is_finished("data", inputs) and self.run_dir.data_json.exists():
             return self.dataset
         tokenizer = load_tokenizer(self.config.base)
@@ -235,7 +219,7 @@ class Study:
                     tokenizer.model_max_length,
                     show,
                 )
-            self._require_same_data(inputs, dataset)
+            require_same_data(self.run_dir, self.config, dataset.summary["fingerprint"])
             write_json(self.run_dir.data_json, dataset.summary)
             note(fingerprint=dataset.summary["fingerprint"])
         summary = dataset.summary
@@ -245,16 +229,6 @@ class Study:
             len(dataset.train), len(dataset.heldout), len(summary["refused"]), len(summary["treated"]), len(summary["duplicates"]),
         )  # fmt: skip
         return dataset
-
-    def _require_same_data(self, inputs: str, dataset: Dataset) -> None:
-        """Raise `StorageError` where `data.json` was lost and the source does not give the same any more."""
-        known = self.run_dir.manifest()["stages"].get("data", {"inputs": None})
-        if known["inputs"] == inputs and known["fingerprint"] != dataset.summary["fingerprint"]:
-            raise StorageError(
-                f"{self.run_dir.data_json}: lost, and pictures or captions of "
-                f"{self.config.data.source!r} have changed since: "
-                "put either back, or run in another folder"
-            )
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -271,7 +245,7 @@ class Study:
     def encoded(self) -> tuple[Encoded, Encoded]:
         """Encoded train and held-out pictures."""
         dataset = self.dataset
-        inputs = digest_json([dataset.summary["fingerprint"], self.base.digest])
+        inputs = encode_inputs(dataset.summary["fingerprint"], self.base.digest)
         started = time.perf_counter()
         with track("encode", len(dataset.train) + len(dataset.heldout), "pictures") as task:
             section = self.config.data
@@ -325,23 +299,17 @@ class Study:
         return Material(*parts, inputs=self._train_inputs())
 
     def _train_inputs(self) -> str:
-        return digest_json(
-            [
-                self.config.digest("train", "arms", "adapter", "data"),
-                self.dataset.summary["fingerprint"],
-                self.base.digest,
-                str(self.device),
-                self.tuning.precision,
-            ]
+        return train_inputs(
+            self.config,
+            self.dataset.summary["fingerprint"],
+            self.base.digest,
+            str(self.device),
+            self.tuning.precision,
         )
-
-    def _training(self, arm: Arm) -> dict[str, Any]:
-        facts: dict[str, Any] = read_json(self.run_dir.adapters_dir / arm.name / "training.json")
-        return facts
 
     def trained_arms(self) -> list[Arm]:
         """The arms that did not fail."""
-        return [arm for arm in self.config.expand_arms() if self._training(arm)["failed"] is None]
+        return [arm for arm in self.config.expand_arms() if self.run_dir.failure(arm.name) is None]
 
     def load_bank(self, arms: Sequence[Arm], base: Base) -> AdapterBank:
         """The trained adapters of `arms` in one bank on `base`, not attached."""
@@ -359,13 +327,17 @@ class Study:
 
     def sample(self) -> None:
         """Draw every prompt with the base and every arm; writes `images/`."""
-        inputs = digest_json([self._train_inputs(), self.config.digest("sample")])
+        inputs = sample_inputs(self.config, self._train_inputs())
         if self.run_dir.is_finished("sample", inputs):
             return
         section = self.config.sample
         arms = self.trained_arms()
         jobs = plan_jobs(self.prompts, section.seeds)
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
+
+        def image_path(model: str, job: Job) -> Path:
+            return self.run_dir.image_path(model, job.file_name)
+
         models = [("base", Slice(0, 0.0)), *((arm.name, Slice(index)) for index, arm in enumerate(arms))]
         bank = self.load_bank(arms, self.base).attach()
         try:
@@ -373,7 +345,7 @@ class Study:
                 self._stage("sample", inputs) as note,
                 track("sample", len(jobs) * len(models), "pictures") as task,
             ):
-                draw_all(self.base, bank, models, jobs, shape, section, self._image_path, task.advance)
+                draw_all(self.base, bank, models, jobs, shape, section, image_path, task.advance)
                 note(pictures=len(jobs) * len(models))
         finally:
             bank.detach()
@@ -385,46 +357,22 @@ class Study:
             len(models),
         )
 
-    def _image_path(self, arm: str, job: Job) -> Path:
-        return self.run_dir.images_dir / arm / job.file_name
-
     # -- merge -----------------------------------------------------------------------------------------------
 
     def check_merge(self) -> None:
-        """Compare merged with unmerged output for every arm; writes `merge_check.json`.
-
-        In fp32: in half precision the merged weights' rounding alone changes pictures by more than a wrong
-        file might.
-        """
-        inputs = digest_json([self._train_inputs(), self.config.digest("sample"), "merge in fp32"])
+        """Compare merged with unmerged output for every arm; writes `merge_check.json`."""
+        inputs = merge_inputs(self.config, self._train_inputs())
         if self.run_dir.is_finished("merge_check", inputs):
             return
         arms, section = self.trained_arms(), self.config.sample
         job = plan_jobs(self.prompts, section.seeds)[0]
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
-        results = {}
         with self._stage("merge_check", inputs), full_fp32():
             free_cached(self.base.device)
             base = self.base.in_fp32()
             bank = self.load_bank(arms, base)
-            for index, arm in enumerate(arms):
-                bank.attach()
-                pictures, latents = draw_pictures(base, bank, [Slice(index)], [job], shape, section)
-                bank.detach()
-                with merged_into(base, load_adapter(self.run_dir.adapters_dir / arm.name)):
-                    idle = AdapterBank(
-                        base.components, self.targets[:1], [arm]
-                    )  # strength 0: the merged weights alone
-                    merged_pictures, merged_latents = draw_pictures(
-                        base, idle, [Slice(0, 0.0)], [job], shape, section
-                    )
-                error = float((merged_latents - latents).norm() / latents.norm())
-                results[arm.name] = {
-                    "relative_error": error,
-                    "tolerance": MERGE_TOLERANCE,
-                    "mean_pixel_difference": float((merged_pictures.float() - pictures.float()).abs().mean()),
-                    "ok": error <= MERGE_TOLERANCE,
-                }
+            folders = {arm.name: self.run_dir.adapters_dir / arm.name for arm in arms}
+            results = compare_merged(base, bank, folders, job, shape, section)
             write_json(self.run_dir.merge_check_json, results)
         log.info(
             "merge    merged equals unmerged: %s",
@@ -435,34 +383,16 @@ class Study:
 
     def score(self) -> None:
         """CLIP similarity of every picture, and calibration rows; writes `scores.parquet`."""
-        inputs = digest_json([self._train_inputs(), self.config.digest("sample", "score")])
+        inputs = score_inputs(self.config, self._train_inputs())
         if self.run_dir.is_finished("score", inputs):
             return
-        generated = []
-        for arm in (None, *self.trained_arms()):
-            for job in plan_jobs(self.prompts, self.config.sample.seeds):
-                name = arm.name if arm else "base"
-                path = self._image_path(name, job)
-                if not path.exists():
-                    raise StorageError(f"{path}: not there: run `lorascope sample {self.run_dir.path}` first")
-                generated.append(
-                    Generated(
-                        arm=name,
-                        rank=arm.rank if arm else 0,
-                        alpha=arm.alpha if arm else None,
-                        lr=arm.lr if arm else None,
-                        training_seed=arm.seed if arm else None,
-                        category=job.prompt.category,
-                        prompt_index=job.prompt.index,
-                        prompt=job.prompt.text,
-                        seed=job.seed,
-                        image=path.relative_to(self.run_dir.path).as_posix(),
-                    )
-                )
+        jobs = plan_jobs(self.prompts, self.config.sample.seeds)
+        generated = list_pictures(self.run_dir, self.trained_arms(), jobs)
         with self._stage("score", inputs) as note:
             encoder = load_encoder(self.config.score, self.device)
             heldout = [
-                (self.dataset.load_pixels(example), example.caption) for example in self.dataset.heldout[:50]
+                (self.dataset.load_pixels(example), example.caption)
+                for example in self.dataset.heldout[:MAX_REAL]
             ]
             score_run(self.run_dir, self.config, encoder, generated, heldout, self.prompts)
             note(pictures=len(generated))
@@ -480,36 +410,10 @@ class Study:
         )
         return report
 
-    def faults(self) -> list[str]:
-        """Failed arms and merges beyond tolerance, a sentence each."""
-        faults = []
-        for arm in self.config.expand_arms():
-            if (failure := self._training(arm)["failed"]) is not None:
-                faults.append(f"arm {arm.name} failed: {failure}: lower its lr and run it in another folder")
-        if self.run_dir.merge_check_json.exists():
-            for name, result in read_json(self.run_dir.merge_check_json).items():
-                if not result["ok"]:
-                    faults.append(
-                        f"arm {name}: merged output differs by {result['relative_error']:.2g}, "
-                        f"tolerance {result['tolerance']:g}"
-                    )
-        return faults
-
     def raise_faults(self) -> None:
-        """Raise `RunError` if `faults` names any."""
-        if faults := self.faults():
+        """Raise `RunError` if an arm failed or a merge differs beyond tolerance."""
+        if faults := find_faults(self.run_dir, (arm.name for arm in self.config.expand_arms())):
             raise RunError("; ".join(faults))
-
-
-def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """The leaves in which two configurations differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            item
-            for key in {**old, **new}
-            for item in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [(place, old, new)]
 
 
 def _now() -> str:

@@ -1,12 +1,18 @@
 """CLIP similarity and the calibration rows; `test_features.py` scores whole runs."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lorascope.evaluation.scoring import clip_score, derange, draw_noise
+from lorascope.config import Arm
+from lorascope.errors import StorageError
+from lorascope.evaluation.prompts import Prompt
+from lorascope.evaluation.sampling import Job
+from lorascope.evaluation.scoring import clip_score, derange, draw_noise, list_pictures
+from lorascope.store import RunDir
 
 
 def test_clip_score_is_a_hundred_cosines() -> None:
@@ -51,3 +57,22 @@ def test_noise_is_uniform_and_a_function_of_seed_and_position() -> None:
     assert not np.array_equal(many[0], many[1])
     counts = np.bincount(np.concatenate([picture.ravel() for picture in many]), minlength=256)
     assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_pictures_are_listed_arm_by_arm_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    run, arm = RunDir(tmp_path), Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=2)
+    jobs = [Job(Prompt("normal", n, f"prompt {n}"), seed) for seed in (0, 1) for n in (0, 1)]
+    for name in ("base", "r4"):
+        for job in jobs:
+            run.image_path(name, job.file_name).parent.mkdir(parents=True, exist_ok=True)
+            run.image_path(name, job.file_name).touch()
+    found = list_pictures(run, [arm], jobs)
+    assert [(item.arm, item.seed, item.prompt_index) for item in found] == [
+        (name, seed, n) for name in ("base", "r4") for seed in (0, 1) for n in (0, 1)
+    ]
+    assert (found[0].rank, found[0].alpha, found[0].training_seed) == (0, None, None)
+    assert (found[4].rank, found[4].alpha, found[4].training_seed) == (4, 8, 2)
+    assert found[5].image == "images/r4/normal-001-0.png"
+    run.image_path("r4", jobs[3].file_name).unlink()
+    with pytest.raises(StorageError, match=r"normal-001-1.png: not there: run `lorascope sample"):
+        list_pictures(run, [arm], jobs)

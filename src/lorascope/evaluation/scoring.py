@@ -6,13 +6,13 @@ Scores are 100 x cosine.
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lorascope.config import StudyConfig
-from lorascope.errors import RunError
+from lorascope.config import Arm, StudyConfig
+from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import (
     BASE,
@@ -28,6 +28,9 @@ from lorascope.evaluation.scores import (
     write_scores,
 )
 from lorascope.store import RunDir
+
+if TYPE_CHECKING:
+    from lorascope.evaluation.sampling import Job
 
 MAX_REAL = 50
 
@@ -109,6 +112,31 @@ def draw_noise(count: int, side_px: int, seed: int = 0) -> list[NDArray[np.uint8
         np.random.default_rng([seed, i]).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
         for i in range(count)
     ]
+
+
+def list_pictures(run: RunDir, arms: Sequence[Arm], jobs: Sequence["Job"]) -> list[Generated]:
+    """The sampled pictures of the base and of `arms`; raise `StorageError` where one is not there."""
+    generated = []
+    for arm in (None, *arms):
+        name = arm.name if arm else BASE
+        for job in jobs:
+            path = run.image_path(name, job.file_name)
+            if not path.exists():
+                raise StorageError(f"{path}: not there: run `lorascope sample {run.path}` first")
+            item = Generated(
+                arm=name,
+                rank=arm.rank if arm else 0,
+                alpha=arm.alpha if arm else None,
+                lr=arm.lr if arm else None,
+                training_seed=arm.seed if arm else None,
+                category=job.prompt.category,
+                prompt_index=job.prompt.index,
+                prompt=job.prompt.text,
+                seed=job.seed,
+                image=path.relative_to(run.path).as_posix(),
+            )
+            generated.append(item)
+    return generated
 
 
 def score_run(

@@ -23,7 +23,7 @@ from lorascope.errors import RunError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.machine.memory import parked
 from lorascope.machine.workers import Link, run_side_by_side, serve, worker_environments
-from lorascope.store import RunDir, read_json
+from lorascope.store import RunDir
 from lorascope.training.group import Group, checkpoint_path, section_of, split_group, try_group
 from lorascope.training.packing import ArmGroup, Packing, describe_passes
 from lorascope.training.passes import count_models, plan_passes
@@ -149,20 +149,16 @@ class Training:
     def _is_trained(self, group: ArmGroup) -> bool:
         return all((self.run_dir.adapters_dir / arm.name / "training.json").exists() for arm in group.arms)
 
-    def _failure(self, arm: Arm) -> str | None:
-        failure: str | None = read_json(self.run_dir.adapters_dir / arm.name / "training.json")["failed"]
-        return failure
-
     def _leave(self, group: ArmGroup) -> None:
         """What is to do once a group is trained."""
         for arm in group.arms:
-            if self._failure(arm) is None:
+            if self.run_dir.failure(arm.name) is None:
                 write_study_files(self.run_dir, self.config, arm)
         checkpoint_path(self.run_dir, group).unlink(missing_ok=True)
 
     def _require_an_arm(self) -> None:
         """Raise `RunError` if all arms have failed."""
-        failures = {arm.name: self._failure(arm) for arm in self.arms}
+        failures = {arm.name: self.run_dir.failure(arm.name) for arm in self.arms}
         if all(failures.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
             raise RunError(f"no arm is left ({reasons}): lower arms.lr, or set train.precision = 'fp32'")

@@ -31,12 +31,13 @@ from lorascope.base.attention import (
 )
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import DTYPES
-from lorascope.config import REFERENCE_TARGETS, Arm
+from lorascope.config import REFERENCE_TARGETS, Arm, StudyConfig
 from lorascope.console import log
 from lorascope.errors import StorageError, first_line
 from lorascope.machine.memory import free_cached
 from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
+_USUAL_STACK = 4  # arms in a pass, before they are packed into the memory that is free
 _LEAST_FLOPS = 1e9  # of a forward pass: below, differences are noise and nothing is timed
 _LEAST_GAIN, _LEAST_GAIN_S = (
     1.1,
@@ -75,6 +76,19 @@ def build_workload(
     side = math.ceil(resolution_px / 2 ** (len(vae.get("block_out_channels", "1")) - 1))
     shape = (int(vae.get("latent_channels", 4)), side, side)
     return Workload(shape, int(text.get("max_position_embeddings", 77)), train_batch, sample_batch)
+
+
+def study_workload(config: StudyConfig, configs: Mapping[str, Mapping[str, Any]]) -> Workload:
+    """What a study asks of its base."""
+    arms, sample = config.expand_arms(), config.sample
+    stacked = min(len(arms), config.train.max_stacked_arms or _USUAL_STACK)
+    branches = 1 if sample.guidance == 1 else 2  # with and without the prompt
+    return build_workload(
+        configs,
+        config.data.resolution_px,
+        stacked * max(arm.batch_size for arm in arms),
+        sample.batch_size * branches,
+    )
 
 
 @dataclass(frozen=True)
