@@ -8,9 +8,11 @@ overrides.
 import difflib
 import itertools
 import json
+import math
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,26 +32,32 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from lorascope.errors import ConfigError
-from lorascope.store import digest_json
+from lorascope.errors import ConfigError, first_line
+from lorascope.store import digest_json, read_regular
 
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 ENVIRONMENT_PREFIX = "LORASCOPE_"
 _LINE_BREAKS = "[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"  # what str.splitlines takes for the end of a line
+MAX_ARMS = 1024
+_MAX_FILE_BYTES = 2**22  # a preset has 2 kB
+_MAX_DEPTH = 16  # tables in tables; the schema has 4
 _PRESETS = resources.files("lorascope") / "presets"
 
 
 def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if repeated := sorted({value for value in values if values.count(value) > 1}):
-        raise ValueError(f"must not repeat a value, but {repeated[0]!r} stands there more than once")
+    if repeated := sorted(value for value, count in Counter(values).items() if count > 1):
+        raise ValueError(f"must not repeat a value, but {_shown(repeated[0])} stands there more than once")
     return values
 
 
 Text = Annotated[str, Field(min_length=1)]
 Whole = Annotated[int, Field(strict=True)]  # strict: neither true nor "1" is a number
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[Whole, Field(ge=1)]
-NonNegative = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
+NonNegative = Annotated[Whole, Field(ge=0, le=1_000_000_000)]
+BatchSize = Annotated[Whole, Field(ge=1, le=65_536)]
+ArmCount = Annotated[Whole, Field(ge=1, le=MAX_ARMS)]
+Epochs = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Rank = Annotated[Whole, Field(ge=1, le=1024)]
 PositiveReal = Annotated[Real, Field(gt=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
@@ -57,7 +65,8 @@ Beta = Annotated[Real, Field(ge=0, lt=1)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Ranks = Annotated[tuple[Rank, ...], Field(min_length=1), AfterValidator(_without_repeats)]
-Positives = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+BatchSizes = Annotated[tuple[BatchSize, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+SeveralEpochs = Annotated[tuple[Epochs, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 Factor = Annotated[Real, Field(ge=0, le=1e3)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -141,7 +150,7 @@ class DataSection(Section):
         default=False,
         description="mirror every second draw of a picture, by chance; for sets without text or fixed sides",
     )
-    repeats: Positive = Field(
+    repeats: Epochs = Field(
         default=1, description="times a picture is seen in an epoch, times that of its `10_name` folder"
     )
     caption_prefix: Text | None = Field(
@@ -250,10 +259,10 @@ class ArmGrid(Section):
     seed: Seed | Seeds = Field(
         default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout"
     )
-    batch_size: Positive | Positives | None = Field(
+    batch_size: BatchSize | BatchSizes | None = Field(
         default=None, description="pictures per step; `train.batch_size` when absent"
     )
-    epochs: Positive | Positives | None = Field(
+    epochs: Epochs | SeveralEpochs | None = Field(
         default=None, description="passes over the training pictures; `train.epochs` when absent"
     )
 
@@ -266,12 +275,18 @@ class ArmGrid(Section):
 
     @model_validator(mode="after")
     def _name_of_one(self) -> Self:
-        if self.name is not None and (count := len(self.settings())) > 1:
+        if self.name is not None and (count := self.count()) > 1:
             raise ValueError(
                 f"the name {self.name!r} stands on a table that makes {count} arms: leave the name out, "
                 "or give single values"
             )
         return self
+
+    def count(self) -> int:
+        """How many arms this table makes."""
+        scalings = self.alpha_per_rank if self.alpha is None else self.alpha
+        values = (self.rank, scalings, self.lr, self.seed, self.batch_size, self.epochs)
+        return math.prod(len(_several(value)) for value in values)
 
     def settings(self) -> list[dict[str, Any]]:
         """Rank, alpha, lr, seed, batch size and epochs of every arm of this table; the last two are None
@@ -295,9 +310,9 @@ class ArmGrid(Section):
 class TrainSection(Section):
     """What all arms share in training."""
 
-    epochs: Positive = Field(default=10, description="passes over the training pictures")
-    batch_size: Positive = Field(default=4, description="pictures per step and arm")
-    accumulation_steps: Positive = Field(
+    epochs: Epochs = Field(default=10, description="passes over the training pictures")
+    batch_size: BatchSize = Field(default=4, description="pictures per step and arm")
+    accumulation_steps: BatchSize = Field(
         default=1, description="batches whose gradients are averaged for one step"
     )
     optimizer: Text = Field(
@@ -363,10 +378,10 @@ class TrainSection(Section):
     checkpoint_every_steps: Positive = Field(
         default=250, description="steps between checkpoints that an interrupted run goes on from"
     )
-    max_stacked_arms: Positive | None = Field(
+    max_stacked_arms: ArmCount | None = Field(
         default=None, description="arms trained in one pass at most; as many as memory holds when absent"
     )
-    num_probe: Positive = Field(
+    num_probe: BatchSize = Field(
         default=32,
         description="pictures of each split on which the denoising loss is measured at fixed noise",
     )
@@ -404,11 +419,11 @@ class SampleSection(Section):
     seeds: Seeds = Field(
         default=(0,), description="seeds of the initial noise, shared by the base and every arm"
     )
-    batch_size: Positive = Field(default=36, description="pictures denoised at once, over all arms")
-    preview_every_epochs: Positive | None = Field(
+    batch_size: BatchSize = Field(default=36, description="pictures denoised at once, over all arms")
+    preview_every_epochs: Epochs | None = Field(
         default=None, description="draw previews during training, every so many epochs; none when absent"
     )
-    num_previews: Positive = Field(
+    num_previews: BatchSize = Field(
         default=4, description="prompts of each preview, taken from all categories in turn, seed 0"
     )
 
@@ -421,7 +436,7 @@ class ScoreSection(Section):
         description="`pocket`, a CLIP folder, or a hub id such as `openai/clip-vit-large-patch14`",
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
-    batch_size: Positive = Field(default=64, description="pictures scored at once")
+    batch_size: BatchSize = Field(default=64, description="pictures scored at once")
     resamples: Whole = Field(
         default=10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts"
     )
@@ -459,9 +474,9 @@ class StudyConfig(Section):
 
     name: Name = Field(default="study", description="name of the study; the run folder is `runs/<name>`")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto", description="`auto` takes the GPU if there is one; `mps` is Apple's, in fp32"
+        default="auto", description="`auto` takes the GPU if there is one; `mps` is that of a Mac, in fp32"
     )
-    workers: Positive | None = Field(
+    workers: ArmCount | None = Field(
         default=None,
         description=(
             "groups of arms trained side by side; one a GPU, or on a CPU one a core and two arms, when absent"
@@ -486,6 +501,8 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _distinct_arms(self) -> Self:
+        if (num_arms := sum(grid.count() for grid in self.arms)) > MAX_ARMS:
+            raise ValueError(f"make {num_arms:,} arms: at most {MAX_ARMS:,}: leave values out")
         seen: dict[Any, Arm] = {}
         for arm in self.expand_arms():
             folder = arm.name.casefold()  # some file systems do not tell r16 from R16
@@ -613,14 +630,34 @@ def load_study(
     values = StudyConfig().model_dump(mode="json", exclude_none=True)
     origins: dict[str, str] = {}
     for origin, table in layers:
+        _require_shallow(table, origin)
         _lay(values, table, origin, origins)
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        message = _explain(error, values, origins)
-        raise ConfigError(
-            re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), message)
-        ) from None
+        raise ConfigError(_one_line(_explain(error, values, origins))) from None
+
+
+def _one_line(message: str) -> str:
+    return re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), message)
+
+
+def _require_shallow(table: Mapping[str, Any], origin: str) -> None:
+    """Raise `ConfigError` where tables and lists stand in each other so deep that nothing here would take them."""
+    level: list[Any] = [table]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise ConfigError(
+        f"{origin}: tables and lists stand in each other more than {_MAX_DEPTH} deep: no key takes that, see "
+        "`lorascope keys`"
+    )
 
 
 def _name_of_file(path: Path) -> str:
@@ -628,30 +665,24 @@ def _name_of_file(path: Path) -> str:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    try:  # some editors write a byte order mark
+        return read_regular(path, ConfigError, _MAX_FILE_BYTES).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path}: no such study file: check the path, or use --preset with one of "
             f"{', '.join(preset_names())}"
         ) from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path}: is a folder: name the study's TOML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
         ) from error
 
 
 def _parse_toml(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{origin}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not valid TOML: {_one_line(first_line(error))}") from error
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -688,7 +719,7 @@ def _parse_value(keys: Sequence[str], text: str) -> Any:
         return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return (
         text if _alternatives(_schema(keys)) == [str] and not isinstance(value, str | list | dict) else value
@@ -765,24 +796,23 @@ def _explain(error: ValidationError, values: Any, origins: Mapping[str, str]) ->
     # A list with a wrong item is also called too short, and "one or a list" fails as both: what counts is the
     # innermost place, and there the constraint rather than the type. An unknown key goes first, since it
     # often explains the rest.
-    innermost = [
-        (keys, item)
-        for keys, item in problems
-        if not any(other[: len(keys)] == keys != other for other, _ in problems)
-    ]
-    order = [keys for keys, _ in innermost]
+    outer = {tuple(keys[:end]) for keys, _ in problems for end in range(len(keys))}
+    innermost = [(keys, item) for keys, item in problems if tuple(keys) not in outer]
+    order: dict[tuple[str, ...], int] = {}
+    for keys, _ in innermost:
+        order.setdefault(tuple(keys), len(order))
     keys, item = min(
         innermost,
         key=lambda problem: (
             problem[1]["type"] != "extra_forbidden",
-            order.index(problem[0]),
+            order[tuple(problem[0])],
             problem[1]["type"].endswith("_type"),
         ),
     )
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "missing":  # too few items where their number is fixed; `value` is the list
         keys = keys[:-1]
-    place = ".".join(keys)
+    place = ".".join(key if len(key) <= 80 else f"{key[:77]}..." for key in keys)
     origin = next(
         (
             origins[name]
@@ -832,7 +862,10 @@ def _keys(location: Sequence[str | int], values: Any) -> list[str]:
 
 def _shown(value: Any) -> str:
     """A received value for an error message, cut where it is long."""
-    text = "nothing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = "nothing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # Python writes no numbers of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
