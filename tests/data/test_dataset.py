@@ -160,6 +160,23 @@ def test_a_damaged_picture_among_twelve_is_refused_by_name(tmp_path: Path) -> No
     assert len(dataset.train) + len(dataset.heldout) == 11
 
 
+def test_refusals_and_treatments_are_logged_by_kind_with_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", log.name)
+    rows = [*plain(3), *[(b"", "bad")] * 4, (encode(pixels(9)), None), (encode(pixels(8)), "a\acat")]
+    prepare(write(tmp_path / "a.parquet", rows))
+    assert [record.getMessage() for record in caplog.records] == [
+        "data     refused 4: the image file is empty: a.parquet#3, a.parquet#4, a.parquet#5 and 1 more",
+        "data     refused 1: no caption: a.parquet#7",
+        "data     treated 1: control characters taken out of the caption: a.parquet#8",
+    ]
+    monkeypatch.setattr(data, "_SHOWN_KINDS", 1)
+    prepare(tmp_path / "a.parquet")
+    assert caplog.records[-2].getMessage() == "data     refused for 1 more reasons"
+
+
 def test_too_many_refusals_stop_the_study(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [*plain(6), *[(b"", "bad")] * 4])
     assert len(prepare(path, max_refused_share=0.4).summary["refused"]) == 4

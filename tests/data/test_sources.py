@@ -177,13 +177,70 @@ def test_picture_folder_with_metadata(tmp_path: Path, kind: str, column: str) ->
     lines = (9, 11, 13) if kind == "jsonl" else (7, 8, 9)
     assert [(entry["id"], entry["reason"]) for entry in dataset.summary["refused"]] == [
         ("missing.png", "the picture is not there"),
-        (f"metadata.{kind}#{lines[0]}", "1.png was named before"),
+        (f"metadata.{kind}#{lines[0]}", f"1.png was named before, in metadata.{kind}"),
         (f"metadata.{kind}#{lines[1]}", "file_name = '../outside.png' does not name a file in this folder"),
         (f"metadata.{kind}#{lines[2]}", "file_name = '/absolute.png' does not name a file in this folder"),
         (
             "3.png",
             f"no caption: no line of metadata.{kind} names it, and 3.txt is not read where there is such a list",
         ),
+    ]
+
+
+def test_captions_that_disagree_and_which_of_them_counts(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "beside", ["1.png", "2.png", "3.png", "4.png", "5.png"])
+    write_pictures(tmp_path / "list", ["1.png", "2.png", "3.png", "4.png"])
+    for number, (text, caption) in enumerate(
+        [("a", "b"), ("a", " a\n"), ("c", b"\xff"), (",", "d")], start=1
+    ):
+        (tmp_path / f"beside/{number}.txt").write_text(text)
+        (tmp_path / f"beside/{number}.caption").write_bytes(
+            caption if isinstance(caption, bytes) else caption.encode()
+        )
+    (tmp_path / "beside/5.txt").write_text("e")
+    (tmp_path / "beside/5.caption").symlink_to("nowhere")
+    for name, text in (("1.txt", "another"), ("2.txt", "two"), ("2.caption", "else"), ("3.caption", "three")):
+        (tmp_path / "list" / name).write_text(text)
+    (tmp_path / "list/metadata.csv").write_text("file_name,text\n1.png,one\n2.png,two\n3.png,\n4.png,four\n")
+    (tmp_path / "list/metadata.jsonl").write_text('{"file_name": "4.png", "text": "vier"}\n')
+    summary = prepare(tmp_path / "beside").summary
+    assert summary["treated"] == [
+        {"id": "1.png", "treatment": "its .txt file counts, its .caption file says otherwise"}
+    ]
+    [refused] = summary["refused"]
+    assert refused["id"] == "4.png" and refused["reason"] == (
+        "the caption holds nothing but commas, spaces and invisible characters in its .txt file, and beside "
+        "that its .caption does not count"
+    )
+    dataset = prepare(tmp_path / "list")
+    assert captions((*dataset.train, *dataset.heldout)) == {"one", "two", "four"}
+    assert dataset.summary["treated"] == [
+        {"id": "1.png", "treatment": "metadata.csv counts, its .txt file says otherwise"},
+        {"id": "2.png", "treatment": "metadata.csv counts, its .caption file says otherwise"},
+    ]
+    assert dataset.summary["refused"] == [
+        {
+            "id": "3.png",
+            "reason": "the caption is empty in metadata.csv, and beside that its .caption does not count",
+        },
+        {"id": "metadata.jsonl#1", "reason": "4.png was named before, in metadata.csv"},
+    ]
+
+
+def test_pictures_that_share_a_caption_file_are_said(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a.png", "a.jpg", "b.png", "c/a.png"])
+    for name in ("a.txt", "b.txt", "c/a.txt"):
+        (tmp_path / name).write_text(name)
+    dataset = prepare(tmp_path)
+    assert {example.id: example.caption for example in (*dataset.train, *dataset.heldout)} == {
+        "a.png": "a.txt",
+        "a.jpg": "a.txt",
+        "b.png": "b.txt",
+        "c/a.png": "c/a.txt",
+    }
+    assert dataset.summary["remarks"] == [
+        "caption files that count for more than one picture of their name: a.txt: rename pictures that need "
+        "captions of their own"
     ]
 
 

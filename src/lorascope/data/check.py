@@ -1,7 +1,6 @@
 """What `lorascope data check` says of a source, in text, as JSON and as pictures of its pictures."""
 
 import math
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lorascope.data.dataset import Checked, Dataset, Picture, split_pictures
+from lorascope.data.dataset import Checked, Dataset, Picture, count_reasons, split_pictures
 from lorascope.data.pictures import RefusedError, decode_picture
 from lorascope.data.sources import name_some
 from lorascope.errors import DataError
@@ -88,13 +87,9 @@ class DataCheck:
                 [line for remark in checked.source.remarks for line in textwrap.wrap(remark, _COLUMNS - 2)],
             )
         if num_refused:
-            lines += _section(
-                "Refused", _count_reasons((entry["reason"], entry["id"]) for entry in checked.refused)
-            )
+            lines += _section("Refused", _wrapped(count_reasons(checked.refused)))
         if checked.treated:
-            lines += _section(
-                "Treated", _count_reasons((entry["treatment"], entry["id"]) for entry in checked.treated)
-            )
+            lines += _section("Treated", _wrapped(count_reasons(checked.treated)))
         if checked.pictures:
             sides = [min(picture.facts.width_px, picture.facts.height_px) for picture in checked.pictures]
             lines += _section("Shorter side in pixels", _histogram(sides))
@@ -275,24 +270,13 @@ def _section(title: str, lines: Iterable[str]) -> list[str]:
     return ["", title, *(f"  {line}" for line in lines)]
 
 
-def _count_reasons(entries: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each kind of reason with its number, most frequent first; reasons that differ in numbers are
-    of one kind.
-    """
-    kinds: dict[str, list[tuple[str, str]]] = {}
-    for reason, row_id in entries:
-        kinds.setdefault(re.sub(r"\d+", "#", reason), []).append((reason, row_id))
-    lines = []
-    for members in sorted(kinds.values(), key=len, reverse=True):
-        reason = (
-            members[0][0] if len({reason for reason, _ in members}) == 1 else f"{members[0][0]}, and the like"
-        )
-        lines += textwrap.wrap(
-            f"{len(members):>7,}  {reason}: {name_some([row_id for _, row_id in members])}",
-            _COLUMNS - 2,
-            subsequent_indent=" " * 9,
-        )
-    return lines
+def _wrapped(counted: Iterable[tuple[int, str]]) -> list[str]:
+    """Lines of counts and what is counted."""
+    return [
+        line
+        for count, words in counted
+        for line in textwrap.wrap(f"{count:>7,}  {words}", _COLUMNS - 2, subsequent_indent=" " * 9)
+    ]
 
 
 def _describe_group(note: dict[str, Any]) -> str:

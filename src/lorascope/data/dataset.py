@@ -6,7 +6,9 @@ nothing and smaller subsets nest.
 """
 
 import hashlib
+import logging
 import os
+import re
 import statistics
 import warnings
 from collections import Counter, deque
@@ -32,12 +34,13 @@ from lorascope.data.pictures import (
     examine_picture,
     plan_buckets,
 )
-from lorascope.data.sources import Row, Source, open_source
+from lorascope.data.sources import Row, Source, name_some, open_source
 from lorascope.errors import DataError
 from lorascope.store import digest_json
 
 _PENDING_PER_THREAD = 4
 _SHOWN_REFUSALS = 3
+_SHOWN_KINDS = 8
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ def prepare_data(
 
     `count_tokens` gives a caption's length in tokens, with the start and end tokens. Longer captions than
     `max_tokens` are kept, but what comes after is cut by the tokenizer, as diffusers' and kohya's training do;
-    that is noted. `progress` is called with rows done and rows in all. Rows that cannot
-    be used are refused with a reason and the rest goes on. Of exact duplicates (same bytes or same decoded
+    that is noted. `progress` is called with rows done and rows in all. Rows that cannot be used are refused
+    with a reason and the rest goes on; each kind of refusal and treatment is logged. Of exact duplicates (same bytes or same decoded
     pixels) one is kept, the first by digest, a training picture before a held-out one; near duplicates are
     kept but never straddle the split. Pictures that were looked at before and have not changed are not read
     again (`index_dir`, in the user's cache if None).
@@ -141,6 +144,39 @@ def prepare_data(
     or to hold out.
     """
     checked = check_source(section, count_tokens, max_tokens, progress, index_dir)
+    _log_reasons(checked, max_tokens)
+    return split_pictures(checked)
+
+
+def count_reasons(entries: Iterable[dict[str, str]]) -> list[tuple[int, str]]:
+    """The number of each kind of refusal or treatment, most frequent first, with words on it and names of
+    rows; what differs in numbers alone is of one kind.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for entry in entries:
+        reason = entry.get("reason") or entry["treatment"]
+        kinds.setdefault(re.sub(r"\d+", "#", reason), []).append((reason, entry["id"]))
+    return [
+        (
+            len(members),
+            f"{members[0][0]}{', and the like' if len({reason for reason, _ in members}) > 1 else ''}: "
+            f"{name_some([row_id for _, row_id in members])}",
+        )
+        for members in sorted(kinds.values(), key=len, reverse=True)
+    ]
+
+
+def _log_reasons(checked: Checked, max_tokens: int) -> None:
+    """Say what was refused and what was done to the rest, and which caption is the longest of those cut."""
+    for level, kind, entries in (
+        (logging.WARNING, "refused", checked.refused),
+        (logging.INFO, "treated", checked.treated),
+    ):
+        counted = count_reasons(entries)
+        for count, words in counted[:_SHOWN_KINDS]:
+            log.log(level, "data     %s %d: %s", kind, count, words)
+        if len(counted) > _SHOWN_KINDS:
+            log.log(level, "data     %s for %d more reasons", kind, len(counted) - _SHOWN_KINDS)
     long = [picture for picture in checked.pictures if picture.num_tokens > max_tokens]
     if long:
         longest = max(long, key=lambda picture: picture.num_tokens)
@@ -148,7 +184,6 @@ def prepare_data(
             "data     captions longer than %d tokens, which are cut there: %d, the longest, of %d, that of %s",
             max_tokens, len(long), longest.num_tokens, longest.example.id,
         )  # fmt: skip
-    return split_pictures(checked)
 
 
 def check_source(

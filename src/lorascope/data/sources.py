@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from lorascope.base.hub import fetch_snapshot
 from lorascope.config import DataSection
-from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text
+from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, clean_caption, decode_text
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
 from lorascope.data.tars import Member, read_samples
 from lorascope.errors import DataError, first_line
@@ -71,7 +71,7 @@ class Row:
 
     `stamp` is that of the file that holds the picture. `caption` is as found, text or not. `repeats` is that
     of the row's `10_name` folder. `problem` says why the row cannot be used, `treatments` what was done to get
-    its caption, and `notes` what its owner may not expect.
+    its caption.
     """
 
     id: str
@@ -81,7 +81,6 @@ class Row:
     repeats: int = 1
     problem: str | None = None
     treatments: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class ParquetSource:
@@ -213,10 +212,10 @@ class FolderSource:
     """Pictures in a folder, at any depth; captions from `metadata.jsonl`/`metadata.csv`, or a text file
     beside each.
 
-    A metadata file speaks for its folder and what is below, and where there is one, no captions are read
-    beside the pictures. Otherwise `1.txt` or, where that is missing, `1.caption` holds the caption of
-    `1.png`. Pictures of a folder `10_name` are seen 10 times; where it holds no caption file at all, its name
-    is their caption.
+    A metadata file speaks for its folder and what is below, and where there is one, no caption beside a
+    picture counts. Otherwise `1.txt` or, where that is missing, `1.caption` holds the caption of `1.png`. What
+    does not count is compared with what does, and said where it differs. Pictures of a folder `10_name` are
+    seen 10 times; where it holds no caption file at all, its name is their caption.
     """
 
     def __init__(self, name: str, folder: Path, section: DataSection) -> None:
@@ -227,8 +226,10 @@ class FolderSource:
         self._section = section
 
     @functools.cached_property
-    def _listed(self) -> list[tuple[Row, str | None]]:
-        """Rows without the captions that stand in files of their own, and the names of those files."""
+    def _listed(self) -> list[tuple[Row, str, list[str]]]:
+        """Rows without the captions that stand in files of their own; the list or else the caption file that
+        counts, and the caption files that do not.
+        """
         stamps = dict(sorted(_walk(self._folder)))
         if unread := _unread_files(stamps):
             self.remarks.append(unread)
@@ -245,22 +246,33 @@ class FolderSource:
                 f" ({', '.join(sorted(SUFFIXES))}){f', {unread}' if unread else ': give a folder with any of these'}"
             )
         if metadata:
-            return [(row, None) for row in self._metadata_rows(stamps, pictures, metadata)]
-        captions = {picture: _caption_file(picture, stamps) for picture in pictures}
+            named: dict[str, str] = {}
+            listed = list(self._metadata_rows(stamps, pictures, metadata, named))
+            return [
+                (row, named.get(row.id, ""), _readable(_caption_files(row.id, stamps), stamps))
+                for row in listed
+            ]
+        captions = {picture: _caption_files(picture, stamps) for picture in pictures}
         captioned = {
-            _repeat_folder(posixpath.dirname(picture)) for picture, caption in captions.items() if caption
+            _repeat_folder(posixpath.dirname(picture)) for picture, files in captions.items() if files
         }
         rows = []
-        for picture, caption_name in captions.items():
+        for picture, files in captions.items():
             row = self._picture_row(picture, stamps)
             repeat_folder = _repeat_folder(posixpath.dirname(picture))
-            if caption_name is None and repeat_folder and repeat_folder not in captioned:
+            if not files and repeat_folder and repeat_folder not in captioned:
                 text = posixpath.basename(repeat_folder).partition("_")[2]
                 row = self._picture_row(picture, stamps, text, "captioned by the name of its folder")
-            if caption_name and not row.problem and isinstance(status := stamps[caption_name], str):
-                row = _with_problem(row, f"{posixpath.basename(caption_name)} {status}")
-            rows.append((row, caption_name))
-        if not any(caption_name or row.treatments for row, caption_name in rows):
+            if files and not row.problem and isinstance(status := stamps[files[0]], str):
+                row = _with_problem(row, f"{posixpath.basename(files[0])} {status}")
+            rows.append((row, files[0] if files else "", _readable(files[1:], stamps)))
+        shared = Counter(counting for _, counting, _ in rows if counting)
+        if several := [_shown(name) for name, number in shared.items() if number > 1]:
+            self.remarks.append(
+                f"caption files that count for more than one picture of their name: {name_some(several)}: "
+                "rename pictures that need captions of their own"
+            )
+        if not any(counting or row.treatments for row, counting, _ in rows):
             raise DataError(
                 f"data.source = {self.name!r}: {len(pictures)} pictures and no captions: add "
                 "metadata.jsonl or metadata.csv with file_name"
@@ -286,10 +298,16 @@ class FolderSource:
         return Row(picture, split, stamp, caption, repeats, problem, treatments)
 
     def _metadata_rows(
-        self, stamps: Mapping[str, Stamp | str], pictures: Sequence[str], metadata: Sequence[str]
+        self,
+        stamps: Mapping[str, Stamp | str],
+        pictures: Sequence[str],
+        metadata: Sequence[str],
+        named: dict[str, str],
     ) -> Iterator[Row]:
-        """A row for each line of the metadata files, then for each picture that none of them names."""
-        named: set[str] = set()
+        """A row for each line of the metadata files, then for each picture that none of them names.
+
+        `named` is filled with the pictures and the metadata file that names each.
+        """
         for name in metadata:
             path = self._folder / name
             if isinstance(status := stamps[name], str):
@@ -331,9 +349,15 @@ class FolderSource:
                         problem=f"file_name = {file_name!r} does not name a file in this folder",
                     )
                 elif picture in named:
-                    yield Row(row_id, "train", None, None, problem=f"{picture} was named before")
+                    yield Row(
+                        row_id,
+                        "train",
+                        None,
+                        None,
+                        problem=f"{picture} was named before, in {_shown(named[picture])}",
+                    )
                 else:
-                    named.add(picture)
+                    named[picture] = name
                     row = self._picture_row(picture, stamps, record.get(column))
                     yield _with_more_fields(row, more, column == list(record)[-1], f"line {line} of {name}")
         for picture in pictures:
@@ -348,19 +372,38 @@ class FolderSource:
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of their names; caption files are read as they come."""
-        for row, caption_name in self._listed:
-            if caption_name is None or row.problem:
-                yield row
-                continue
+        for row, counting, others in self._listed:
+            if counting and not row.problem and counting.endswith(_CAPTION_ENDINGS):
+                name = posixpath.basename(counting)
+                try:
+                    row = _with_caption(row, self._read_caption_file(counting), name)
+                except OSError as error:
+                    row = _with_problem(row, f"{name} cannot be read ({error.strerror})")
+            yield self._compared(row, counting, others) if others and not row.problem else row
+
+    def _read_caption_file(self, name: str) -> bytes:
+        with (self._folder / name).open("rb") as file:
+            return file.read(MAX_CAPTION_BYTES + 1)
+
+    def _compared(self, row: Row, counting: str, others: Sequence[str]) -> Row:
+        """The row with what is to be said of caption files that do not count beside the one that does."""
+        kind = posixpath.basename(counting)
+        if counting.endswith(_CAPTION_ENDINGS):
+            kind = f"its {posixpath.splitext(counting)[1]} file"
+        try:
+            caption = clean_caption(row.caption)[0]
+        except RefusedError as error:
+            endings = " and ".join(posixpath.splitext(name)[1] for name in others)
+            return _with_problem(row, f"{error} in {kind}, and beside that its {endings} does not count")
+        for name in others:
             try:
-                with (self._folder / caption_name).open("rb") as file:
-                    yield _with_caption(
-                        row, file.read(MAX_CAPTION_BYTES + 1), posixpath.basename(caption_name)
-                    )
-            except OSError as error:
-                yield _with_problem(
-                    row, f"{posixpath.basename(caption_name)} cannot be read ({error.strerror})"
-                )
+                other = clean_caption(caption_in(self._read_caption_file(name))[0])[0]
+            except (OSError, RefusedError):
+                continue  # what cannot be read does not count anyway
+            if other != caption:
+                treatment = f"{kind} counts, its {posixpath.splitext(name)[1]} file says otherwise"
+                row = replace(row, treatments=(*row.treatments, treatment))
+        return row
 
     def position(self, row_id: str) -> tuple[Any, ...]:
         """Where the row stands in the source, to be sorted by."""
@@ -798,7 +841,7 @@ def _unread_files(stamps: Mapping[str, Stamp | str]) -> str:
         _shown(name)
         for name, stem, ending in parts
         if ending.lower() in _UNREAD_SUFFIXES
-        or (stem not in stems and ending not in _CAPTION_ENDINGS and _caption_file(name, stamps))
+        or (stem not in stems and ending not in _CAPTION_ENDINGS and _caption_files(name, stamps))
     ]
     if not unread:
         return ""
@@ -812,9 +855,14 @@ def name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
-def _caption_file(picture: str, names: Mapping[str, Stamp | str]) -> str | None:
+def _caption_files(picture: str, names: Mapping[str, Stamp | str]) -> list[str]:
+    """The caption files beside a picture, the one that counts first."""
     stem = posixpath.splitext(picture)[0]
-    return next((name for ending in _CAPTION_ENDINGS if (name := stem + ending) in names), None)
+    return [name for ending in _CAPTION_ENDINGS if (name := stem + ending) in names]
+
+
+def _readable(files: Iterable[str], stamps: Mapping[str, Stamp | str]) -> list[str]:
+    return [name for name in files if not isinstance(stamps[name], str)]
 
 
 def _is_unicode(text: str) -> bool:
@@ -868,8 +916,8 @@ def _with_more_fields(row: Row, more: Sequence[str], is_last: bool, where: str) 
 
 def _unnamed(picture: str, metadata: Sequence[str], stamps: Mapping[str, Stamp | str]) -> str:
     """Why a picture that no list names has no caption."""
-    beside = _caption_file(picture, stamps)
-    unread = f", and {posixpath.basename(beside)} is not read where there is such a list" if beside else ""
+    beside = _caption_files(picture, stamps)
+    unread = f", and {posixpath.basename(beside[0])} is not read where there is such a list" if beside else ""
     return f"no caption: no line of {name_some([_shown(name) for name in metadata])} names it{unread}"
 
 
