@@ -3,13 +3,9 @@
 Every stage can be called alone and again; what is finished for the same inputs is skipped.
 """
 
-import datetime
 import functools
-import importlib.metadata
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,14 +39,15 @@ from lorascope.inputs import (
     train_inputs,
 )
 from lorascope.machine.arithmetic import full_fp32
-from lorascope.machine.memory import free_cached, machine_bytes
+from lorascope.machine.facts import device_facts, now, software_versions, source_commit
+from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
 from lorascope.store import RunDir, digest_json, read_json, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material
 from lorascope.training.trackers import require_trackers
-from lorascope.training.tuning import Tuning, device_name, study_workload, tune
+from lorascope.training.tuning import Tuning, study_workload, tune
 
 _PACKAGES = (
     "torch",
@@ -134,14 +131,11 @@ class Study:
         facts = self.run_dir.manifest()
         self.run_dir.describe(
             lorascope=__version__,
-            versions={
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in _PACKAGES},
-            },
-            commit=_commit(),
-            device=_device_facts(self.device),
+            versions=software_versions(_PACKAGES),
+            commit=source_commit(),
+            device=device_facts(self.device),
             command=facts.get("command", command),
-            started=facts.get("started", _now()),
+            started=facts.get("started", now()),
             config_digest=self.config.digest(),
         )
 
@@ -401,7 +395,7 @@ class Study:
     def report(self) -> Report:
         """Write `report.html`, `report.md` and the figures from what the run folder holds."""
         started = time.perf_counter()
-        self.run_dir.describe(finished=_now())
+        self.run_dir.describe(finished=now())
         report = build_report(self.run_dir)
         self.run_dir.finish(
             "report",
@@ -414,36 +408,6 @@ class Study:
         """Raise `RunError` if an arm failed or a merge differs beyond tolerance."""
         if faults := find_faults(self.run_dir, (arm.name for arm in self.config.expand_arms())):
             raise RunError("; ".join(faults))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _commit() -> str | None:
-    """The commit of the source checkout lorascope runs from, if it is one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    result = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
-
-
-def _device_facts(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {
-            "name": properties.name,
-            "threads": torch.get_num_threads(),
-            "memory_bytes": properties.total_memory,
-        }
-    return {
-        "name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": machine_bytes(),
-    }
 
 
 def serve_groups() -> None:

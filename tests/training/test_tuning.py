@@ -15,13 +15,12 @@ from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attentio
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import SD15_DIR, Base, read_configs
 from lorascope.config import BaseSection
+from lorascope.machine.facts import cpu_has_bf16, device_name
 from lorascope.training import tuning
 from lorascope.training.tuning import (
     Tuning,
     Workload,
     build_workload,
-    cpu_has_bf16,
-    device_name,
     race,
     survey,
     tune,

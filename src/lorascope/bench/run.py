@@ -7,12 +7,9 @@ disturbs the machine disturbs them alike. Each runs in a process of its own, who
 its own.
 """
 
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +39,7 @@ from lorascope.bench.peers import Recipe, missing_for
 from lorascope.bench.table import as_markdown, draw_scaling
 from lorascope.console import log, size
 from lorascope.errors import ConfigError, RunError
+from lorascope.machine.facts import device_name, now, software_versions
 from lorascope.machine.memory import free_bytes, peak_memory
 from lorascope.store import read_json, write_bytes, write_json, write_text
 
@@ -264,7 +262,7 @@ class _References:
 
 def run_bench(
     base: str,
-    device_name: str = "auto",
+    device_kind: str = "auto",
     *,
     quick: bool = False,
     names: Sequence[str] = (),
@@ -282,7 +280,7 @@ def run_bench(
     the same machine and versions are kept, unless `again`. Raises `ConfigError` for an unknown entry or a
     result of other conditions in `out`, `RunError` where the reference cannot be run.
     """
-    device = choose_device(device_name)
+    device = choose_device(device_kind)
     protocol = protocol or (Protocol.quick() if quick else Protocol())
     conditions = Conditions(
         base, _RESOLUTION_PX.get(base, 64), batch_size, device.type, torch.get_num_threads(), str(peers_dir)
@@ -317,7 +315,7 @@ def run_bench(
             raise RunError(
                 f"bench: the reference cannot be run: {error}: give a smaller --base, or another --device"
             ) from error
-    result["finished"] = _now()
+    result["finished"] = now()
     _write(result, out)
     return result
 
@@ -439,7 +437,7 @@ def _row(entry: Entry, status: str, reason: str | None) -> dict[str, Any]:
         "num_processes": entry.num_processes,
         "status": status,
         "reason": reason,
-        "measured": _now(),
+        "measured": now(),
     }
 
 
@@ -467,12 +465,12 @@ def _figures(run: _Run, conditions: Conditions, limit: Mapping[str, float], flop
 
 
 def run_alone(
-    base: str, device_name: str, name: str, num_steps: int, peers_dir: Path, batch_size: int = 4
+    base: str, device_kind: str, name: str, num_steps: int, peers_dir: Path, batch_size: int = 4
 ) -> dict[str, Any]:
     """Run one entry in this very process, ungated: for `/usr/bin/time -v` and profilers. Raises `ConfigError`
     as `run_bench`.
     """
-    device = choose_device(device_name)
+    device = choose_device(device_kind)
     [entry, *_] = choose_entries(plan_entries(base, device, False), [name])
     if reason := missing_for(entry.kind, peers_dir, base):
         raise ConfigError(f"--arms {name}: {reason}")
@@ -568,16 +566,15 @@ def _open_result(
     """What `path` holds of the same conditions, or a new result; raises `ConfigError` where the conditions
     differ.
     """
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-    peft = _version("peft")
+    cores = f", {os.cpu_count()} cores" if device.type == "cpu" else ""
     header = {
         "lorascope": __version__,
         "base": conditions.base,
         "resolution_px": conditions.resolution_px,
         "batch_size": conditions.batch_size,
-        "device": _device_name(device),
+        "device": device_name(device) + cores,
         "num_threads": conditions.num_threads,
-        "versions": {"python": platform.python_version(), **versions, **({"peft": peft} if peft else {})},
+        "versions": software_versions(("torch", "diffusers", "transformers", "peft")),
         "protocol": {"num_gate_steps": NUM_GATE_STEPS, **vars(protocol)},
     }
     if path.exists() and not again:
@@ -590,29 +587,7 @@ def _open_result(
                     "give --out another folder, or --again to measure all anew"
                 )
         return found
-    return {**header, "started": _now(), "flops": {}, "entries": {}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {**header, "started": now(), "flops": {}, "entries": {}}
 
 
 def _write(result: dict[str, Any], out: Path) -> None:

@@ -2,7 +2,6 @@
 first start on a GPU.
 """
 
-import importlib.metadata
 import math
 import platform
 import re
@@ -45,9 +44,10 @@ from lorascope.doctor.findings import (
     remember,
 )
 from lorascope.errors import first_line
+from lorascope.machine.facts import device_name, package_version
 from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.store import digest_json
-from lorascope.training.tuning import build_workload, device_name, precisions_on, survey
+from lorascope.training.tuning import build_workload, precisions_on, survey
 
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "numpy")
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -162,7 +162,7 @@ def versions(device: torch.device) -> dict[str, str]:
     """What a bug report says of the programs and the device."""
     on_gpu = device.type == "cuda"
     facts = {"lorascope": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    facts |= {package: _version(package) for package in _PACKAGES}
+    facts |= {package: package_version(package) or "not installed" for package in _PACKAGES}
     facts["device"] = device_name(device)
     if on_gpu:
         capability = torch.cuda.get_device_capability(device)
@@ -177,13 +177,6 @@ def versions(device: torch.device) -> dict[str, str]:
         }
     facts["processor"] = device_name(torch.device("cpu"))
     return facts | {"threads": str(torch.get_num_threads()), "platform": platform.platform()}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _driver() -> str:

@@ -7,7 +7,6 @@ began.
 """
 
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from lorascope.base.loading import DTYPES
 from lorascope.config import REFERENCE_TARGETS, Arm, StudyConfig
 from lorascope.console import log
 from lorascope.errors import StorageError, first_line
+from lorascope.machine.facts import cpu_has_bf16, device_name
 from lorascope.machine.memory import free_cached
 from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
@@ -499,33 +499,6 @@ def _warmed(run: Callable[[], None], device: torch.device) -> Callable[[], Any]:
             graph.replay()
 
     return replay
-
-
-# -- the device ----------------------------------------------------------------------------------------------
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or CPU's model."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    if device.type == "mps":
-        return f"Apple GPU ({platform.machine()})"
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has instructions for products of bf16, as Linux lists them; torch before 2.13 cannot
-    say.
-    """
-    flags = {*_cpuinfo().get("flags", "").split(), *_cpuinfo().get("Features", "").split()}  # x86, ARM
-    return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo, empty where there is none."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 # -- what is remembered --------------------------------------------------------------------------------------
