@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from lorascope.doctor.findings import (
     Finding,
 )
 from lorascope.errors import first_line
-from lorascope.machine.memory import free_bytes, free_cached, is_out_of_memory, used_bytes
+from lorascope.machine.memory import free_bytes, is_out_of_memory, used_bytes
 from lorascope.machine.workers import worker_environments
 from lorascope.seeding import seeded
 from lorascope.training.feed import Batch
@@ -65,10 +66,11 @@ _ATTENTION_FLOPS = {"cpu": 2e8, "cuda": 4e10}  # of one attention, forward: as m
 # flash-attention's own tests allow twice the plain formula's largest error in outputs, and three times that in
 # gradients; one epsilon is for results that the plain formula happens to round right.
 _ATTENTION_FACTOR = 4.0
-_ALLOCATED_ON_CPU = 2**28
+_ALLOCATED_ON_CPU = 2**29
 _MEMORY_BLOCK = 2**28
 _MEMORY_TOLERANCE = {"cpu": 0.5, "cuda": 0.25}  # of what was allocated: other programs allocate and free too
-_MEMORY_TRIES = 5
+_MEMORY_TRIES = 3  # the middle one counts
+_MEMORY_SETTLES_S = 0.2  # what is freed is not told free at once
 _WORKER_TIMEOUT_S = 120
 _TELL_GPUS = """\
 import torch
@@ -332,7 +334,7 @@ def check_recorded_step(base: Base, shape: LatentShape, kind: StepKind = Step) -
     findings = []
     for name, expected in eager.taken.items():
         found = recorded.taken[name]
-        told = f"losses, gradients and parameters against eager steps; worst: {name}"
+        told = f"losses, gradients and parameters against eager steps: {name}"
         if not torch.equal(found.active, expected.active):
             told = f"{name}: arms that go on are {found.active.tolist()}, eagerly {expected.active.tolist()}"
             findings.append(Finding(RECORDED_STEP, "wrong", told))
@@ -344,7 +346,7 @@ def check_recorded_step(base: Base, shape: LatentShape, kind: StepKind = Step) -
             relative_error(found.change, expected.change),
         )
         findings.append(judge(RECORDED_STEP, max(errors), rounding(base.unet), told))
-    return max(findings, key=_excess)
+    return next((item for item in findings if item.status == "wrong"), max(findings, key=_excess))
 
 
 def _walk(base: Base, shape: LatentShape, kind: StepKind, section: TrainSection) -> _Walk:
@@ -507,32 +509,36 @@ def check_memory(
     """What `free` tells against what can be allocated: on a GPU the share that trainings plan with, on a CPU a
     small part, and whether `free` and `used` follow.
     """
-    finding = Finding(MEMORY, "ok", "")
+    findings: list[Finding] = []
     for _ in range(_MEMORY_TRIES):
-        free_cached(device)
-        free_before, used_before = free(device), used(device)
-        wanted = int(FREE_SHARE * free_before) if device.type == "cuda" else _ALLOCATED_ON_CPU
-        try:
-            blocks = [
-                torch.ones(min(_MEMORY_BLOCK, wanted - start), dtype=torch.uint8, device=device)
-                for start in range(0, wanted, _MEMORY_BLOCK)
-            ]
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            finding = Finding(
-                MEMORY, "wrong", f"{size(free_before)} told free, {size(wanted)} cannot be allocated"
-            )
-            continue
-        gained, lost = used(device) - used_before, free_before - free(device)
-        del blocks
-        told = f"{size(free_before)} free; {size(wanted)} allocated took {size(lost)} of it and use {size(gained)}"
-        deviation = max(abs(lost / wanted - 1), abs(gained / wanted - 1))
-        finding = judge(MEMORY, deviation, _MEMORY_TOLERANCE[device.type], told)
-        if finding.status == "ok":
+        findings.append(_allocate(device, free, used))
+        if [finding.status for finding in findings].count("ok") > _MEMORY_TRIES // 2:
             break
-    free_cached(device)
-    return finding
+        time.sleep(_MEMORY_SETTLES_S)
+    return sorted(findings, key=_excess)[len(findings) // 2]
+
+
+def _allocate(
+    device: torch.device, free: Callable[[torch.device], int], used: Callable[[torch.device], int]
+) -> Finding:
+    """Allocate, look, and free."""
+    free_before, used_before = free(device), used(device)
+    wanted = int(FREE_SHARE * free_before) if device.type == "cuda" else _ALLOCATED_ON_CPU
+    sizes = [min(_MEMORY_BLOCK, wanted - start) for start in range(0, wanted, _MEMORY_BLOCK)]
+    try:
+        blocks = [torch.ones(count, dtype=torch.uint8, device=device) for count in sizes]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        told = f"{size(free_before)} told free, {size(wanted)} cannot be allocated"
+        return Finding(MEMORY, "wrong", told)
+    gained, lost = used(device) - used_before, free_before - free(device)
+    del blocks
+    told = (
+        f"{size(free_before)} free; {size(wanted)} allocated took {size(lost)} of it and use {size(gained)}"
+    )
+    deviation = max(abs(lost / wanted - 1), abs(gained / wanted - 1))
+    return judge(MEMORY, deviation, _MEMORY_TOLERANCE[device.type], told)
 
 
 def gpus_seen(environment: Mapping[str, str]) -> list[str]:
