@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 import lorascope
@@ -192,7 +194,7 @@ def test_tensors_missing_unexpected_misshapen_or_not_finite_are_named(own_copy: 
             lambda tensors: tensors.update(extra=torch.ones(1)),
             r"has unknown 1 tensors of the \w+, the first is 'extra'",
         ),
-        (lambda tensors: tensors.update({name: torch.ones(1)}), "cannot be loaded as"),
+        (lambda tensors: tensors.update({name: torch.ones(1)}), r"has shape \[1\], by the configuration it"),
         (
             lambda tensors: tensors[name].view(-1)[:3].fill_(float("nan")),
             r"has 3 of [\d,]+ values that are NaN or infinite",
@@ -270,15 +272,119 @@ def test_parts_that_do_not_belong_together_are_refused(own_copy: Path) -> None:
     with pytest.raises(BaseModelError, match="attends to text of width 768 and the text encoder gives 32"):
         load(own_copy)
     change_json(config, cross_attention_dim=32)
-    change_json(own_copy / "text_encoder" / "config.json", vocab_size=100)
-    with pytest.raises(BaseModelError, match="the tokenizer has 514 tokens and the text encoder knows 100"):
+    vocabulary = own_copy / "tokenizer" / "tokenizer.json"
+    sound = vocabulary.read_text()
+    vocabulary.write_text(sound.replace('"a": 64', '"a": 100000'))
+    assert vocabulary.read_text() != sound
+    with pytest.raises(
+        BaseModelError,
+        match="has 514 tokens up to number 100000 and the text encoder knows 514: parts of two",
+    ):
         load(own_copy)
+    vocabulary.write_text(sound)
     change_json(own_copy / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
     with pytest.raises(
         BaseModelError,
         match="model_max_length is 10+ and the text encoder has 77 positions: parts of two bases",
     ):
         load(own_copy)
+
+
+def test_whole_models_that_do_not_work_together_are_refused(own_copy: Path, pipeline_folder: Path) -> None:
+    """Each part by itself is sound: configuration and weights agree."""
+    config = json.loads((pipeline_folder / "unet" / "config.json").read_text())
+    vae = json.loads((pipeline_folder / "vae" / "config.json").read_text())
+    for part, model, message in (
+        (
+            "unet",
+            UNet2DConditionModel.from_config({**config, "out_channels": 8}),
+            r"\(latents of \[4.* noise of \[8",
+        ),
+        (
+            "unet",
+            UNet2DConditionModel.from_config({**config, "cross_attention_dim": [32, 48]}),
+            r"32, 48\] and",
+        ),
+        (
+            "vae",
+            AutoencoderKL.from_config({**vae, "latent_channels": 16}),
+            "takes 4 channels and the VAE gives 16",
+        ),
+        ("vae", AutoencoderKL.from_config({**vae, "in_channels": 1}), r"do not work together \("),
+        ("vae", AutoencoderKL.from_config({**vae, "out_channels": 1}), r"and pixels of \[1, 256"),
+    ):
+        shutil.rmtree(own_copy / part)
+        model.save_pretrained(own_copy / part)
+        with pytest.raises(BaseModelError, match=message):
+            read_configs(BaseSection(model=str(own_copy)))
+        with pytest.raises(BaseModelError, match=message):
+            load(own_copy)
+        shutil.rmtree(own_copy / part)
+        shutil.copytree(pipeline_folder / part, own_copy / part)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("unet", {"block_out_channels": [320_000, 320_000]}),
+        ("vae", {"block_out_channels": [8, 8, 160_000]}),
+        ("text_encoder", {"intermediate_size": 10**9}),
+        ("text_encoder", {"vocab_size": 10**9}),
+    ],
+)
+def test_a_configuration_of_another_size_than_the_weights_is_refused_before_anything_is_built(
+    own_copy: Path, part: str, change: dict[str, Any]
+) -> None:
+    change_json(own_copy / part / "config.json", **change)
+    with pytest.raises(
+        BaseModelError, match=f"/{part}: .* has shape .* by the configuration it is .*two models"
+    ):
+        read_configs(BaseSection(model=str(own_copy)))
+
+
+def test_a_configuration_of_more_layers_than_the_weights_hold_is_refused(own_copy: Path) -> None:
+    change_json(own_copy / "text_encoder" / "config.json", num_hidden_layers=64)
+    with pytest.raises(
+        BaseModelError, match=r"text_encoder: its configuration means [\d,]+ weights, its files hold"
+    ):
+        read_configs(BaseSection(model=str(own_copy)))
+    change_json(own_copy / "unet" / "config.json", layers_per_block=60, transformer_layers_per_block=60)
+    with pytest.raises(BaseModelError, match="unet: means 7,200 layers, at most 256 are built"):
+        read_configs(BaseSection(model=str(own_copy)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "tokenizer/vocab.json",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+    ],
+)
+def test_a_named_pipe_in_a_base_is_not_opened(own_copy: Path, name: str) -> None:
+    (own_copy / name).unlink(missing_ok=True)
+    os.mkfifo(own_copy / name)
+    with pytest.raises(BaseModelError, match=f"{name}: is a named pipe, where a file is needed"):
+        load(own_copy)
+
+
+def test_a_named_pipe_as_the_base_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "base.safetensors")
+    with pytest.raises(BaseModelError, match=r"base.safetensors: is a named pipe, where a file is needed"):
+        load(path)
+
+
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path, message in (
+        (tmp_path / ("x" * 300) / "model", "cannot be read .File name too long.: check the path"),
+        (tmp_path / "circle" / "model", "no such file or folder"),
+    ):
+        with pytest.raises(BaseModelError, match=message):
+            load(path)
 
 
 @pytest.mark.parametrize(

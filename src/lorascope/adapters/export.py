@@ -30,7 +30,7 @@ from lorascope.base.loading import Base, is_sd15, load_base, save_ldm
 from lorascope.base.weights import read_header
 from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import log
-from lorascope.errors import AdapterError, ConfigError
+from lorascope.errors import AdapterError, ConfigError, StorageError
 from lorascope.store import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -38,6 +38,7 @@ from lorascope.store import (
     digest_bytes,
     export_name,
     read_json,
+    read_regular,
     storage_errors,
     write_json,
 )
@@ -503,8 +504,8 @@ def _merged_before(section: BaseSection, base: Base) -> list[str]:
                 else []
             )
         else:
-            merged = json.loads((base.folder / _MERGED_JSON).read_text(encoding="utf-8"))["merged"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            merged = json.loads(read_regular(base.folder / _MERGED_JSON))["merged"]
+    except (OSError, StorageError, ValueError, RecursionError, KeyError, TypeError):
         return []
     return [str(digest) for digest in merged] if isinstance(merged, list) else []
 

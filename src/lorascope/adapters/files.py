@@ -23,9 +23,10 @@ import torch
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.base.weights import load_tensors, read_header, require_finite, save_tensors
 from lorascope.errors import AdapterError, first_line
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, write_json
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, read_regular, write_json
 
 Layout = Literal["kohya", "peft", "diffusers"]
+_CONFIG_LIMIT = 10_000_000  # bytes of an adapter_config.json
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -261,56 +262,7 @@ _OTHER_KINDS = (  # a pattern in some key, and what a file with it is
     (r"^lora_controlnet|^control_model\.|controlnet_cond_embedding", "a ControlNet or Control-LoRA"),
     (r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]", "an adapter for Flux"),
     (r"(^|[._])joint_blocks[._]|^transformer\.transformer_blocks\.", "an adapter for Stable Diffusion 3"),
-    (r"^lora_te[23]_|^text_encoder_[23]\.|^lora_unet_(input_blocks|output_blocks|middle_block)_", ("an adapter for "
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    "SDXL")),
+    (r"^lora_te[23]_|^text_encoder_[23]\.|^lora_unet_(input_blocks|output_blocks|middle_block)_", "an adapter for SDXL"),
     (r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.", "a full checkpoint, not an adapter"),
     (r"^(emb_params|string_to_param|clip_[lg]$)|^<.*>$", "a textual inversion embedding"),
 )  # fmt: skip
@@ -574,7 +526,7 @@ def _read_peft_config(weights: Path) -> dict[str, Any] | None:
     if weights.name != PEFT_WEIGHTS or not path.exists():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_regular(path, AdapterError, _CONFIG_LIMIT))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path}: cannot be read ({first_line(error)}): without it alpha is unknown"

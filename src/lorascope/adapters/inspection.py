@@ -20,7 +20,7 @@ from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.layers import Shape, stable_diffusion_layers
 from lorascope.base.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
 from lorascope.errors import WeightsError, first_line
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, open_regular, read_regular
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the
 # base's weights at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds
@@ -196,7 +196,7 @@ def _open(path: Path, config: dict[str, Any] | None = None) -> _Content:
 
 
 def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path, WeightsError) as file:
         return file.read(4) == b"PK\x03\x04"
 
 
@@ -211,8 +211,8 @@ def _inspect_folder(folder: Path) -> Inspection:
     weights, config_path = folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
     if weights.is_file():
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            config = json.loads(read_regular(config_path, WeightsError))
+        except (OSError, WeightsError, ValueError, RecursionError) as error:
             return _no_adapter(
                 folder,
                 f"a PEFT folder whose {PEFT_CONFIG} cannot be read ({first_line(error)})",

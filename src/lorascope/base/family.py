@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorascope.errors import StorageError
+from lorascope.store import read_regular
+
 _ADAPTER = "an adapter (LoRA or one of its kin), not a base"
 _UNET = "model.diffusion_model."
 _VARIANTS_BY_CHANNELS = {
@@ -162,7 +165,7 @@ def family_of_unet(config: Mapping[str, Any]) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(path))
+    except (OSError, StorageError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -3,6 +3,7 @@ its parts.
 """
 
 import copy
+import functools
 import json
 import math
 import re
@@ -49,7 +50,7 @@ from lorascope.console import log, size
 from lorascope.errors import BaseModelError, first_line
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.transfer import send
-from lorascope.store import digest_folder, digest_json, kept_digest
+from lorascope.store import digest_folder, digest_json, kept_digest, read_regular, require_regular
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -84,7 +85,10 @@ _COUNTS = {
     "reverse_transformer_layers_per_block",
     "num_hidden_layers",
 }
+_CONFIG_LIMIT = 10_000_000  # bytes
 _MAX_COUNT = 64
+_MAX_LAYERS = 256  # the product of such numbers and the number of blocks
+_MAX_FACTOR = 1e6
 _MAX_TIMESTEPS = 100_000
 _PICTURE_BYTES = 2 * 2**30  # what drawing one picture may take
 _NO_EFFECT = {
@@ -326,11 +330,12 @@ def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
 
 
 def read_configs(section: BaseSection) -> dict[str, dict[str, Any]]:
-    """The configurations of the base's `unet`, `vae` and `text_encoder`, without its weights; raises
-    `BaseModelError`.
+    """The configurations of the base's `unet`, `vae` and `text_encoder`, held against each other and the headers
+    of its weights, of which no data is read; raises `BaseModelError`.
     """
-    with _config_folder(_locate(section)) as folder:
-        return _read_configs(folder)
+    place = _locate(section)
+    with _config_folder(place) as folder:
+        return _checked_configs(folder, place)
 
 
 def load_base(section: BaseSection, device: torch.device, precision: str = "fp32") -> Base:
@@ -344,9 +349,9 @@ def load_base(section: BaseSection, device: torch.device, precision: str = "fp32
     """
     place = _locate(section)
     with _config_folder(place) as folder:
-        configs, scheduler_config = _read_configs(folder), _scheduler_config(folder)
+        configs, scheduler_config = _checked_configs(folder, place), _scheduler_config(folder)
         tokenizer = _load(CLIPTokenizer, folder, "tokenizer")
-    _check_fit(configs, tokenizer, place)
+    _check_tokenizer(tokenizer, configs["text_encoder"], place)
     if section.prediction_type != "auto":
         scheduler_config = {**scheduler_config, "prediction_type": section.prediction_type}
     dtype = DTYPES[precision]
@@ -448,8 +453,18 @@ def _locate(section: BaseSection) -> Path:
     """The folder or file of the base, fetched if it must be; a folder is complete and, by its configurations,
     SD v1's.
     """
+    try:
+        return _locate_readable(section)
+    except OSError as error:  # no right to look into it, or no path at all
+        raise BaseModelError(
+            f"base.model = {section.model[:200]!r}: cannot be read ({error.strerror}): check the path and its permissions"
+        ) from error
+
+
+def _locate_readable(section: BaseSection) -> Path:
     path = Path(section.model).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
+        require_regular(path, BaseModelError)
         if path.suffix.lower() not in _FILE_SUFFIXES:
             raise BaseModelError(
                 f"base.model = {section.model!r}: a file of this kind holds no base: give a "
@@ -465,6 +480,12 @@ def _locate(section: BaseSection) -> Path:
             f"{folder}: lacks {', '.join(missing)}: give a complete Stable Diffusion folder in the "
             "diffusers layout"
         )
+    for file in (
+        *folder.glob("*.json"),
+        *folder.glob("*/*"),
+    ):  # the libraries would open whatever stands there
+        if file.exists() and not file.is_dir():
+            require_regular(file, BaseModelError)
     return folder
 
 
@@ -551,12 +572,19 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
                     f"{folder / component}: {key[:80]!r} = {repr(value)[:80]}: must be at most "
                     f"{_MAX_COUNT}: {_WANTED}"
                 )
+        num_layers = max([1, *(len(value) for value in config.values() if isinstance(value, list))])
+        for counts in (config[key] for key in _COUNTS if config.get(key)):
+            num_layers *= max(counts) if isinstance(counts, list) else counts
+        if num_layers > _MAX_LAYERS:
+            raise BaseModelError(
+                f"{folder / component}: means {num_layers:,} layers, at most {_MAX_LAYERS} are built: {_WANTED}"
+            )
     return configs
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_regular(path, BaseModelError, _CONFIG_LIMIT).decode())
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
@@ -598,8 +626,22 @@ def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
     return alphas_cumprod
 
 
-def _check_fit(configs: Mapping[str, Mapping[str, Any]], tokenizer: CLIPTokenizer, place: Path) -> None:
-    """Raise `BaseModelError` where the parts of a base do not belong together."""
+def _checked_configs(folder: Path, place: Path) -> dict[str, dict[str, Any]]:
+    """The configurations in `folder` of the base at `place`; raises `BaseModelError` where they are not those of its
+    weights, or of models that work together.
+    """
+    configs = _read_configs(folder)
+    _check_fit(configs, place)
+    if place.is_dir():
+        for part in _MODELS:
+            _check_size(place, part, configs[part])
+    if fault := _fault_together(json.dumps(configs)):
+        raise BaseModelError(f"{place}: the parts of this base do not work together ({fault}): {_WANTED}")
+    return configs
+
+
+def _check_fit(configs: Mapping[str, Mapping[str, Any]], place: Path) -> None:
+    """Raise `BaseModelError` where the parts of a base do not belong together by their numbers alone."""
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     if family := family_of_unet(unet):
         raise BaseModelError(f"{place}: is {family}: {_WANTED}")
@@ -618,6 +660,15 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], tokenizer: CLIPTokenize
     for what, taken, given in fits:
         if taken != given:
             raise BaseModelError(f"{place}: {what.format(repr(taken)[:80], repr(given)[:80])}: {_WANTED}")
+    factor = vae.get("scaling_factor", 0.18215)
+    if not isinstance(factor, int | float) or not 0 < factor < _MAX_FACTOR:
+        raise BaseModelError(
+            f"{place}: scaling_factor = {repr(factor)[:80]} of the VAE: must be a number above 0: {_WANTED}"
+        )
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, text: Mapping[str, Any], place: Path) -> None:
+    """Raise `BaseModelError` where a text encoder of this configuration does not know what a tokenizer gives."""
     length, positions = tokenizer.model_max_length, text.get("max_position_embeddings", 77)
     if not (type(length) is int and type(positions) is int and 0 < length <= positions):
         raise BaseModelError(
@@ -625,20 +676,75 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], tokenizer: CLIPTokenize
             f"{repr(positions)[:80]} positions: "
             "parts of two bases"
         )
-    factor = vae.get("scaling_factor", 0.18215)
-    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if len(tokenizer) != text.get("vocab_size") or highest >= len(tokenizer):
         raise BaseModelError(
-            f"{place}: scaling_factor = {repr(factor)[:80]} of the VAE: must be a number above 0: {_WANTED}"
-        )
-    if len(tokenizer) != text.get("vocab_size"):
-        raise BaseModelError(
-            f"{place}: the tokenizer has {len(tokenizer)} tokens and the text encoder knows "
+            f"{place}: the tokenizer has {len(tokenizer)} tokens up to number {highest} and the text encoder knows "
             f"{repr(text.get('vocab_size'))[:80]}: "
             "parts of two bases"
         )
 
 
+def _check_size(folder: Path, part: str, config: Mapping[str, Any]) -> None:
+    """Raise `BaseModelError` where a part's configuration means another model than its weights are, before anything
+    of that size is built; passes what has no weights.
+    """
+    shapes = {
+        name: info.shape
+        for file in _weight_files(folder, part)
+        for name, info in read_header(file).tensors.items()
+    }
+    if not shapes:
+        return
+    remedy = "configuration and weights are of two models: get the base again"
+    with torch.device("meta"):
+        state = build_component(part, config).state_dict()
+    if unlike := [
+        name for name in state if name in shapes and state[name].numel() != math.prod(shapes[name])
+    ]:
+        name = unlike[0]
+        raise BaseModelError(
+            f"{folder / part}: {name} has shape {list(shapes[name])}, by the configuration it is "
+            f"{list(state[name].shape)}: {remedy}"
+        )
+    meant, held = sum(t.numel() for t in state.values()), sum(math.prod(shape) for shape in shapes.values())
+    if meant > 2 * held:  # fewer that are missing are named when they are loaded
+        raise BaseModelError(
+            f"{folder / part}: its configuration means {meant:,} weights, its files hold {held:,}: {remedy}"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _fault_together(configs: str) -> str | None:
+    """What goes wrong when a picture goes through models of these configurations, as JSON, without data; or None."""
+    own = json.loads(configs)
+    with torch.device("meta"), torch.no_grad():
+        parts: dict[str, Any] = {part: build_component(part, own[part]) for part in _MODELS}
+        side = 2 ** (len(parts["vae"].config.block_out_channels) - 1) * 64
+        try:
+            tokens = torch.zeros(1, parts["text_encoder"].config.max_position_embeddings, dtype=torch.long)
+            text = parts["text_encoder"](tokens).last_hidden_state
+            latents = parts["vae"].encode(torch.zeros(1, 3, side, side)).latent_dist.mean
+            noise = parts["unet"](latents, tokens[:, 0], text).sample
+            pixels = parts["vae"].decode(latents).sample
+        except Exception as error:  # models of strange configurations raise anything
+            return first_line(error)
+    if noise.shape != latents.shape or pixels.shape != (1, 3, side, side):
+        return (
+            f"latents of {list(latents.shape[1:])} give noise of {list(noise.shape[1:])} and pixels of "
+            f"{list(pixels.shape[1:])}"
+        )
+    return None
+
+
 # -- weights -------------------------------------------------------------------------------------------------
+
+
+def _weight_files(folder: Path, part: str) -> list[Path]:
+    """The files of a part's weights in a folder: one, or shards."""
+    stem = _STEMS[part]
+    endings = (".safetensors", "-?????-of-?????.safetensors")
+    return sorted(path for ending in endings for path in (folder / part).glob(stem + ending))
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -647,13 +753,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """
     models = {}
     for part, kind in _MODELS.items():
-        stem = _STEMS[part]
-        files = sorted(
-            {
-                *(folder / part).glob(f"{stem}.safetensors"),
-                *(folder / part).glob(f"{stem}-?????-of-?????.safetensors"),
-            }
-        )
+        stem, files = _STEMS[part], _weight_files(folder, part)
         if not files:
             found = (
                 ", ".join(
@@ -669,8 +769,6 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
                 f"{folder / part}: lacks {stem}.safetensors (it has {found}): get the full-precision "
                 "safetensors files"
             )
-        for file in files:
-            read_header(file)
         options = (
             {"dtype": torch.float32}
             if part == "text_encoder"

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorascope.errors import WeightsError, first_line
-from lorascope.store import atomic_path
+from lorascope.store import atomic_path, open_regular, require_regular
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own
@@ -82,8 +82,8 @@ def read_header(path: Path) -> Header:
     what of it is wrong.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        size = require_regular(path, WeightsError).st_size
+        with open_regular(path, WeightsError) as file:
             start = file.read(512)
             length = int.from_bytes(start[:8], "little")
             if what := _other_content(start):
@@ -277,8 +277,8 @@ def _check_archive(path: Path) -> int:
     The pickle is read as a list of instructions here, not run.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        size = require_regular(path, WeightsError).st_size
+        with open_regular(path, WeightsError) as file:
             start = file.read(512)
         if not start.startswith(b"PK\x03\x04"):
             what = _other_content(start) or "something unknown: get it again"
