@@ -3,6 +3,7 @@ nothing.
 """
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from lorascope.adapters.inspection import Inspection, inspect_file
 from lorascope.adapters.inspection_text import as_text
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.cli.app import main
-from lorascope.errors import EXIT_DONE, EXIT_GATE_REJECTED, EXIT_INPUT, WeightsError
+from lorascope.errors import EXIT_DONE, EXIT_GATE_REJECTED, EXIT_INPUT, AdapterError, WeightsError
+from lorascope.store import PEFT_CONFIG
 
 State = dict[str, torch.Tensor]
 LAYERS = stable_diffusion_layers()
@@ -581,6 +583,20 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to("/proc/self/mem")  # it opens, and reading it fails
         with pytest.raises(WeightsError, match="cannot be read"):
             inspect_file(tmp_path / name)
+
+
+def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(WeightsError, match="is a named pipe, where a file is needed"):
+        inspect_file(tmp_path / "pipe.safetensors")
+    save_adapter(
+        Adapter({"unet.conv_in": module("unet.conv_in")}, "peft", {}), folder := tmp_path / "peft", "peft"
+    )
+    (folder / PEFT_CONFIG).unlink()
+    os.mkfifo(folder / PEFT_CONFIG)
+    assert "adapter_config.json: is a named pipe" in inspect_file(folder).what
+    with pytest.raises(AdapterError, match=r"adapter_config.json: is a named pipe, where a file is needed"):
+        load_adapter(folder)
 
 
 def test_exit_codes_of_inspect(own_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,8 +148,12 @@ def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     for name in ("absent.safetensors", "absent.ckpt"):
         with pytest.raises(WeightsError, match="cannot be read .No such file"):
             load_tensors(tmp_path / name)
-    with pytest.raises(WeightsError, match="cannot be read .Is a directory"):
+    with pytest.raises(WeightsError, match="is a folder, where a file is needed"):
         read_header(tmp_path)
+    for name in ("pipe.safetensors", "pipe.ckpt"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(WeightsError, match="is a named pipe, where a file is needed: name a file"):
+            load_tensors(tmp_path / name)
 
 
 def test_headers_of_any_length_are_no_pickles(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.layers import Shape, stable_diffusion_layers
 from lorascope.base.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
 from lorascope.errors import WeightsError, first_line
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, open_regular, read_regular
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, open_regular, read_regular, require_regular
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the
 # base's weights at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds
@@ -164,6 +164,8 @@ def inspect_file(path: Path) -> Inspection:
         raise WeightsError(f"{path}: no such file or folder: name an adapter file or a PEFT folder")
     if path.is_dir():
         _require_one_adapter(path)
+    else:
+        require_regular(path, WeightsError)
     try:
         return _inspect_folder(path) if path.is_dir() else _inspect_content(_open(path), path)
     except OSError as error:
