@@ -8,9 +8,10 @@ import torch
 from lorascope.adapters.bank import count_parameters, resolve_targets
 from lorascope.base.loading import load_base
 from lorascope.config import REFERENCE_TARGETS, StudyConfig, load_study
-from lorascope.errors import ConfigError
+from lorascope.errors import ConfigError, DataError
 from lorascope.plan import Plan, plan_study
 from lorascope.training.passes import count_models
+from samples import write_pictures
 
 
 def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
@@ -66,6 +67,22 @@ def test_repeats_accumulation_previews_and_copies_are_counted(pipeline_folder: P
     ):
         assert plan_of(more).estimated_bytes > plain.estimated_bytes, more
     assert plan_of("train.keep_best=false").estimated_bytes < plain.estimated_bytes
+
+
+def test_a_plan_tells_the_repeats_of_a_folder(pipeline_folder: Path, tmp_path: Path) -> None:
+    def text_of(source: Path) -> str:
+        overrides = [f"base.model={pipeline_folder}", f"data.source={source}", "data.resolution_px=32"]
+        return plan_study(load_study(preset="smoke", overrides=overrides, environment={})).as_text()
+
+    write_pictures(tmp_path, ["10_cat/1.png", "10_cat/2.png", "2024_x/3.png"])
+    (tmp_path / "2024_x/3.txt").write_text("three")
+    text = text_of(tmp_path)
+    assert "repeats    an epoch shows 1 once, 2 pictures 10 times" in text
+    assert "data       names of folders that begin with a number that is no number of repeats" in text
+    assert "repeats  " not in text_of(tmp_path / "2024_x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no Parquet or tar files in it"):
+        text_of(tmp_path / "empty")
 
 
 def test_a_study_that_could_not_start_is_not_planned() -> None:

@@ -9,6 +9,7 @@ from lorascope.adapters.bank import count_parameters
 from lorascope.base.loading import choose_device
 from lorascope.config import StudyConfig
 from lorascope.console import duration, size
+from lorascope.data.sources import count_repeats
 from lorascope.evaluation.prompts import load_prompts
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
@@ -37,6 +38,8 @@ class Plan:
     arms: list[dict[str, Any]]  # every choice of each arm, with its scale and number of parameters
     modules: int
     num_train: int | None
+    repeats: dict[int, int]  # pictures by the times an epoch shows them, of a folder on this machine
+    remarks: list[str]  # on that folder
     accumulation_steps: int
     steps: int | None  # of the arm with the most
     passes: list[list[str]]  # names of the arms that are trained together
@@ -73,6 +76,13 @@ class Plan:
         )
         batch += f" x {self.accumulation_steps}" if self.accumulation_steps > 1 else ""
         lines.append(f"training   {shown} x {batch}: {steps}")
+        if set(self.repeats) - {1}:
+            times = ", ".join(
+                f"{count:,} pictures {number} times" if number > 1 else f"{count:,} once"
+                for number, count in self.repeats.items()
+            )
+            lines.append(f"repeats    an epoch shows {times}")
+        lines += [f"data       {remark}" for remark in self.remarks]
         lines += [f"           {line}" for line in describe_passes(self.passes, self.side_by_side)]
         lines.append(
             f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}"
@@ -100,7 +110,8 @@ def plan_study(config: StudyConfig) -> Plan:
     """The plan behind `--dry-run`: loads no weights, downloads nothing.
 
     Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product.
-    Raises `ConfigError` for an optimizer or tracker with which the study would not start.
+    Raises `ConfigError` for an optimizer or tracker with which the study would not start, and `DataError` for a
+    folder of pictures with which it would not.
     """
     check_optimizer(config)
     require_trackers(config.trackers)
@@ -113,6 +124,7 @@ def plan_study(config: StudyConfig) -> Plan:
     )
     num_train, device = config.data.num_train, choose_device(config.device)
     entries = num_train * config.data.repeats if num_train else None
+    repeats, remarks = count_repeats(config.data)
     steps = [count_steps(section_of(config, ArmGroup((arm,))), entries) for arm in arms] if entries else None
     models = count_models(config)
     flops, targets = models.flops, models.targets
@@ -162,6 +174,8 @@ def plan_study(config: StudyConfig) -> Plan:
         ],
         modules=len(targets),
         num_train=num_train,
+        repeats=repeats,
+        remarks=remarks,
         accumulation_steps=train.accumulation_steps,
         steps=max(steps) if steps else None,
         passes=[group.names for group in passes.groups],

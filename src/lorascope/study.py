@@ -216,12 +216,18 @@ class Study:
             require_same_data(self.run_dir, self.config, dataset.summary["fingerprint"])
             write_json(self.run_dir.data_json, dataset.summary)
             note(fingerprint=dataset.summary["fingerprint"])
-        summary = dataset.summary
+        summary, num_train = dataset.summary, len(dataset.train)
+        seen = sum(example.repeats for example in dataset.train)
         log.info(
-            "data     %d pictures to train on, %d held out; %d refused, %d treated; groups of "
+            "data     %d pictures to train on%s, %d held out; %d refused, %d treated; groups of "
             "duplicates: %d (data.json lists them)",
-            len(dataset.train), len(dataset.heldout), len(summary["refused"]), len(summary["treated"]), len(summary["duplicates"]),
-        )  # fmt: skip
+            num_train,
+            f", {seen:,} an epoch with repeats" if seen > num_train else "",
+            len(dataset.heldout),
+            len(summary["refused"]),
+            len(summary["treated"]),
+            len(summary["duplicates"]),
+        )
         return dataset
 
     @functools.cached_property

@@ -36,6 +36,7 @@ from lorascope.store import open_regular, require_regular
 
 SPLITS = ("train", "test", "validation")
 MAX_METADATA_BYTES = 2**30
+MAX_REPEATS = 999
 
 _POCKET_DIR = Path(__file__).parents[1] / "pocket" / "cartoon"
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "image_bytes", "jpg", "jpeg", "png", "webp")
@@ -53,6 +54,8 @@ _UNREAD_SUFFIXES = frozenset(
     )
 )
 _CAPTION_ENDINGS = (".txt", ".caption")
+_NUMBERED = re.compile(r"([+-]?[0-9]+(?:[.,][0-9]+)?)_(.*\w.*)", re.DOTALL)
+_NUMBERED_LAST = re.compile(r".*[^\W\d_].*_[1-9][0-9]{0,2}", re.DOTALL)
 _SHOWN_NAMES = 3
 _SHOWN_PATH = 300
 _FOLDER_LINK = "is a link to a folder, which is not followed"
@@ -245,6 +248,12 @@ class FolderSource:
                 "pictures"
                 f" ({', '.join(sorted(SUFFIXES))}){f', {unread}' if unread else ': give a folder with any of these'}"
             )
+        self.remarks += _repeat_remarks(map(posixpath.dirname, pictures))
+        if (own := self._folder.resolve().name) and _repeats_in(own) is not None:
+            self.remarks.append(
+                f"repeats are read from folders inside the source, not from its own name {_shown(own)}: give the "
+                "folder above, or set data.repeats"
+            )
         if metadata:
             named: dict[str, str] = {}
             listed = list(self._metadata_rows(stamps, pictures, metadata, named))
@@ -292,7 +301,9 @@ class FolderSource:
         status = stamps.get(picture, "is not there")
         stamp = None if isinstance(status, str) else status
         problem = None if stamp else f"the picture {status}"
-        if stamp and stamp[0] > MAX_FILE_BYTES:
+        if stamp and (unseen := _repeats_problem(picture)):
+            problem = unseen
+        elif stamp and stamp[0] > MAX_FILE_BYTES:
             problem = f"the image file has {stamp[0]} bytes, more than the limit of {MAX_FILE_BYTES}"
         split, repeats = _split_of_picture(picture), _repeats_of(picture)
         return Row(picture, split, stamp, caption, repeats, problem, treatments)
@@ -442,7 +453,11 @@ class TarSource:
     @functools.cached_property
     def _listed(self) -> list[tuple[Row, str, Member | None]]:
         """Rows without captions, the tar file of each and the file in it that holds its caption."""
-        return [entry for file in self._files for entry in self._list_file(file)]
+        listed = [entry for file in self._files for entry in self._list_file(file)]
+        self.remarks += _repeat_remarks(
+            posixpath.dirname(row.id.removeprefix(f"{file}/")) for row, file, _ in listed
+        )
+        return listed
 
     def _list_file(self, file: str) -> Iterator[tuple[Row, str, Member | None]]:
         path = self._files[file]
@@ -487,6 +502,8 @@ class TarSource:
             return refuse(str(broken.problem), broken.ending)
         if len(by_ending) < len(members):
             return refuse("two files of one name")
+        if unseen := _repeats_problem(key):
+            return refuse(unseen)
         wanted = self._section.image_column
         endings = [ending for ending in by_ending if f".{ending.rpartition('.')[2]}" in SUFFIXES]
         if wanted not in by_ending and not endings:
@@ -637,6 +654,17 @@ def _choose_source(section: DataSection, revision: str | None) -> Source:
     )
 
 
+def count_repeats(section: DataSection) -> tuple[dict[int, int], list[str]]:
+    """Pictures of a folder on this machine by the number of times that an epoch shows them, and the source's
+    remarks, from names and lists alone; nothing of any other source, which is opened or fetched by a run.
+    """
+    source = open_source(section) if Path(section.source).is_dir() else None
+    if not isinstance(source, FolderSource):
+        return {}, []
+    counts = Counter(section.repeats * row.repeats for row, _, _ in source._listed if not row.problem)
+    return dict(sorted(counts.items())), source.remarks
+
+
 def stamp_of(status: os.stat_result) -> Stamp:
     """The stamp of a file."""
     return status.st_size, status.st_mtime_ns
@@ -737,20 +765,74 @@ def _split_of_picture(name: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _repeat_folder(folder: str) -> str | None:
-    """The innermost part of a path that is called such as `10_name`, with the folders above it.
-
-    The number has at most 3 digits: `2023_holiday` is a year.
-    """
+    """The innermost part of a path that is called such as `10_name`, with the folders above it."""
     parts = folder.split("/")
     for depth in range(len(parts), 0, -1):
-        if re.fullmatch(r"0*[1-9]\d{0,2}_.*\w.*", parts[depth - 1]):
+        if _repeats_in(parts[depth - 1]) is not None:
             return "/".join(parts[:depth])
     return None
 
 
+def _repeats_in(name: str) -> int | None:
+    """The number of repeats that a folder's name begins with, 0 or less included.
+
+    None where it begins with none, or with what can hardly be meant as one: a fraction, or more than
+    `MAX_REPEATS`, such as a year.
+    """
+    found = _NUMBERED.fullmatch(name)
+    number = re.fullmatch(r"([+-]?)0*([0-9]*)", found[1]) if found else None
+    if number is None or len(number[2]) > len(str(MAX_REPEATS)):
+        return -1 if number and number[1] == "-" else None
+    repeats = int(f"{number[1]}{number[2] or 0}")
+    return repeats if repeats <= MAX_REPEATS else None
+
+
 def _repeats_of(picture: str) -> int:
     folder = _repeat_folder(posixpath.dirname(picture))
-    return int(posixpath.basename(folder).partition("_")[0]) if folder else 1
+    return (_repeats_in(posixpath.basename(folder)) or 0) if folder else 1
+
+
+def _repeats_problem(picture: str) -> str | None:
+    """Why a picture is not shown at all: kohya's scripts leave out what is to be repeated 0 times or less."""
+    if _repeats_of(picture) > 0:
+        return None
+    folder = posixpath.basename(str(_repeat_folder(posixpath.dirname(picture))))
+    return (
+        f"the name of its folder {_shown(folder)} asks for no repeats: rename it with a number from 1 to "
+        f"{MAX_REPEATS}, or take it away"
+    )
+
+
+def _repeat_remarks(folders: Iterable[str]) -> list[str]:
+    """Remarks on numbers in the names of folders that are not read as repeats though they may be meant so."""
+    remarks = []
+    paths = set(folders)
+    wrong = {
+        part
+        for path in paths
+        for part in path.split("/")
+        if _NUMBERED.fullmatch(part) and _repeats_in(part) is None
+    }
+    turned = {
+        part
+        for path in paths
+        if _repeat_folder(path) is None
+        for part in path.split("/")
+        if _NUMBERED_LAST.fullmatch(part) and part not in wrong
+    }
+    for found, words in (
+        (
+            wrong,
+            f"begin with a number that is no number of repeats, which is whole and from 1 to {MAX_REPEATS}",
+        ),
+        (turned, "end with a number, which is not read as repeats"),
+    ):
+        if found:
+            remarks.append(
+                f"names of folders that {words}: {name_some(sorted(map(_shown, found)))}: their pictures are seen as "
+                "often as others; to see them 10 times, call a folder such as 10_name"
+            )
+    return remarks
 
 
 def _holds_images(kind: Any) -> bool:
