@@ -2,15 +2,18 @@
 
 import re
 import shlex
+import shutil
 import tomllib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import lorascope
 from lorascope.adapters.bank import resolve_section
 from lorascope.base.loading import read_configs
 from lorascope.cli.app import app
@@ -54,6 +57,26 @@ def test_every_study_file_in_a_document_is_valid(path: Path) -> None:
 def test_every_local_link_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+def test_the_examples_of_the_library_page_run(
+    study_file: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(study_file, "my.toml")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sd15").symlink_to(pipeline_folder)
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs" / "library.md", "python"):
+        exec(block, names)
+    assert names["report"].html_path.resolve() == tmp_path / "runs" / "mine" / "report.html"
+    base, *adapted = names["noise"]
+    assert len(adapted) == 2 and all(not torch.equal(row, base) for row in adapted)
+
+
+def test_the_library_page_names_the_whole_public_face() -> None:
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)) == sorted(lorascope.__all__)
 
 
 def test_the_layers_of_the_example_are_stable_diffusions() -> None:

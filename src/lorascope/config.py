@@ -595,7 +595,7 @@ def preset_text(name: str) -> str:
 
 
 def load_study(
-    path: Path | None = None,
+    path: Path | str | None = None,
     preset: str | None = None,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
@@ -610,6 +610,7 @@ def load_study(
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
+        path = Path(path)
         table = _parse_toml(_read_text(path), str(path))
         in_file = table.pop("preset", None)
         if in_file is not None and in_file not in preset_names():

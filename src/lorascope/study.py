@@ -66,20 +66,21 @@ _PACKAGES = (
 class Study:
     """One study in its run folder."""
 
-    def __init__(self, config: StudyConfig, run_dir: Path, cache_dir: Path | None = None) -> None:
+    def __init__(self, config: StudyConfig, run_dir: Path | str, cache_dir: Path | None = None) -> None:
         self.config = config
-        self.run_dir = RunDir(run_dir)
+        self.run_dir = RunDir(Path(run_dir))
         self.cache_dir = cache_dir or default_cache_dir()
         self.device = choose_device(config.device)
 
     @classmethod
-    def open(cls, run_dir: Path, cache_dir: Path | None = None) -> "Study":
+    def open(cls, run_dir: Path | str, cache_dir: Path | None = None) -> "Study":
         """The study of an existing run folder; raise `ConfigError` if it holds none."""
-        if not (run_dir / "study.toml").is_file():
+        study_toml = Path(run_dir) / "study.toml"
+        if not study_toml.is_file():
             raise ConfigError(
                 f"{run_dir}: no study.toml here: name a run folder, or start one with `lorascope study`"
             )
-        return cls(load_study(run_dir / "study.toml", environment={}), run_dir, cache_dir)
+        return cls(load_study(study_toml, environment={}), run_dir, cache_dir)
 
     def run(self, command: str = "lorascope.Study.run()") -> Report:
         """All stages, then the report.

@@ -15,7 +15,7 @@ import torch
 
 from lorascope.adapters.export import kohya_metadata
 from lorascope.adapters.files import Adapter, LoraModule, load_adapter, save_adapter
-from lorascope.adapters.inspection import Inspection, inspect_file
+from lorascope.adapters.inspection import Inspection, inspect_adapter
 from lorascope.adapters.inspection_text import as_text
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.cli.app import main
@@ -95,7 +95,7 @@ def own_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_file_of_ours(own_file: Path) -> None:
-    found = inspect_file(own_file)
+    found = inspect_adapter(own_file)
     assert found.what == "LoRA for Stable Diffusion v1: U-Net"
     assert (found.layout, found.dtypes, found.num_bytes) == ("kohya", {"fp16": 20}, own_file.stat().st_size)
     assert answers(found) == {name: "refuses" if name == "PEFT" else "yes" for name in answers(found)}
@@ -117,7 +117,7 @@ def test_a_file_of_ours(own_file: Path) -> None:
 
 
 def test_norms_are_those_of_the_whole_update(own_file: Path) -> None:
-    found = inspect_file(own_file)
+    found = inspect_adapter(own_file)
     for facts in found.modules:
         assert facts.path is not None
         expected = module(facts.path, 4, 2.0) if facts.rank == 4 else module(facts.path, 8, 8.0)
@@ -133,7 +133,7 @@ def test_large_files_have_their_legacy_hash_checked(tmp_path: Path) -> None:
     adapter = Adapter({name: module(name, rank=24, alpha=8.0) for name in UNET[200:212]}, "kohya", {})
     save_adapter(adapter, tmp_path / "big.safetensors", "kohya", "fp16", kohya_metadata(adapter, "big"))
     assert (tmp_path / "big.safetensors").stat().st_size > 0x110000
-    assert inspect_file(tmp_path / "big.safetensors").hashes == dict.fromkeys(
+    assert inspect_adapter(tmp_path / "big.safetensors").hashes == dict.fromkeys(
         ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"), "matches"
     )
 
@@ -142,7 +142,7 @@ def test_a_changed_file_does_not_match_its_hash(tmp_path: Path) -> None:
     path = write(
         tmp_path, kohya(ATTENTION[:1]), {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "00000000"}
     )
-    found = inspect_file(path)
+    found = inspect_adapter(path)
     assert found.hashes["sshs_model_hash"].startswith("does not match: the weights give ")
     assert found.hashes["sshs_legacy_hash"].startswith("does not match")
     check_text(found)
@@ -158,7 +158,7 @@ def test_a_file_that_matches_by_half_is_told_apart(tmp_path: Path) -> None:
             }.items()
         )
     )
-    found = inspect_file(write(tmp_path, mixed))
+    found = inspect_adapter(write(tmp_path, mixed))
     assert answers(found) == {
         "WebUI": "nothing",
         "ComfyUI": "in part",
@@ -178,7 +178,7 @@ def test_a_file_that_matches_by_half_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_attention_by_kohya_and_feed_forward_by_diffusers(tmp_path: Path) -> None:
-    found = inspect_file(write(tmp_path, {**kohya(ATTENTION[:8]), **state(FEED_FORWARD[:4], DIFFUSERS)}))
+    found = inspect_adapter(write(tmp_path, {**kohya(ATTENTION[:8]), **state(FEED_FORWARD[:4], DIFFUSERS)}))
     taken = {reading.reader: len(reading.taken) for reading in found.readings}
     assert (taken["WebUI"], taken["ComfyUI"]) == (8, 12)
     assert found.layout == "kohya + diffusers lora.down/up"
@@ -197,7 +197,7 @@ def test_webui_14866_trained_by_diffusers_and_loaded_in_webui_without_an_error(t
     converted it does not.
     """
     path = write(tmp_path, state(ATTENTION, PEFT), {"format": "pt"})
-    found = inspect_file(path)
+    found = inspect_adapter(path)
     assert answers(found) == {
         "WebUI": "nothing",
         "ComfyUI": "nothing",
@@ -211,7 +211,7 @@ def test_webui_14866_trained_by_diffusers_and_loaded_in_webui_without_an_error(t
         in " ".join(check_text(found).split())
     )
     save_adapter(load_adapter(path), tmp_path / "converted.safetensors", "kohya", "fp32", {})
-    assert answers(inspect_file(tmp_path / "converted.safetensors")) == {
+    assert answers(inspect_adapter(tmp_path / "converted.safetensors")) == {
         name: "refuses" if name == "PEFT" else "yes" for name in answers(found)
     }
 
@@ -220,7 +220,7 @@ def test_diffusers_6399_weights_not_listed_by_webui_and_comfyui(tmp_path: Path) 
     """diffusers #6399: pytorch_lora_weights.safetensors "is not visible" in WebUI and ComfyUI: its keys are
     diffusers' own.
     """
-    found = inspect_file(
+    found = inspect_adapter(
         write(tmp_path, state(ATTENTION, DIFFUSERS), name="pytorch_lora_weights.safetensors")
     )
     verdicts = answers(found)
@@ -236,7 +236,7 @@ def test_diffusers_6894_an_sdxl_file_in_names_that_fit(tmp_path: Path) -> None:
     tensors = kohya(ATTENTION)
     for key in [key for key in tensors if "attn2_to_k.lora_down" in key or "attn2_to_v.lora_down" in key]:
         tensors[key] = torch.ones(1, 2048)
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert (found.family, found.readings, found.works_somewhere) == ("SDXL", (), False)
     assert "No: it is made for SDXL" in check_text(found)
 
@@ -250,14 +250,14 @@ def test_comfyui_6381_ia3(tmp_path: Path) -> None:
         for path in ATTENTION[:2]
         for ending in (".weight", ".on_input")
     }
-    verdicts = answers(inspect_file(write(tmp_path, tensors)))
+    verdicts = answers(inspect_adapter(write(tmp_path, tensors)))
     assert (verdicts["WebUI"], verdicts["ComfyUI"], verdicts["sd-scripts"]) == ("yes", "nothing", "nothing")
 
 
 def test_comfyui_9753_lokr_of_peft(tmp_path: Path) -> None:
     """ComfyUI #9753: "lora key not loaded" for every base_model.model...lokr_w1."""
     names = [path.replace("unet.", "base_model.model.") for path in ATTENTION]
-    found = inspect_file(
+    found = inspect_adapter(
         write(tmp_path, {f"{name}.lokr_w{n}": torch.ones(2, 2) for name in names for n in (1, 2)})
     )
     assert answers(found)["ComfyUI"] == "nothing"
@@ -268,11 +268,11 @@ def test_onetrainer_885_kohya_endings_on_dotted_names(tmp_path: Path) -> None:
     """OneTrainer #885: unet.output_blocks...lora_up.weight: no key loaded in ComfyUI, "LoRA version mismatch"
     in Forge.
     """
-    found = inspect_file(write(tmp_path, state(ATTENTION, KOHYA)))
+    found = inspect_adapter(write(tmp_path, state(ATTENTION, KOHYA)))
     assert (answers(found)["WebUI"], answers(found)["Forge"]) == ("nothing", "refuses")
     dotted = [path.replace("unet.", "unet.output_blocks.5.1.") for path in ATTENTION[:8]]
     tensors = {f"{name}{ending}": torch.ones(2, 2) for name in dotted for ending in KOHYA}
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert "No: " in check_text(found)
     assert not found.works_somewhere
 
@@ -282,7 +282,7 @@ def test_an_adapter_that_was_never_trained(tmp_path: Path) -> None:
         key: torch.zeros_like(value) if "lora_up" in key else value
         for key, value in kohya(ATTENTION[:4]).items()
     }
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert set(answers(found).values()) == {"yes", "refuses"}
     assert not found.works_somewhere
     text = check_text(found)
@@ -298,7 +298,7 @@ def test_an_alpha_of_zero(tmp_path: Path) -> None:
         key: torch.tensor(0.0) if key.endswith("alpha") else value
         for key, value in kohya(ATTENTION[:2]).items()
     }
-    assert "alpha is zero in every module" in check_text(inspect_file(write(tmp_path, tensors)))
+    assert "alpha is zero in every module" in check_text(inspect_adapter(write(tmp_path, tensors)))
 
 
 def test_time_is_bounded_for_endless_lists_of_modules(
@@ -306,7 +306,7 @@ def test_time_is_bounded_for_endless_lists_of_modules(
 ) -> None:
     monkeypatch.setattr("lorascope.adapters.inspection._MAX_MODULES", 20)
     tensors = {f"lora_unet_x{index}{ending}": torch.ones(1, 1) for index in range(30) for ending in KOHYA}
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert sum(facts.fault is not None for facts in found.modules) == 10
     assert "10 modules could not be measured" in check_text(found)
 
@@ -314,17 +314,17 @@ def test_time_is_bounded_for_endless_lists_of_modules(
 def test_updates_that_half_precision_rounds_away(tmp_path: Path) -> None:
     tensors = kohya(ATTENTION[:2])
     tensors[f"{flat(ATTENTION[0])}.lora_up.weight"] *= 1e-5
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert [facts.is_near_zero for facts in found.modules].count(True) == 1
     assert found.works_somewhere
     tensors[f"{flat(ATTENTION[1])}.lora_up.weight"] *= 1e-5
-    assert "near zero" in (inspect_file(write(tmp_path, tensors)).dead_because or "")
+    assert "near zero" in (inspect_adapter(write(tmp_path, tensors)).dead_because or "")
 
 
 def test_nan_and_infinite_values(tmp_path: Path) -> None:
     tensors = kohya(ATTENTION[:3])
     tensors[f"{flat(ATTENTION[1])}.lora_up.weight"][:2] = torch.tensor([[torch.nan], [torch.inf]])
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert "1 of 3 modules hold NaN or infinite values" in (found.dead_because or "")
     assert "2 values in 1 modules" in check_text(found)
 
@@ -335,7 +335,7 @@ def test_alpha_in_the_configuration_is_read_by_diffusers_alone(tmp_path: Path) -
     """
     adapter = Adapter({name: module(name, alpha=4.0) for name in FEED_FORWARD}, "diffusers", {})
     save_adapter(adapter, tmp_path / "file.safetensors", "diffusers", "fp32", {})
-    found = inspect_file(tmp_path / "file.safetensors")
+    found = inspect_adapter(tmp_path / "file.safetensors")
     notes = {reading.reader: " ".join(reading.notes) for reading in found.readings}
     assert "its strength is 1 instead of 4" in notes["ComfyUI"]
     assert notes["diffusers"] == ""
@@ -408,7 +408,7 @@ KINDS: dict[str, tuple[State, str]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_file_is(kind: str, tmp_path: Path) -> None:
     tensors, what = KINDS[kind]
-    found = inspect_file(write(tmp_path, tensors))
+    found = inspect_adapter(write(tmp_path, tensors))
     assert found.what == what
     assert found.works_somewhere == (
         what.partition(" for ")[2].startswith(("Stable Diffusion v1", "a model"))
@@ -418,7 +418,7 @@ def test_what_a_file_is(kind: str, tmp_path: Path) -> None:
 
 def test_dora_in_diffusers_is_said(tmp_path: Path) -> None:
     assert "the DoRA magnitudes of 1 modules are dropped" in " ".join(
-        check_text(inspect_file(write(tmp_path, KINDS["DoRA"][0]))).split()
+        check_text(inspect_adapter(write(tmp_path, KINDS["DoRA"][0]))).split()
     )
 
 
@@ -427,19 +427,19 @@ def test_a_peft_folder_and_what_is_wrong_with_one(tmp_path: Path) -> None:
     save_adapter(
         Adapter({name: module(name, 2, 4.0) for name in ATTENTION[:6]}, "peft", {}), folder, "peft", "fp32"
     )
-    found = inspect_file(folder)
+    found = inspect_adapter(folder)
     assert (found.layout, answers(found)["PEFT"], found.modules[0].scale) == ("PEFT folder", "yes", 2.0)
     assert "Yes, all of it in PEFT" in check_text(found)
     (folder / "adapter_config.json").write_text("[]")
-    assert "is no JSON object" in inspect_file(folder).what
+    assert "is no JSON object" in inspect_adapter(folder).what
     (folder / "adapter_config.json").write_text("{")
-    assert "cannot be read" in inspect_file(folder).what
+    assert "cannot be read" in inspect_adapter(folder).what
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").rename(folder / "other.safetensors")
-    assert "without adapter_model.safetensors" in inspect_file(folder).what
+    assert "without adapter_model.safetensors" in inspect_adapter(folder).what
     (folder / "adapter_config.json").unlink()
     with pytest.raises(WeightsError, match=r"is no adapter but holds some: inspect .*other\.safetensors"):
-        inspect_file(folder)
+        inspect_adapter(folder)
 
 
 def test_a_folder_of_two_peft_folders(tmp_path: Path) -> None:
@@ -448,13 +448,13 @@ def test_a_folder_of_two_peft_folders(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"is no adapter but holds some: inspect .*/unet or .*/text_encoder"
     ):
-        inspect_file(tmp_path)
+        inspect_adapter(tmp_path)
     for part in ("unet", "text_encoder"):
-        assert answers(inspect_file(tmp_path / part))["PEFT"] == "yes"
+        assert answers(inspect_adapter(tmp_path / part))["PEFT"] == "yes"
 
 
 def test_a_pipeline_folder(pipeline_folder: Path) -> None:
-    assert inspect_file(pipeline_folder).what.startswith("a pipeline folder")
+    assert inspect_adapter(pipeline_folder).what.startswith("a pipeline folder")
 
 
 class Trap:
@@ -486,7 +486,7 @@ def test_files_that_are_no_weights(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
-    found = inspect_file(tmp_path / name)
+    found = inspect_adapter(tmp_path / name)
     assert said in found.what
     assert not found.works_somewhere
     assert "No: " in check_text(found)
@@ -496,10 +496,10 @@ def test_files_that_are_no_weights(
 def test_torch_archives_are_read_as_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(kohya(ATTENTION[:8]), tmp_path / "old.pt")
-    found = inspect_file(tmp_path / "old.pt")
+    found = inspect_adapter(tmp_path / "old.pt")
     assert (found.what, answers(found)["WebUI"]) == ("LoRA for Stable Diffusion v1: U-Net", "yes")
     torch.save({"a": Trap()}, tmp_path / "trap.pt")
-    assert "could run code; nothing was run" in inspect_file(tmp_path / "trap.pt").what
+    assert "could run code; nothing was run" in inspect_adapter(tmp_path / "trap.pt").what
     assert not (tmp_path / "executed").exists()
 
 
@@ -519,7 +519,7 @@ def test_a_checkpoint_of_two_gigabytes_is_told_from_its_header(tmp_path: Path) -
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + len(names) * each)  # sparse: its data take no room
-    found = inspect_file(path)
+    found = inspect_adapter(path)
     assert found.what == "a full checkpoint of Stable Diffusion v1, not an adapter"
     assert "2.0 GiB" in check_text(found)
 
@@ -538,7 +538,7 @@ def test_an_oversized_module_is_not_loaded(tmp_path: Path) -> None:
     with (tmp_path / "huge.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 4 * size)
-    found = inspect_file(tmp_path / "huge.safetensors")
+    found = inspect_adapter(tmp_path / "huge.safetensors")
     assert "too large or too many" in str(found.modules[0].fault)
     check_text(found)
 
@@ -556,7 +556,7 @@ def test_strange_names_and_metadata_cannot_move_the_cursor(tmp_path: Path) -> No
         "ss_resolution": "z" * 9000,
     }
     metadata |= {"lora_adapter_metadata": "{", "ss_training_started_at": "1e400"}
-    found = inspect_file(write(tmp_path, tensors, metadata))
+    found = inspect_adapter(write(tmp_path, tensors, metadata))
     assert len(check_text(found)) < 5000
 
 
@@ -570,7 +570,7 @@ def test_modules_that_make_no_sense_are_reported_one_by_one(tmp_path: Path) -> N
         "lora_unet_foreign.lora_down.weight": torch.full((2, 8), 0.5),
         "lora_unet_foreign.lora_up.weight": torch.full((4, 2), 0.5),
     }
-    facts = {facts.name: facts for facts in inspect_file(write(tmp_path, tensors)).modules}
+    facts = {facts.name: facts for facts in inspect_adapter(write(tmp_path, tensors)).modules}
     assert "do not fit together" in str(facts["lora_unet_elsewhere"].fault)
     assert facts["lora_unet_vector"].fault is not None
     assert facts["lora_unet_foreign"].norm == pytest.approx(0.5 * 32**0.5)
@@ -578,23 +578,23 @@ def test_modules_that_make_no_sense_are_reported_one_by_one(tmp_path: Path) -> N
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no such file"):
-        inspect_file(tmp_path / "nothing.safetensors")
+        inspect_adapter(tmp_path / "nothing.safetensors")
     for name in ("unreadable.safetensors", "unreadable.pt"):
         (tmp_path / name).symlink_to("/proc/self/mem")  # it opens, and reading it fails
         with pytest.raises(WeightsError, match="cannot be read"):
-            inspect_file(tmp_path / name)
+            inspect_adapter(tmp_path / name)
 
 
 def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(WeightsError, match="is a named pipe, where a file is needed"):
-        inspect_file(tmp_path / "pipe.safetensors")
+        inspect_adapter(tmp_path / "pipe.safetensors")
     save_adapter(
         Adapter({"unet.conv_in": module("unet.conv_in")}, "peft", {}), folder := tmp_path / "peft", "peft"
     )
     (folder / PEFT_CONFIG).unlink()
     os.mkfifo(folder / PEFT_CONFIG)
-    assert "adapter_config.json: is a named pipe" in inspect_file(folder).what
+    assert "adapter_config.json: is a named pipe" in inspect_adapter(folder).what
     with pytest.raises(AdapterError, match=r"adapter_config.json: is a named pipe, where a file is needed"):
         load_adapter(folder)
 

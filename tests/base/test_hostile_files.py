@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lorascope.adapters.export import convert
 from lorascope.adapters.files import load_adapter
-from lorascope.adapters.inspection import inspect_file
+from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
 from lorascope.base.loading import Base, load_base, save_ldm
 from lorascope.config import BaseSection
@@ -75,7 +75,7 @@ def outcome(action: Callable[[], object]) -> None:
 
 
 def look(path: Path) -> None:
-    inspection = inspect_file(path)
+    inspection = inspect_adapter(path)
     json.dumps(inspection.as_dict())
     assert as_text(inspection, list_modules=True).replace("\n", "").isprintable()
 

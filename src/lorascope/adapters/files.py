@@ -479,7 +479,7 @@ def _is_finite_number(value: object) -> bool:
         return False
 
 
-def load_adapter(path: Path) -> Adapter:
+def load_adapter(path: Path | str) -> Adapter:
     """The adapter in a file, or in a PEFT folder (or a folder of one for `unet` and one for `text_encoder`),
     on the CPU.
 
@@ -487,6 +487,7 @@ def load_adapter(path: Path) -> Adapter:
     user. Raises `AdapterError` for a file of another kind, naming it, and for faults such as half pairs,
     ranks that disagree or one module under two names; `WeightsError` for damaged files and for NaN.
     """
+    path = Path(path)
     if path.is_dir() and not (path / PEFT_WEIGHTS).is_file():
         parts = [
             load_adapter(path / part)

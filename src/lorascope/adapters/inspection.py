@@ -153,13 +153,14 @@ class _Content:
         return load_tensors(self.path, names)
 
 
-def inspect_file(path: Path) -> Inspection:
+def inspect_adapter(path: Path | str) -> Inspection:
     """Look into a file or PEFT folder of any origin; nothing in it is executed.
 
     Time and memory are bounded by the adapter's own size: anything else is told from its header. Raises
     `WeightsError` only where `path` is not there, cannot be read, or is a folder of several adapters; damaged
     files and files of other kinds are a finding.
     """
+    path = Path(path)
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder: name an adapter file or a PEFT folder")
     if path.is_dir():

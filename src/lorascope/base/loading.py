@@ -338,15 +338,18 @@ def read_configs(section: BaseSection) -> dict[str, dict[str, Any]]:
         return _checked_configs(folder, place)
 
 
-def load_base(section: BaseSection, device: torch.device, precision: str = "fp32") -> Base:
+def load_base(base: BaseSection | str, device: torch.device | str = "auto", precision: str = "fp32") -> Base:
     """Load all parts of a base, frozen, in evaluation mode, on `device`.
 
-    It lies in a folder in the diffusers layout, at the hub, or in one checkpoint file in the original layout.
-    The U-Net is held in `precision` (`fp32`, `bf16` or `fp16`), VAE and text encoder in fp32. Raises
+    `base` is what the key `base.model` takes (`pocket`, a folder in the diffusers layout, one checkpoint file
+    in the original layout, a hub id) or the whole section; a `device` in words is as for `choose_device`. The
+    U-Net is held in `precision` (`fp32`, `bf16` or `fp16`), VAE and text encoder in fp32. Raises
     `BaseModelError` for a base that is of another family of models, which is named, lacks a part, or has a
     tensor too few, too many or of another shape; and `WeightsError` for damaged weights and values that are
     not finite.
     """
+    section = BaseSection(model=base) if isinstance(base, str) else base
+    device = choose_device(device) if isinstance(device, str) else device
     place = _locate(section)
     with _config_folder(place) as folder:
         configs, scheduler_config = _checked_configs(folder, place), _scheduler_config(folder)

@@ -124,10 +124,10 @@ def inspect(
 
     Example: lorascope inspect style.safetensors
     """
-    from lorascope.adapters.inspection import inspect_file
+    from lorascope.adapters.inspection import inspect_adapter
     from lorascope.adapters.inspection_text import as_text
 
-    inspection = inspect_file(file)
+    inspection = inspect_adapter(file)
     print(json.dumps(inspection.as_dict(), indent=2) if as_json else as_text(inspection, modules))
     return EXIT_DONE if inspection.works_somewhere else EXIT_GATE_REJECTED
 
