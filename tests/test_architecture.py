@@ -83,6 +83,31 @@ def test_the_tables_list_every_wing_and_module_once() -> None:
     assert set(FLOORS) == {wing(module) for module in MODULES}
 
 
+def defined(name: str) -> bool:
+    """Whether `name` is a module, or something a module defines, such as `study.Study.run`."""
+    if name in SOURCES:
+        return True
+    module = max((part for part in SOURCES if name.startswith(f"{part}.")), key=len, default=None)
+    if module is None:
+        return False
+    body: list[ast.stmt] = TREES[module].body
+    for part in name.removeprefix(f"{module}.").split("."):
+        nodes = [node for node in body if getattr(node, "name", None) == part]
+        if not nodes:
+            return False
+        body = getattr(nodes[0], "body", [])
+    return True
+
+
+def test_every_place_the_map_sends_a_reader_to_exists() -> None:
+    start = TEXT.split("## Where to start reading")[1].split("\n## ")[0]
+    names = re.findall(rf"`((?:{'|'.join(FLOORS)})\.[\w.]+)`", start)
+    assert len(names) > 10
+    assert [name for name in names if not defined(name)] == []
+    assert not defined("study.Study.fly")
+    assert not defined("data.nothing")
+
+
 def wrong_imports(module: str, imports: set[str]) -> set[str]:
     """What a module may not import: anything but a lower floor, or what stands before it in its own wing.
 
