@@ -5,12 +5,11 @@ device tensors pinned or read by NumPy, what a recording forbids), notes what ma
 line did it, rounds convolutions to TF32 where torch allows that, and records graphs and replays them on the
 same buffers. It shows nothing of kernels, speed, real memory or races between streams.
 
-`build` once and `install` before any work on tensors; a process that has it installed has it for good.
+`guard.load`, then `install`, before any work on tensors; a process that has it installed has it for good.
 """
 
-import ctypes
+import functools
 import importlib
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -19,12 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 import lorascope
 
 _PACKAGE = Path(lorascope.__file__).parent
-SOURCE = Path(__file__).with_name("guard.cpp")
 DEVICE = torch.device("cuda", 0)
 TF32_MASK = ~0x1FFF  # of the 23 bits of a float32's mantissa TF32 keeps 10
 
@@ -69,30 +66,8 @@ _TAPE: list[Callable[[], None]] | None = None  # of the graph that is being reco
 _RECORDING_THREAD: threading.Thread | None = None
 
 
-def build(folder: Path) -> Path:
-    """Compile the guard; takes a few seconds. Raises `CalledProcessError` where there is no compiler for it."""
-    root, library = Path(torch.__file__).parent, folder / "libpretended_cuda.so"
-    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-    command = [
-        "c++",
-        "-O1",
-        "-std=c++20",
-        "-w",
-        "-fPIC",
-        "-shared",
-        *includes,
-        str(SOURCE),
-        "-o",
-        str(library),
-    ]
-    subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
-    return library
-
-
-def install(library: Path, free_bytes: int = 8 * 2**30) -> None:
-    """Have a GPU with so many bytes from here on."""
-    ctypes.CDLL(str(library)).install_guard()
+def install(free_bytes: int = 8 * 2**30) -> None:
+    """Have a GPU with so many bytes from here on; `guard.load` comes before."""
     importlib.import_module("torch._dynamo")  # looks at CUDA when first imported
     _replace_cuda(free_bytes)
     torch.inference_mode = torch.no_grad  # wrapped tensors cannot enter it
@@ -161,16 +136,20 @@ class _Everything(TorchDispatchMode):
     """Sees every operation, also those without a device tensor among their arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func._schema.name, kwargs or {}
-        is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
-        if is_composite and name not in ("aten::pin_memory", "aten::is_pinned"):
+        kwargs = kwargs or {}
+        if _is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return _dispatch(func, args, kwargs)
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether torch puts this operation together of others."""
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return is_composite and func._schema.name not in ("aten::pin_memory", "aten::is_pinned")
 
 
 # -- operations ----------------------------------------------------------------------------------------------
@@ -179,7 +158,7 @@ class _Everything(TorchDispatchMode):
 def _dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Do an operation as a GPU would."""
     name = func._schema.name
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
     match name:
@@ -249,14 +228,17 @@ def _note_upload(func: Any, source: torch.Tensor, non_blocking: bool) -> None:
 def _check_devices(func: Any, tensors: Sequence[torch.Tensor], args: Sequence[Any]) -> None:
     """Raise where tensors of both devices meet, and note what is read by the host."""
     name = func._schema.name
-    strangers = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor) and tensor.dim() > 0]
+    strangers = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.dim() > 0]
+    if name.endswith("_like"):  # takes only the shape of its argument
+        return
     if strangers and name not in _INDEXED:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
+            "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+            f"({func})"
         )
     if strangers:
         _note("copy to device", func)  # of the indices
-    indices = tree_leaves(args[1]) if name in _INDEXED else []
+    indices = _leaves(args[1]) if name in _INDEXED else []
     by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
     if name in _READ_BY_HOST or by_mask:
         _note("read", func)
@@ -264,25 +246,25 @@ def _check_devices(func: Any, tensors: Sequence[torch.Tensor], args: Sequence[An
 
 def _on_device(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Compute on the inner tensors, and write it on the tape of a recording."""
-    inner_args, inner_kwargs = tree_map(_inner, list(args)), tree_map(_inner, dict(kwargs))
+    inner_args, inner_kwargs = _mapped(_inner, list(args)), _mapped(_inner, dict(kwargs))
     inner_kwargs |= {"device": torch.device("cpu")} if inner_kwargs.get("device") is not None else {}
     result = _computed(func, inner_args, inner_kwargs)
     aliases = [item.alias_info for item in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
     if _TAPE is not None and not is_view:
         _TAPE.append(lambda: _compute_into(func, inner_args, inner_kwargs, result))
-    leaves = zip(tree_leaves((args, kwargs)), tree_leaves((inner_args, inner_kwargs)), strict=True)
+    leaves = zip(_leaves((args, kwargs)), _leaves((inner_args, inner_kwargs)), strict=True)
     written = {id(inner): outer for outer, inner in leaves if isinstance(outer, DeviceTensor)}
 
     if any(alias is not None and alias.is_write for alias in aliases):
-        return tree_map(lambda value: written.get(id(value), value), result)
-    return tree_map(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
+        return _mapped(lambda value: written.get(id(value), value), result)
+    return _mapped(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
 
 
 def _compute_into(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
     """Compute again, to where the recording's result lies."""
     again = _computed(func, args, kwargs)
-    for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+    for old, new in zip(_leaves(result), _leaves(again), strict=True):
         if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
             old.copy_(new)
 
@@ -290,17 +272,17 @@ def _compute_into(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result
 def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The operation with the device's rounding."""
     name = func._schema.name
-    leaves = [leaf for leaf in tree_leaves(list(args)) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in _leaves(list(args)) if isinstance(leaf, torch.Tensor)]
     if name in _CONVOLUTIONS and leaves[0].dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        args = tree_map(_to_tf32, list(args))
+        args = _mapped(_to_tf32, list(args))
     if name not in _ADDS_IN_FP32 or leaves[0].dtype not in (torch.float16, torch.bfloat16):
         return func(*args, **kwargs)
     dtype = leaves[0].dtype
-    wide = tree_map(lambda leaf: leaf.float() if _is(leaf, dtype) else leaf, list(args))
+    wide = _mapped(lambda leaf: leaf.float() if _is(leaf, dtype) else leaf, list(args))
     result = func(*wide, **kwargs)
     if name.endswith("_"):
         return args[0].copy_(result)
-    return tree_map(lambda leaf: leaf.to(dtype) if _is(leaf, torch.float32) else leaf, result)
+    return _mapped(lambda leaf: leaf.to(dtype) if _is(leaf, torch.float32) else leaf, result)
 
 
 def _is(value: Any, dtype: torch.dtype) -> bool:
@@ -308,11 +290,27 @@ def _is(value: Any, dtype: torch.dtype) -> bool:
 
 
 def _to_tf32(value: Any) -> Any:
-    return (
-        (value.contiguous().view(torch.int32) & TF32_MASK).view(torch.float32)
-        if _is(value, torch.float32)
-        else value
-    )
+    return (value.contiguous().view(torch.int32) & TF32_MASK).view(torch.float32) if _is(value, torch.float32) else value
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same nest of lists, tuples and dicts with `function` of what lies in it; torch's own takes as long as the
+    whole study.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, item) for item in value])
+    if isinstance(value, dict):
+        return {key: _mapped(function, item) for key, item in value.items()}
+    return function(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What lies in a nest of lists, tuples and dicts."""
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in _leaves(item)]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    return [value]
 
 
 def _inner(value: Any) -> Any:
@@ -425,8 +423,8 @@ def _replace_cuda(free_bytes: int) -> None:
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
         "mem_get_info": (free_bytes, free_bytes),
-        **dict.fromkeys(("memory_allocated", "memory_reserved"), 0),
-        **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), 0),
+        **dict.fromkeys(("memory_allocated", "memory_reserved"), 2**28),
+        **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), 2**28),
         "reset_peak_memory_stats": None,
         "empty_cache": None,
     }

@@ -151,6 +151,7 @@ class Group:
                         break
             for lines in self.metrics.values():
                 lines.sync()
+            mode = trainer.compute.mode
         except Exception:
             tally.skip(-trainer.step)  # they will be counted again
             raise
@@ -161,14 +162,14 @@ class Group:
             self.bank.detach()
             self.base.unet.disable_gradient_checkpointing()
         for index in range(len(self.arms)):
-            self._finish_arm(index)
+            self._finish_arm(index, mode)
         memory, kind = peak_memory(self.base.device)
         reserved = reserved_peak(self.base.device)
         beside = f"; {size(reserved)} of the GPU were reserved" if reserved else ""
         log.info(
             "memory   expected %s, measured %s (%s)%s", size(self.expected_bytes), size(memory), kind, beside
         )
-        log.info("train    steps ran as %s", self.trainer.compute.mode)
+        log.info("train    steps ran as %s", mode)
         if len(self.failures) < len(self.arms):
             log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
 
@@ -372,7 +373,7 @@ class Group:
 
     # -- the end ---------------------------------------------------------------------------------------------
 
-    def _finish_arm(self, index: int) -> None:
+    def _finish_arm(self, index: int, mode: str) -> None:
         arm, section, trainer = self.arms[index], self.section, self.trainer
         folder = self.run_dir.adapters_dir / arm.name
         memory, memory_kind = peak_memory(self.base.device)
@@ -395,7 +396,7 @@ class Group:
             "peak_memory_bytes": memory,
             "peak_memory_kind": memory_kind,
             "peak_reserved_bytes": reserved_peak(self.base.device),
-            "step": trainer.compute.mode,
+            "step": mode,
             "skipped_steps": self.skipped_steps.get(arm.name, 0),
             "best": self.best.get(arm.name),
             "failed": failure,
