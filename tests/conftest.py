@@ -10,6 +10,7 @@ for variable in [name for name in os.environ if name.startswith("LORASCOPE_")]:
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,21 +69,22 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_pipeline_folder(folder: Path, seed: int = 0) -> Path:
-    """A complete Stable Diffusion pipeline folder with random weights."""
+def make_pipeline_folder(folder: Path, seed: int = 0, **unet_config: Any) -> Path:
+    """A complete Stable Diffusion pipeline folder with random weights; `unet_config` changes its U-Net's."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     text = make_text_config(num_layers=2)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**config | unet_config)
     vae = make_vae()
     scheduler = DDIMScheduler(
         beta_start=0.00085,

@@ -33,6 +33,7 @@ from lorascope.bench.entry import (
 from lorascope.bench.peers import KOHYA_COMMIT, KOHYA_FILES, Recipe, missing_for
 from lorascope.bench.run import (
     Protocol,
+    _side_by_side,
     choose_entries,
     compare,
     plan_entries,
@@ -406,3 +407,15 @@ def test_peers_are_fetched_once_and_checked(server: str, tmp_path: Path) -> None
     with pytest.raises(HubError, match="gone.py: cannot be fetched"):
         fetch(server, {"gone.py": "00"}, target)
     assert len(KOHYA_COMMIT) == 40 and all(len(digest) == 64 for digest in KOHYA_FILES.values())
+
+
+def test_entries_run_side_by_side_as_the_gpu_holds_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cpu": 100 * 2**30, "cuda": 25 * 2**30}  # a GPU that holds four adapters of SD v1.5
+    monkeypatch.setattr("lorascope.bench.run.free_bytes", lambda device: free[device.type])
+    plain = Entry("O1", "", "ours", (16,))
+    entries = [plain, replace(plain, ranks=(16,) * 2), plain, plain, replace(plain, ranks=(16,) * 8), plain]
+    conditions = Conditions("sd15", 512, 4, "cuda:0", 1, "")
+    groups = [[len(entry.ranks) for entry in group] for group in _side_by_side(entries, conditions)]
+    assert groups == [[1, 2, 1], [1], [8], [1]]
+    on_cpu = _side_by_side(entries, replace(conditions, device="cpu"))
+    assert [len(group) for group in on_cpu] == [6]

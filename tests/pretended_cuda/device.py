@@ -52,7 +52,7 @@ class Event(NamedTuple):
 
     kind: str  # `copy to device`, `copy to host`: both wait; `async copy`; `read`: waits; `wait`: asked for
     operation: str
-    place: str  # the package's line, `step.py:81 begin`
+    place: str  # the package's line, `step.py:81 Step.begin`
 
     @property
     def waits(self) -> bool:
@@ -290,7 +290,11 @@ def _is(value: Any, dtype: torch.dtype) -> bool:
 
 
 def _to_tf32(value: Any) -> Any:
-    return (value.contiguous().view(torch.int32) & TF32_MASK).view(torch.float32) if _is(value, torch.float32) else value
+    return (
+        (value.contiguous().view(torch.int32) & TF32_MASK).view(torch.float32)
+        if _is(value, torch.float32)
+        else value
+    )
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
@@ -331,7 +335,7 @@ def _place() -> str:
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_PACKAGE):
-            return f"{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
+            return f"{path.name}:{frame.f_lineno} {frame.f_code.co_qualname.partition('.<locals>')[0]}"
         frame = frame.f_back
     return "elsewhere"
 

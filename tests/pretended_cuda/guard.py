@@ -20,7 +20,18 @@ def build(folder: Path) -> Path:
     root, library = _torch_root(), folder / "libpretended_cuda.so"
     includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-    command = ["c++", "-O1", "-std=c++20", "-w", "-fPIC", "-shared", *includes, str(SOURCE), "-o", str(library)]
+    command = [
+        "c++",
+        "-O1",
+        "-std=c++20",
+        "-w",
+        "-fPIC",
+        "-shared",
+        *includes,
+        str(SOURCE),
+        "-o",
+        str(library),
+    ]
     subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
     return library
 

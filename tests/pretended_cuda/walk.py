@@ -1,4 +1,4 @@
-"""Run a study's stages on the pretended device: `python -m pretended_cuda.walk LIBRARY RUN_DIR [KEY=VALUE...]`.
+"""Run a study's stages on the pretended device: `python -m pretended_cuda.walk LIBRARY RUN_DIR STUDY.toml`.
 
 The last line it prints is JSON: what was noted in each stage, and what was still alive after training.
 """
@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from pretended_cuda import guard
 STAGES = ("check_inputs", "prepare_data", "encode", "train", "sample", "check_merge", "score", "report")
 
 
-def walk(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:
     """Events by stage, as [kind, operation, place, count], and the names of what outlived training."""
     import torch
+
     from pretended_cuda import device
 
     device.install()  # before the package takes what it replaces
@@ -30,27 +32,26 @@ def walk(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     speed._SIDE["cuda"] = 64
     tuning._ATTENTION_FLOPS["cuda"], tuning._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e5, 1e7, 0.0
     tuning._MOST_S, tuning._REPLAYS = 2.0, 1
-    study = Study(load_study(preset="smoke", overrides=["device=cuda", *overrides], environment={}), run_dir)
-    seen, outlived = {}, []
+    study = Study(load_study(study_file, overrides=["device=cuda"], environment={}), run_dir)
+    seen: dict[str, Any] = {}
+    outlived: list[str] = []
     with study.working("walk"):
         for stage in STAGES:
             first = len(device.EVENTS)
             gc.collect()
-            gc.disable()
-            began = time.monotonic()
+            gc.disable()  # what only a collection would free has outlived its use
+            began = time.process_time()
             getattr(study, stage)()
-            print(f"{stage}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+            print(f"{stage}: {time.process_time() - began:.1f} s of the processor", file=sys.stderr)
             if stage == "train":
                 kinds = (step.Step, step.Recorded, torch.cuda.CUDAGraph)
-                outlived = [type(item).__name__ for item in gc.get_objects() if isinstance(item, kinds)]
+                outlived = [type(item).__name__ for item in gc.get_objects() if type(item) in kinds]
             gc.enable()
-            counts: dict[device.Event, int] = {}
-            for event in device.EVENTS[first:]:
-                counts[event] = counts.get(event, 0) + 1
+            counts = Counter(device.EVENTS[first:])
             seen[stage] = [[*event, count] for event, count in counts.items()]
     return {"events": seen, "outlived": outlived}
 
 
 if __name__ == "__main__":
     guard.load(Path(sys.argv[1]))
-    print(json.dumps(walk(Path(sys.argv[2]), sys.argv[3:])))
+    print(json.dumps(walk(Path(sys.argv[2]), Path(sys.argv[3]))))

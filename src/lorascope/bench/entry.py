@@ -5,6 +5,7 @@ process each.
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from lorascope.data.encoding import Encoded
 from lorascope.data.pictures import decode_picture
 from lorascope.data.sources import open_source
 from lorascope.errors import first_line
+from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
 from lorascope.training.trainer import Trainer
@@ -80,7 +82,7 @@ class Conditions:
     base: str  # `pocket`, `sd15` (random weights) or a folder
     resolution_px: int
     batch_size: int
-    device: str  # `cpu` or `cuda`
+    device: str  # `cpu` or `cuda:0`
     num_threads: int
     peers_dir: str  # with kohya's modules
 
@@ -409,7 +411,8 @@ def _handlers(
         return time.perf_counter() - started, runners[0].precision
 
     def take(count: int) -> tuple[np.ndarray, np.ndarray]:
-        figures = runners[0].take(count)
+        with full_fp32() if entry.kind == "reference" else nullcontext():
+            figures = runners[0].take(count)
         save_tensors(
             weights_path, {name: weight.contiguous() for name, weight in runners[0].weights().items()}, {}
         )

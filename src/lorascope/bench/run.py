@@ -9,11 +9,12 @@ its own.
 
 import itertools
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,6 +49,9 @@ REFERENCE_STEPS = 3750  # of one arm of the reference study: 1,500 pictures, 10 
 _RANKS = (16, 64)
 _RESOLUTION_PX = {"pocket": 64, "sd15": 512}
 _LANE_BYTES = {"pocket": 2**30, "sd15": 8 * 2**30}  # of the machine's memory that a waiting process may need
+# Of a GPU's memory that a process may hold for each of its adapters, its base's share included: a stack of eight on
+# SD v1.5 at 512 px was counted at 3.5 GiB an adapter with its graphs, beside 2 GiB of base and context.
+_ADAPTER_BYTES = {"pocket": 2**30, "sd15": 6 * 2**30}
 
 TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "fp32": {"loss": 1e-3, "norm": 1e-2, "weights": 2e-2},
@@ -231,16 +235,11 @@ class _References:
         """Take the steps that `entries` will be held against."""
         wanted = dict.fromkeys((rank, entry.max_grad_norm) for entry in entries for rank in entry.ranks)
         plain = Entry("R", "plain reference", "reference", ())
-        with ExitStack() as stack:
-            lanes = {}
-            for place, (rank, norm) in enumerate(wanted):
-                lane = Lane(replace(plain, ranks=(rank,), max_grad_norm=norm), conditions, folder, place)
-                stack.callback(lane.close)
-                lanes[rank, norm] = lane
-            for lane in lanes.values():
-                lane.ask("ready")
-            self.limit = {dtype: lane.ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
-            for (rank, norm), lane in lanes.items():
+        for rank, norm in wanted:  # one after another: each holds the base in fp32
+            lane = Lane(replace(plain, ranks=(rank,), max_grad_norm=norm), conditions, folder)
+            with closing(lane):
+                if not self.limit:
+                    self.limit = {dtype: lane.ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
                 lane.ask("build")
                 if rank not in self.start:
                     self.start[rank] = lane.trajectory(0).weights
@@ -283,7 +282,7 @@ def run_bench(
     device = choose_device(device_kind)
     protocol = protocol or (Protocol.quick() if quick else Protocol())
     conditions = Conditions(
-        base, _RESOLUTION_PX.get(base, 64), batch_size, device.type, torch.get_num_threads(), str(peers_dir)
+        base, _RESOLUTION_PX.get(base, 64), batch_size, str(device), torch.get_num_threads(), str(peers_dir)
     )
     result = _open_result(out / "bench.json", conditions, protocol, device, again)
     entries = plan_entries(base, device, quick)
@@ -293,7 +292,7 @@ def run_bench(
     with TemporaryDirectory(prefix="lorascope-bench-") as name:
         folder = Path(name)
         try:
-            prepare_workload(conditions, folder)
+            elsewhere(prepare_workload, conditions, folder)  # its memory is given back
             runnable = []
             for entry in missing:
                 if reason := missing_for(entry.kind, peers_dir, base):
@@ -332,8 +331,7 @@ def _measure_all(
     """Gate and time all entries, as many side by side as memory holds; one that runs out of it has a turn
     alone at the end.
     """
-    num_lanes = max(1, free_bytes(torch.device("cpu")) // _LANE_BYTES.get(conditions.base, 2**30))
-    groups = [list(entries[start : start + num_lanes]) for start in range(0, len(entries), num_lanes)]
+    groups = _side_by_side(entries, conditions)
     while groups:
         group = groups.pop(0)
         with ExitStack() as stack:
@@ -350,6 +348,27 @@ def _measure_all(
                 flops = sum(references.flops[rank] for rank in run.entry.ranks)
                 result["entries"][run.entry.key] |= _figures(run, conditions, result["limit"], flops)
         save()
+
+
+def _side_by_side(entries: Sequence[Entry], conditions: Conditions) -> list[list[Entry]]:
+    """The entries in groups that memory, the machine's and a GPU's, should hold at once."""
+    device = torch.device(conditions.device)
+    num_processes = free_bytes(torch.device("cpu")) // _LANE_BYTES.get(conditions.base, 2**30)
+    num_adapters: float = math.inf
+    if device.type == "cuda":
+        num_adapters = free_bytes(device) // _ADAPTER_BYTES.get(conditions.base, 2**30)
+    groups: list[list[Entry]] = []
+    for entry in entries:
+        group = [*groups[-1], entry] if groups else [entry]
+        fits = (
+            sum(member.num_processes for member in group) <= num_processes
+            and sum(len(member.ranks) * member.num_processes for member in group) <= num_adapters
+        )
+        if groups and fits:
+            groups[-1] = group
+        else:
+            groups.append([entry])
+    return groups
 
 
 class _Run:
@@ -475,7 +494,7 @@ def run_alone(
     if reason := missing_for(entry.kind, peers_dir, base):
         raise ConfigError(f"--arms {name}: {reason}")
     conditions = Conditions(
-        base, _RESOLUTION_PX.get(base, 64), batch_size, device.type, torch.get_num_threads(), str(peers_dir)
+        base, _RESOLUTION_PX.get(base, 64), batch_size, str(device), torch.get_num_threads(), str(peers_dir)
     )
     with TemporaryDirectory(prefix="lorascope-bench-") as folder:
         elsewhere(
