@@ -174,12 +174,14 @@ def plan_groups(
     kinds: dict[tuple[int, int], list[Arm]] = {}
     for arm in sorted(arms, key=lambda arm: arm.rank):
         kinds.setdefault((arm.batch_size, arm.epochs), []).append(arm)
-    cuts = [_possible_cuts(kind, max_stacked, fits) for kind in kinds.values()]
+    cuts = [
+        [(_mean_cost(cut), cut) for cut in _possible_cuts(kind, max_stacked, fits)] for kind in kinds.values()
+    ]
     plans = []
     for limit in {
-        _mean_cost(cut) for possible in cuts for cut in possible
+        cost for possible in cuts for cost, _ in possible
     }:  # if groups may not take longer than this on average
-        chosen = [next((cut for cut in possible if _mean_cost(cut) <= limit), None) for possible in cuts]
+        chosen = [next((cut for cost, cut in possible if cost <= limit), None) for possible in cuts]
         if None not in chosen:
             plans.append([group for cut in chosen for group in cut or ()])
     best = min(plans, key=lambda groups: (_time(groups, num_workers), len(groups)))

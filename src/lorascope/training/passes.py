@@ -3,7 +3,7 @@ memory that is free.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ class Counts:
     targets: list[Target]
     latent_shape: tuple[int, int, int]  # of a square picture
     flops: dict[str, int]  # of one picture or caption: `encode`, `text`, `unet` and `decode`, forward
+    passes: dict[Any, Estimate] = field(default_factory=dict, compare=False)  # that were asked for already
 
 
 def count_models(config: StudyConfig) -> Counts:
@@ -111,7 +112,11 @@ def pass_memory(
         )
     elif loaded is None:
         budget -= weights_bytes(components)
-    estimate = estimate_pass(
-        components, counts.targets, arms, arms[0].batch_size, counts.latent_shape, checkpointing, budget
-    )
+    # The widest arm makes the cost of all: of hundreds of arms most passes cost the same.
+    batch_size = arms[0].batch_size
+    key = (max(arm.rank for arm in arms), len(arms), batch_size, checkpointing, budget, loaded is None)
+    if (estimate := counts.passes.get(key)) is None:
+        estimate = counts.passes[key] = estimate_pass(
+            components, counts.targets, arms, batch_size, counts.latent_shape, checkpointing, budget
+        )
     return estimate, estimate.training_bytes <= budget
