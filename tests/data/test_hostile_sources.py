@@ -6,8 +6,11 @@
 import json
 import os
 import random
+import re
 import struct
 import tarfile
+import tempfile
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lorascope.data.captioning import caption_folder
+from lorascope.data.captions import clean_caption, decode_text
 from lorascope.data.dataset import check_source
 from lorascope.data.pictures import RefusedError, examine_picture
+from lorascope.data.sources import MAX_REPEATS, count_repeats
 from lorascope.errors import LorascopeError
 from samples import (
     SIDE,
@@ -186,6 +192,113 @@ def test_any_list(tmp_path: Path, name: str) -> None:
         text = (start if has_start else "") + "".join(parts)
         (tmp_path / name).write_bytes(text.encode(errors="surrogatepass"))
         look(tmp_path)
+
+    check()
+
+
+# Captions ---------------------------------------------------------------------------------------------------
+
+
+PIECES = st.sampled_from(
+    [
+        *(
+            "a cat",
+            ", ",
+            "\n",
+            "\r\n",
+            "\r",
+            "\t",
+            " ",
+            "\0",
+            "\x07",
+            "\x1b[2J",
+            "\x85",
+            "\u2028",
+            "\u200b",
+            "\ufeff",
+        ),
+        *(
+            "<|endoftext|>",
+            "<|startoftext|>",
+            "<|endof",
+            "text|>",
+            "e\u0301",
+            "\u202e",
+            "\u3164",
+            "🐈\u200d⬛",
+            "word " * 90,
+        ),
+    ]
+)
+TEXTS = st.lists(PIECES | st.text(max_size=4), max_size=6).map("".join)
+ENCODINGS = st.sampled_from(
+    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "cp1252", "utf-7"]
+)
+FILES = st.tuples(TEXTS, ENCODINGS).map(lambda pair: pair[0].encode(pair[1], errors="replace")) | st.binary(
+    max_size=12
+)
+
+
+def test_any_caption_files(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["1.png", "1.jpg", "2.png"])
+    names = ["1.txt", "1.caption", "2.txt", "2.caption"]
+
+    @bounded(40)
+    @given(
+        st.dictionaries(st.sampled_from(names), FILES),
+        st.sampled_from([None, "list", "file_name,text\n1.png,a cat\n"]),
+    )
+    def check(files: dict[str, bytes], listing: str | None) -> None:
+        for name in names:
+            (tmp_path / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "metadata.csv").unlink(missing_ok=True)
+        if listing:
+            (tmp_path / "metadata.csv").write_text(listing)
+        look(tmp_path, caption_prefix="of ", trigger_word="sks")
+        result = caption_folder(tmp_path, lambda batch: ["words"] * len(batch)) if not listing else None
+        assert result is None or result.num_pictures == 3
+
+    check()
+
+
+@bounded(300)
+@given(TEXTS | st.none() | st.floats() | st.binary(max_size=3) | st.lists(st.text()))
+def test_any_caption_is_cleaned_once_and_for_all(caption: object) -> None:
+    try:
+        text, treatments = clean_caption(caption)
+    except RefusedError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1, message
+        return
+    assert isinstance(caption, str) and text
+    assert clean_caption(text) == (text, [])
+    if not treatments:
+        assert text == unicodedata.normalize("NFC", caption).strip()
+
+
+@bounded(150)
+@given(TEXTS.filter(lambda text: "\0" not in text), st.sampled_from(["utf-8-sig", "utf-16", "utf-32"]))
+def test_any_text_with_a_byte_order_mark_is_read(text: str, encoding: str) -> None:
+    assert decode_text(text.encode(encoding)) == text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_any_names_of_folders_and_pictures(tmp_path: Path) -> None:
+    numbers = st.sampled_from(["10", "0", "-1", "+3", "007", "1.5", "2024", "9" * 60, "٣", "1_0", "", "1e3"])
+    parts = st.tuples(numbers, st.sampled_from(["_", "-", "", " "]), LETTERS).map("".join)
+    names = parts.map(lambda name: re.sub("[/\0\ud800-\udfff]", "", name).strip(".")[:40]).filter(bool)
+
+    @bounded(30)
+    @given(st.lists(st.tuples(names, names), min_size=1, max_size=3))
+    def check(places: list[tuple[str, str]]) -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as name:
+            pictures = [f"{folder}/{stem}.png" for folder, stem in places]
+            write_pictures(Path(name), pictures)
+            (Path(name) / pictures[0]).with_suffix(".txt").write_text("a cat")
+            look(Path(name))
+            counts, _ = count_repeats(section(name))
+            assert all(1 <= repeats <= MAX_REPEATS for repeats in counts)
 
     check()
 

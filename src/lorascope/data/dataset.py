@@ -182,7 +182,7 @@ def _log_reasons(checked: Checked, max_tokens: int) -> None:
         longest = max(long, key=lambda picture: picture.num_tokens)
         log.warning(
             "data     captions longer than %d tokens, which are cut there: %d, the longest, of %d, that of %s",
-            max_tokens, len(long), longest.num_tokens, longest.example.id,
+            max_tokens, len(long), longest.num_tokens, name_some([longest.example.id]),
         )  # fmt: skip
 
 
@@ -320,7 +320,8 @@ def split_pictures(checked: Checked) -> Dataset:
     share = len(checked.refused) / num_rows
     if share > section.max_refused_share or not checked.pictures:
         first = "; ".join(
-            f"{refusal['id']}: {refusal['reason']}" for refusal in checked.refused[:_SHOWN_REFUSALS]
+            f"{name_some([refusal['id']])}: {refusal['reason']}"
+            for refusal in checked.refused[:_SHOWN_REFUSALS]
         )
         limit = f"max_refused_share is {section.max_refused_share:g}" if checked.pictures else "none is left"
         raise DataError(

@@ -56,6 +56,7 @@ _UNREAD_SUFFIXES = frozenset(
 _CAPTION_ENDINGS = (".txt", ".caption")
 _NUMBERED = re.compile(r"([+-]?[0-9]+(?:[.,][0-9]+)?)_(.*\w.*)", re.DOTALL)
 _NUMBERED_LAST = re.compile(r".*[^\W\d_].*_[1-9][0-9]{0,2}", re.DOTALL)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHOWN_NAMES = 3
 _SHOWN_PATH = 300
 _FOLDER_LINK = "is a link to a folder, which is not followed"
@@ -273,10 +274,10 @@ class FolderSource:
                 text = posixpath.basename(repeat_folder).partition("_")[2]
                 row = self._picture_row(picture, stamps, text, "captioned by the name of its folder")
             if files and not row.problem and isinstance(status := stamps[files[0]], str):
-                row = _with_problem(row, f"{posixpath.basename(files[0])} {status}")
+                row = _with_problem(row, f"{_shown(posixpath.basename(files[0]))} {status}")
             rows.append((row, files[0] if files else "", _readable(files[1:], stamps)))
         shared = Counter(counting for _, counting, _ in rows if counting)
-        if several := [_shown(name) for name, number in shared.items() if number > 1]:
+        if several := [name for name, number in shared.items() if number > 1]:
             self.remarks.append(
                 f"caption files that count for more than one picture of their name: {name_some(several)}: "
                 "rename pictures that need captions of their own"
@@ -365,7 +366,7 @@ class FolderSource:
                         "train",
                         None,
                         None,
-                        problem=f"{picture} was named before, in {_shown(named[picture])}",
+                        problem=f"{_shown(picture)} was named before, in {_shown(named[picture])}",
                     )
                 else:
                     named[picture] = name
@@ -385,7 +386,7 @@ class FolderSource:
         """All rows in the order of their names; caption files are read as they come."""
         for row, counting, others in self._listed:
             if counting and not row.problem and counting.endswith(_CAPTION_ENDINGS):
-                name = posixpath.basename(counting)
+                name = _shown(posixpath.basename(counting))
                 try:
                     row = _with_caption(row, self._read_caption_file(counting), name)
                 except OSError as error:
@@ -829,7 +830,7 @@ def _repeat_remarks(folders: Iterable[str]) -> list[str]:
     ):
         if found:
             remarks.append(
-                f"names of folders that {words}: {name_some(sorted(map(_shown, found)))}: their pictures are seen as "
+                f"names of folders that {words}: {name_some(sorted(found))}: their pictures are seen as "
                 "often as others; to see them 10 times, call a folder such as 10_name"
             )
     return remarks
@@ -934,7 +935,7 @@ def _unread_files(stamps: Mapping[str, Stamp | str]) -> str:
 def name_some(names: Sequence[str]) -> str:
     """The first few of the names, and how many more there are."""
     more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
+    return ", ".join(map(_shown, names[:_SHOWN_NAMES])) + more
 
 
 def _caption_files(picture: str, names: Mapping[str, Stamp | str]) -> list[str]:
@@ -959,8 +960,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A file name as text that can be written as UTF-8."""
-    return name if _is_unicode(name) else os.fsencode(name).decode(errors="backslashreplace")
+    """A file name as text of one line that can be written as UTF-8."""
+    text = name if _is_unicode(name) else os.fsencode(name).decode(errors="backslashreplace")
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _is_inside(name: str) -> bool:
@@ -999,8 +1001,12 @@ def _with_more_fields(row: Row, more: Sequence[str], is_last: bool, where: str) 
 def _unnamed(picture: str, metadata: Sequence[str], stamps: Mapping[str, Stamp | str]) -> str:
     """Why a picture that no list names has no caption."""
     beside = _caption_files(picture, stamps)
-    unread = f", and {posixpath.basename(beside[0])} is not read where there is such a list" if beside else ""
-    return f"no caption: no line of {name_some([_shown(name) for name in metadata])} names it{unread}"
+    unread = (
+        f", and {_shown(posixpath.basename(beside[0]))} is not read where there is such a list"
+        if beside
+        else ""
+    )
+    return f"no caption: no line of {name_some(metadata)} names it{unread}"
 
 
 def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
