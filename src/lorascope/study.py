@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorascope.config import Arm, StudyConfig, load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
+from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError
 from lorascope.evaluation.features import check_encoder, load_encoder
 from lorascope.evaluation.merging import compare_merged
@@ -40,6 +42,7 @@ from lorascope.inputs import (
 )
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.facts import device_facts, now, software_versions, source_commit
+from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
@@ -141,6 +144,20 @@ class Study:
         )
 
     @functools.cached_property
+    def fast_paths(self) -> FastPaths:
+        """What may be used on this device: on a GPU all that was not found wrong there, at this start if there
+        was none before with these versions. On a CPU, which has no such paths, nothing is checked.
+        """
+        if self.device.type != "cuda":
+            return ALL_PATHS
+        section, config = self.config.base, self.config
+        subject = Subject(section, self.device, config.train.precision, config.data.resolution_px)
+        examination = recall_or_examine(subject)
+        for finding in examination.barred:
+            log.warning("doctor   %s: not used in this run", finding.as_line())
+        return examination.fast_paths
+
+    @functools.cached_property
     def tuning(self) -> Tuning:
         """What is fastest here for the run's own shapes; a run folder keeps the precision it began with, and
         on one device all of it.
@@ -148,7 +165,8 @@ class Study:
         configs = read_configs(self.config.base)
         workload = study_workload(self.config, configs)
         kept = self.run_dir.manifest().get("tuning")
-        tuning = tune(configs["unet"], workload, self.device, self.config.train.precision, kept)
+        precision = self.config.train.precision
+        tuning = tune(configs["unet"], workload, self.device, precision, kept, self.fast_paths)
         if tuning.to_json() != kept:
             self.run_dir.describe(tuning=tuning.to_json())
         for note in (f"U-Net in {tuning.precision}", *tuning.notes):
@@ -159,6 +177,7 @@ class Study:
     def base(self) -> Base:
         """The frozen base, loaded at first use."""
         base = load_base(self.config.base, self.device, self.tuning.precision)
+        base = replace(base, half_vae=self.fast_paths.half_vae)
         self.tuning.apply(base.unet)
         shown = base.describe()
         log.info(
@@ -287,8 +306,10 @@ class Study:
     def material(self) -> Material:
         """What the arms are trained from."""
         train, heldout = self.encoded
+        cuda_graph = self.config.train.cuda_graph and self.fast_paths.recorded_step
+        section = self.config.train.model_copy(update={"cuda_graph": cuda_graph})
         parts = (
-            self.config,
+            self.config.model_copy(update={"train": section}),
             self.run_dir,
             self.cache_dir,
             self.base,

@@ -115,23 +115,3 @@ def test_large_latents_are_halved_until_a_pass_is_short() -> None:
     assert examination._affordable((4, 64, 64), 8e11, 4, CPU) == (4, 16, 16)
     assert examination._affordable((4, 64, 64), 8e11, 4, torch.device("cuda", 0)) == (4, 64, 64)
     assert examination._affordable((4, 20, 12), 1e9, 3, CPU) == (4, 24, 16)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build",
-    ],
-)
-def test_the_drivers_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    path = tmp_path / "version"
-    path.write_text(text + "\nGCC version:  gcc version 12.3.0\n")
-    monkeypatch.setattr(examination, "_DRIVER", path)
-    assert examination._driver() == "550.54.15"
-
-
-def test_without_a_driver_its_version_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "_DRIVER", tmp_path / "none")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert examination._driver() == "unknown"

@@ -7,7 +7,7 @@ change neither scores nor outputs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -95,11 +95,15 @@ class AttentionProcessor:
     itself or to the text, the nearest number of queries. Where there is none, `default_kernel`.
     """
 
-    def __init__(self, kernels: Mapping[Shape, Kernel]) -> None:
-        self.kernels = dict(kernels)
+    def __init__(self, kernels: Mapping[Shape, Kernel], barred: Collection[str] = ()) -> None:
+        self.kernels, self.barred = dict(kernels), frozenset(barred)
 
     def kernel(self, shape: Shape, device_type: str, dtype: torch.dtype) -> Kernel:
-        """The kernel for a shape."""
+        """The kernel for a shape; the plain one in place of a barred one."""
+        kernel = self._choice(shape, device_type, dtype)
+        return Kernel("plain") if kernel.name in self.barred else kernel
+
+    def _choice(self, shape: Shape, device_type: str, dtype: torch.dtype) -> Kernel:
         if shape in self.kernels:
             return self.kernels[shape]
         to_itself = shape.queries == shape.keys
@@ -132,13 +136,15 @@ class AttentionProcessor:
         return attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
-def set_kernels(unet: UNet2DConditionModel, kernels: Mapping[Shape, Kernel]) -> None:
-    """Compute the attention of a U-Net by these kernels.
+def set_kernels(
+    unet: UNet2DConditionModel, kernels: Mapping[Shape, Kernel], barred: Collection[str] = ()
+) -> None:
+    """Compute the attention of a U-Net by these kernels, and by none whose name is `barred`.
 
     Layers that do more than SD v1's, such as normalizing queries or adding their input, keep diffusers'
     processor.
     """
-    processor = AttentionProcessor(kernels)
+    processor = AttentionProcessor(kernels, barred)
     for layer in attention_layers(unet):
         layer.set_processor(processor)
 

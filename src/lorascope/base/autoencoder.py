@@ -25,9 +25,11 @@ class Autoencoder:
     """
 
     def __init__(self, base: Base, dtype: torch.dtype | None = None) -> None:
-        """`dtype` is fp16 on a GPU and fp32 on a CPU when absent."""
+        """`dtype` is fp16 on a GPU, unless it is wrong there, and fp32 on a CPU when absent."""
         self.base, self.device = base, base.device
-        self.dtype = dtype or (torch.float16 if base.device.type == "cuda" else torch.float32)
+        self.dtype = dtype or (
+            torch.float16 if base.device.type == "cuda" and base.half_vae else torch.float32
+        )
         self.num_batches = self.num_overflows = 0  # done in all, and of these again in fp32
 
     @functools.cached_property

@@ -124,6 +124,7 @@ class Base:
     scheduler_config: dict[str, Any]
     alphas_cumprod: torch.Tensor  # float32 [T], in (0, 1), falling
     device: torch.device
+    half_vae: bool = True  # whether the VAE may work in fp16 on a GPU
 
     @property
     def prediction_type(self) -> str:

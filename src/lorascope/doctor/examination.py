@@ -4,13 +4,9 @@ first start on a GPU.
 
 import math
 import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -44,18 +40,14 @@ from lorascope.doctor.findings import (
     remember,
 )
 from lorascope.errors import first_line
-from lorascope.machine.facts import device_name, package_version
+from lorascope.machine.facts import device_name, driver_version, package_version
 from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.store import digest_json
 from lorascope.training.tuning import build_workload, precisions_on, survey
 
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "numpy")
-_DRIVER = Path("/proc/driver/nvidia/version")
-_PASS_FLOPS = {
-    "cpu": 1e10,
-    "cuda": 5e12,
-}  # of a U-Net's forward pass over one picture: sides are halved to it
-_MAX_SIDE_PX = {"cpu": 256, "cuda": 1024}  # of pictures for the VAE
+_PASS_FLOPS = {"cpu": 1e10, "mps": 1e11, "cuda": 5e12}  # of a pass over a picture: sides are halved to it
+_MAX_SIDE_PX = {"cpu": 256, "mps": 512, "cuda": 1024}  # of pictures for the VAE
 
 Check = Callable[[], Finding | list[Finding]]
 
@@ -169,7 +161,7 @@ def versions(device: torch.device) -> dict[str, str]:
         capability = torch.cuda.get_device_capability(device)
         facts |= {
             "CUDA": str(torch.version.cuda),
-            "driver": _driver(),
+            "driver": driver_version(),
             "cuDNN": str(torch.backends.cudnn.version()),
         }
         facts |= {
@@ -178,15 +170,3 @@ def versions(device: torch.device) -> dict[str, str]:
         }
     facts["processor"] = device_name(torch.device("cpu"))
     return facts | {"threads": str(torch.get_num_threads()), "platform": platform.platform()}
-
-
-def _driver() -> str:
-    """The version of NVIDIA's driver, by the kernel or by its own tool."""
-    with suppress(OSError):
-        if match := re.search(r"Kernel Module\s+(?:for \S+\s+)?(\S+)", _DRIVER.read_text()):
-            return match[1]
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return result.stdout.splitlines()[0].strip()
-    return "unknown"

@@ -3,14 +3,18 @@
 import datetime
 import importlib.metadata
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorascope.machine.memory import machine_bytes
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def device_name(device: torch.device) -> str:
@@ -62,6 +66,18 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's driver, from the kernel or by its own tool; `unknown` where neither says."""
+    with suppress(OSError):
+        if match := re.search(r"Kernel Module\s+(?:for \S+\s+)?(\S+)", _NVIDIA_DRIVER.read_text()):
+            return match[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return result.stdout.splitlines()[0].strip()
+    return "unknown"
 
 
 def source_commit() -> str | None:

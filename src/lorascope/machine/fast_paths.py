@@ -11,3 +11,6 @@ class FastPaths:
     channels_last: bool = True  # the memory format of the U-Net's convolutions
     recorded_step: bool = True  # training steps as CUDA graphs
     half_vae: bool = True  # the VAE in fp16
+
+
+ALL_PATHS = FastPaths()

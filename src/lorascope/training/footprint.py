@@ -8,7 +8,7 @@ packed matrices) and what an allocator leaves unused.
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -238,8 +238,8 @@ def _count_step(
 class _KernelsOf(AttentionProcessor):
     """Chooses kernels on `meta` as on another type of device."""
 
-    def __init__(self, kernels: Mapping[Shape, Kernel], device_type: str) -> None:
-        super().__init__(kernels)
+    def __init__(self, kernels: Mapping[Shape, Kernel], barred: Collection[str], device_type: str) -> None:
+        super().__init__(kernels, barred)
         self.device_type = device_type
 
     def kernel(self, shape: Shape, device_type: str, dtype: torch.dtype) -> Kernel:
@@ -253,7 +253,7 @@ def _as_on(device_type: str, processor: Any) -> Any:
     """
     if device_type == "meta" or not isinstance(processor, AttentionProcessor):
         return processor
-    return _KernelsOf(processor.kernels, device_type)
+    return _KernelsOf(processor.kernels, processor.barred, device_type)
 
 
 def attend_as_on(device_type: str, unet: UNet2DConditionModel) -> None:
@@ -261,7 +261,7 @@ def attend_as_on(device_type: str, unet: UNet2DConditionModel) -> None:
     timed.
     """
     for layer in attention_layers(unet):
-        layer.set_processor(_KernelsOf({}, device_type))
+        layer.set_processor(_KernelsOf({}, (), device_type))
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -8,8 +8,8 @@ began.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from lorascope.config import REFERENCE_TARGETS, Arm, StudyConfig
 from lorascope.console import log
 from lorascope.errors import StorageError, first_line
 from lorascope.machine.facts import cpu_has_bf16, device_name
+from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached
 from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
@@ -100,6 +101,14 @@ class Tuning:
     channels_last: bool = False
     kernels: Mapping[Shape, Kernel] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was found, a sentence each
+    barred_kernels: frozenset[str] = frozenset()  # which no shape is given; no part of its JSON
+
+    def within(self, fast_paths: FastPaths) -> "Tuning":
+        """The same without what may not be used on this device."""
+        barred = fast_paths.barred_kernels
+        kernels = {shape: kernel for shape, kernel in self.kernels.items() if kernel.name not in barred}
+        channels_last = self.channels_last and fast_paths.channels_last
+        return replace(self, channels_last=channels_last, kernels=kernels, barred_kernels=barred)
 
     def apply(self, unet: UNet2DConditionModel) -> None:
         """Give a loaded U-Net, which is of this precision already, the memory format and the attention
@@ -107,7 +116,7 @@ class Tuning:
         """
         if self.channels_last:
             unet.to(memory_format=torch.channels_last)
-        set_kernels(unet, self.kernels)
+        set_kernels(unet, self.kernels, self.barred_kernels)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, for manifests."""
@@ -143,6 +152,7 @@ def tune(
     device: torch.device,
     precision: str = "auto",
     kept: Mapping[str, Any] | None = None,
+    fast_paths: FastPaths = ALL_PATHS,
 ) -> Tuning:
     """The fastest way to compute the U-Net of this configuration, timed on random weights unless it is known
     already.
@@ -150,13 +160,13 @@ def tune(
     A `precision` other than `auto` is obeyed. `auto` is bf16 on a GPU that has it, else fp16; on a CPU it is
     fp32, unless it has instructions for bf16 and a training pass and a drawing pass together gain 8 %. `kept`
     is what the run folder has of an earlier call as JSON: its precision holds, and on the same device all of
-    it. Where a pass takes under 1 GFLOP nothing is timed. Raises `BaseModelError` for a configuration that no
-    U-Net can be built from.
+    it. What `fast_paths` bars is neither timed nor taken. Where a pass takes under 1 GFLOP nothing is timed.
+    Raises `BaseModelError` for a configuration that no U-Net can be built from.
     """
     name = device_name(device)
     if known := _parsed(kept, "the run folder"):
         if known.device == name:
-            return known
+            return known.within(fast_paths)
         precision = known.precision
     key = {
         "device": name,
@@ -171,24 +181,32 @@ def tune(
         ],
         "precision": precision,
     }
+    if fast_paths != ALL_PATHS:
+        key["barred"] = [sorted(fast_paths.barred_kernels), fast_paths.channels_last]
     found = _recall(key)
     if found is None:
         started = time.perf_counter()
-        found = _measure(config, workload, device, precision)
+        found = _measure(config, workload, device, precision, fast_paths)
         log.debug("tuning   timed in %.1f s", time.perf_counter() - started)
         free_cached(device)  # what was timed is no memory of the run
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _remember(key, found)
-    return found
+    return found.within(fast_paths)
 
 
 # -- what is timed -------------------------------------------------------------------------------------------
 
 
-def _measure(config: Mapping[str, Any], workload: Workload, device: torch.device, precision: str) -> Tuning:
+def _measure(
+    config: Mapping[str, Any],
+    workload: Workload,
+    device: torch.device,
+    precision: str,
+    fast_paths: FastPaths = ALL_PATHS,
+) -> Tuning:
     """Time everything, or as much as `_MOST_S` allows."""
-    until = time.perf_counter() + _MOST_S
+    until, barred = time.perf_counter() + _MOST_S, fast_paths.barred_kernels
     name, precisions = device_name(device), precisions_on(device) if precision == "auto" else [precision]
     flops, layers = survey(config, workload)
     if flops < _LEAST_FLOPS:
@@ -196,11 +214,14 @@ def _measure(config: Mapping[str, Any], workload: Workload, device: torch.device
     if device.type == "mps":
         return Tuning(name, precisions[0], notes=("nothing timed on an Apple GPU",))
     if device.type == "cuda":
-        channels_last, told = _tune_format(config, workload, flops, precisions[0], device)
-        kernels, note = _tune_attention(layers, workload, DTYPES[precisions[0]], device, until)
+        channels_last, told = False, "channels_last: not tried, it is wrong on this device"
+        if fast_paths.channels_last:
+            channels_last, told = _tune_format(config, workload, flops, precisions[0], device)
+        kernels, note = _tune_attention(layers, workload, DTYPES[precisions[0]], device, until, barred)
         return Tuning(name, precisions[0], channels_last, kernels, (told, note))
     by_option = {
-        option: _tune_attention(layers, workload, DTYPES[option], device, until) for option in precisions
+        option: _tune_attention(layers, workload, DTYPES[option], device, until, barred)
+        for option in precisions
     }
     option, notes = precisions[0], []
     if len(precisions) > 1 and time.perf_counter() <= until:
@@ -285,7 +306,12 @@ def survey(config: Mapping[str, Any], workload: Workload) -> tuple[float, dict[S
 
 
 def _tune_attention(
-    layers: Mapping[Shape, int], workload: Workload, dtype: torch.dtype, device: torch.device, until: float
+    layers: Mapping[Shape, int],
+    workload: Workload,
+    dtype: torch.dtype,
+    device: torch.device,
+    until: float,
+    barred: Collection[str] = (),
 ) -> tuple[dict[Shape, Kernel], str]:
     """The fastest kernel for every shape, with and without gradients, and a sentence on them."""
     kernels, gains = {}, []
@@ -293,7 +319,11 @@ def _tune_attention(
         for layer_shape, count in layers.items():
             shape = layer_shape._replace(gradients=gradients)
             batch = workload.train_batch if gradients else workload.sample_batch
-            candidates = list(_candidates(shape, batch, dtype, device))
+            candidates = [
+                kernel for kernel in _candidates(shape, batch, dtype, device) if kernel.name not in barred
+            ]
+            if not candidates or "sdpa" in barred:  # with torch's choice barred, what exists is not known
+                candidates = [Kernel("plain"), *candidates]
             kernels[shape], gain = candidates[0], 0.0
             if len(candidates) > 1 and time.perf_counter() < until:
                 kernels[shape], gain = _fastest_kernel(candidates, shape, count, batch, dtype, device)
