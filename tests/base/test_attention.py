@@ -178,3 +178,14 @@ def test_compiled_attention_equals_eager() -> None:
 
 def test_kernels_say_what_they_are() -> None:
     assert str(Kernel("cudnn", 64)) == "cudnn padded to 64" and str(Kernel()) == "sdpa"
+
+
+def test_a_barred_kernel_is_never_taken(base: Base) -> None:
+    """Neither where it was timed, nor for a like shape, nor as torch's choice where nothing was timed."""
+    timed = Shape(64, 64, 2, 8, True)
+    processor = AttentionProcessor({timed: Kernel("flash", 16)}, {"flash", "sdpa"})
+    for shape in (timed, timed._replace(queries=16, keys=16), timed._replace(keys=77)):
+        assert processor.kernel(shape, "cuda", torch.bfloat16) == Kernel("plain")
+    set_kernels(base.unet, {}, {"sdpa"})
+    [own] = set(base.unet.attn_processors.values())
+    assert isinstance(own, AttentionProcessor) and own.barred == {"sdpa"}

@@ -16,6 +16,7 @@ from lorascope.base.ldm import build_component
 from lorascope.base.loading import SD15_DIR, Base, read_configs
 from lorascope.config import BaseSection
 from lorascope.machine.facts import cpu_has_bf16, device_name
+from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.training import tuning
 from lorascope.training.tuning import (
     Tuning,
@@ -148,6 +149,34 @@ def test_a_run_folder_keeps_its_choice(base: Base) -> None:
     assert (
         tune(base.configs["unet"], workload, CPU, kept={"precision": "bf16"}).precision == "fp32"
     )  # damaged
+
+
+def test_what_may_not_be_used_is_left_out_of_what_was_found(base: Base) -> None:
+    """Of the run folder's choice, and of what an earlier run found on this machine."""
+    workload, name = build_workload(base.configs, 32, 8, 18), FOUND.kernels[next(iter(FOUND.kernels))].name
+    allowed = FastPaths(barred_kernels=frozenset({name}), channels_last=False)
+    found = tune(base.configs["unet"], workload, CPU, kept=FOUND.to_json(), fast_paths=allowed)
+    assert name not in {kernel.name for kernel in found.kernels.values()}
+    assert (found.precision, found.channels_last, found.barred_kernels) == ("bf16", False, {name})
+    assert FOUND.within(ALL_PATHS) == FOUND
+    found.apply(base.unet)
+    assert {processor.barred for processor in base.unet.attn_processors.values()} == {frozenset({name})}
+
+
+def test_what_may_not_be_used_is_not_timed(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, timed = build_workload(base.configs, 32, 2, 2), []
+    monkeypatch.setattr(tuning, "_LEAST_FLOPS", 0.0)
+    monkeypatch.setattr(tuning, "race", lambda runs, device: timed.extend(runs) or dict.fromkeys(runs, 1.0))
+    free = tune(base.configs["unet"], workload, CPU, "fp32")
+    assert {kernel.name for kernel in free.kernels.values()} == {"sdpa"} and set(timed) == {
+        Kernel(),
+        Kernel("plain"),
+    }
+    timed.clear()
+    allowed = FastPaths(barred_kernels=frozenset({"sdpa"}))
+    plain = tune(base.configs["unet"], workload, CPU, "fp32", fast_paths=allowed)
+    assert {kernel.name for kernel in plain.kernels.values()} == {"plain"} and Kernel() not in timed
+    assert tune(base.configs["unet"], workload, CPU, "fp32") == free  # each is remembered for itself
 
 
 def test_another_kernel_must_win_by_a_margin(monkeypatch: pytest.MonkeyPatch) -> None:
