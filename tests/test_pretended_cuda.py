@@ -29,7 +29,7 @@ _BESIDE_STEPS = {
     "AdapterBank.unpadded",
     "AdapterBank.adapter",
     "Trainer.save_checkpoint",
-    "Trainer._probe_selected",
+    "_probe_selected",
 }
 # Where drawing may: before the first step of a batch, and after the last, when its pictures are checked and taken.
 _BESIDE_DENOISING = {
