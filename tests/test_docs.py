@@ -18,6 +18,8 @@ from lorascope.adapters.bank import resolve_section
 from lorascope.base.loading import read_configs
 from lorascope.cli.app import app
 from lorascope.config import AdapterSection, BaseSection, StudyConfig, preset_names
+from lorascope.data.captions import MAX_CAPTION_BYTES, SPECIAL_TOKENS
+from lorascope.data.sources import MAX_REPEATS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -92,6 +94,13 @@ def test_the_layers_of_the_example_are_stable_diffusions() -> None:
     targets = resolve_section(components, AdapterSection.model_validate(section))
     sizes = Counter((target.component, target.group.targets[0] if target.group else "") for target in targets)
     assert sizes == {("unet", ""): 160, ("unet", "proj_in"): 32 + 44, ("text_encoder", "q_proj"): 72}
+
+
+def test_the_bounds_of_captions_and_repeats_are_those_of_the_code() -> None:
+    text = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
+    assert f"The number is from 1 to {MAX_REPEATS}." in text
+    assert f"one of more than {MAX_CAPTION_BYTES:,} characters" in text
+    assert all(SPECIAL_TOKENS.fullmatch(token) for token in re.findall(r"`(<\|.*?\|>)`", text))
 
 
 def test_the_readme_names_every_preset() -> None:

@@ -188,6 +188,17 @@ def test_captions_that_are_there_are_kept_unless_asked(pictures: Path) -> None:
     assert (pictures / "0.txt").read_text() == (pictures / "1.txt").read_text() == "words\n"
 
 
+def test_a_caption_without_words_is_written_over_and_a_pipe_is_not_waited_for(pictures: Path) -> None:
+    (pictures / "0.txt").write_text(" ,\n\u200b\n")
+    os.mkfifo(pictures / "1.txt")
+    (pictures / "2.txt").write_text("ein Käse", encoding="utf-16")
+    result = caption_folder(pictures, stub())
+    assert (pictures / "0.txt").read_text() == "words\n"
+    assert (result.num_written, result.num_kept) == (5, 1)
+    [skipped] = result.skipped
+    assert skipped["picture"] == "1.png" and "1.txt: is a named pipe" in skipped["reason"]
+
+
 def test_a_caption_that_cannot_be_read_is_not_written_over(pictures: Path) -> None:
     (pictures / "0.txt").write_bytes("größer".encode("latin-1"))
     result = caption_folder(pictures, stub())

@@ -2,13 +2,18 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import lorascope
+from lorascope.base.loading import count_tokens, load_tokenizer
+from lorascope.config import BaseSection
 from lorascope.data.captions import (
     MAX_CAPTION_BYTES,
+    SPECIAL_TOKENS,
     caption_in,
     clean_caption,
     complete_caption,
@@ -113,6 +118,15 @@ def test_special_tokens_are_taken_out_of_captions(caption: str, text: str) -> No
     assert "special tokens (<|startoftext|>, <|endoftext|>) taken out of the caption" in treatments
     with pytest.raises(RefusedError, match="^the caption is empty$"):
         clean_caption("<|endoftext|>\n")
+
+
+@pytest.mark.parametrize("base", ["base/sd15", "pocket/base"])
+def test_the_special_tokens_are_those_of_the_tokenizer(base: str) -> None:
+    tokenizer = load_tokenizer(BaseSection(model=str(Path(lorascope.__file__).parent / base)))
+    assert all(SPECIAL_TOKENS.fullmatch(token) for token in tokenizer.all_special_tokens)
+    assert count_tokens(tokenizer, "a cat<|endoftext|>") == count_tokens(tokenizer, "a cat") + 1
+    text, _ = clean_caption("a cat<|endoftext|>")
+    assert count_tokens(tokenizer, text) == count_tokens(tokenizer, "a cat")
 
 
 def test_what_only_looks_like_a_special_token_is_text() -> None:

@@ -130,6 +130,15 @@ def test_prefix_and_trigger_word_count_as_tokens_and_are_recorded(tmp_path: Path
     }
 
 
+@pytest.mark.parametrize("key", ["caption_prefix", "trigger_word"])
+def test_special_tokens_before_every_caption_are_an_error(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a.parquet", plain(3))
+    with pytest.raises(
+        DataError, match=rf"^data.{key}: holds <\|endoftext\|>, which would end every caption: take"
+    ):
+        prepare(path, **{key: "a <|endoftext|>"})
+
+
 def test_an_unreadable_picture_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pictures(tmp_path, ["1.png", "2.png", "3.png"])
     for path in list(tmp_path.glob("*.png")):

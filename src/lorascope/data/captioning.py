@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageP
 from lorascope.base.hub import fetch_snapshot
 from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text, has_words
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError, open_picture
+from lorascope.data.sources import MAX_METADATA_BYTES
 from lorascope.errors import BaseModelError, DataError, first_line
-from lorascope.store import write_text
+from lorascope.store import open_regular, read_regular, write_text
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
 SAVE_EVERY_S = 30.0
@@ -311,11 +312,7 @@ class _Metadata:
 
     def _read(self) -> None:
         try:
-            text = decode_text(self._path.read_bytes())
-        except OSError as error:
-            raise DataError(
-                f"{self._path}: cannot be read ({error.strerror}): correct its permissions, or move it away"
-            ) from error
+            text = decode_text(read_regular(self._path, DataError, MAX_METADATA_BYTES))
         except RefusedError as error:
             raise DataError(f"{self._path}: {error}") from error
         self._lines = text.removesuffix("\n").split("\n") if text else []
@@ -372,14 +369,13 @@ def _beside(picture: Path) -> str:
     if path is None:
         return ""
     try:
-        with path.open("rb") as file:
-            return caption_in(file.read(MAX_CAPTION_BYTES + 1))[0].strip()
+        with open_regular(path, DataError) as file:
+            text = caption_in(file.read(MAX_CAPTION_BYTES + 1))[0].strip()
     except RefusedError as error:
         raise RefusedError(f"{path.name}: {error}, or delete it") from error
-    except OSError as error:
-        raise RefusedError(
-            f"{path.name} cannot be read ({error.strerror}): correct its permissions, or delete it"
-        ) from error
+    except (DataError, OSError) as error:
+        raise RefusedError(first_line(error)) from error
+    return text if has_words(text) else ""
 
 
 def _is_unicode(text: str) -> bool:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from lorascope.config import DataSection
 from lorascope.console import log
-from lorascope.data.captions import Caption, clean_caption, complete_caption
+from lorascope.data.captions import SPECIAL_TOKENS, Caption, clean_caption, complete_caption
 from lorascope.data.duplicates import near_groups
 from lorascope.data.index import Outcome, PictureIndex, default_index_dir
 from lorascope.data.pictures import (
@@ -196,6 +196,9 @@ def check_source(
     """The first half of `prepare_data`: look at every row. Raises `DataError` if the source cannot be
     read.
     """
+    for key in ("caption_prefix", "trigger_word"):
+        if token := SPECIAL_TOKENS.search(getattr(section, key) or ""):
+            raise DataError(f"data.{key}: holds {token[0]}, which would end every caption: take it out")
     source = open_source(section)
     checked = Checked(source, section, _buckets_of(section), source.num_rows)
     if not source.num_rows:
