@@ -189,7 +189,9 @@ def test_everything_public_has_a_docstring(module: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_lines_fit_the_page(module: str) -> None:
-    assert [number for number, line in enumerate(SOURCES[module].splitlines(), 1) if len(line) > 140] == []
+    """110 columns, not counting what is said to the type checker."""
+    lines = [re.sub(r"  # type: ignore.*", "", line) for line in SOURCES[module].splitlines()]
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 110] == []
 
 
 def errors_raised(tree: ast.AST) -> set[str]:

@@ -583,9 +583,28 @@ def test_bounds_are_found_for_lists_and_tables_too() -> None:
 
 
 TOML_SCRAPS = st.sampled_from(
-    [*"=[]{}.,\"'#\n", '"""', "[[arms]]\n", "[train]\n", "rank", "alpha", "lr", "= 1e-3", "1979-05-27T07:32:00Z",
-     "07:32:00", "inf", "nan", "0x" + "f" * 5000, "9" * 5000, "true", "optimizer_args", "preset", '"pocket"', "seeds"]
-)  # fmt: skip
+    [
+        *"=[]{}.,\"'#\n",
+        '"""',
+        "[[arms]]\n",
+        "[train]\n",
+        "rank",
+        "alpha",
+        "lr",
+        "= 1e-3",
+        "1979-05-27T07:32:00Z",
+        "07:32:00",
+        "inf",
+        "nan",
+        "0x" + "f" * 5000,
+        "9" * 5000,
+        "true",
+        "optimizer_args",
+        "preset",
+        '"pocket"',
+        "seeds",
+    ]
+)
 TOML_VALUES = st.recursive(
     st.booleans()
     | st.integers()
@@ -613,8 +632,11 @@ TABLES = st.dictionaries(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(content=st.binary(max_size=60) | st.lists(TOML_SCRAPS, max_size=25).map(lambda parts: "".join(parts).encode())
-       | TABLES.map(lambda table: tomli_w.dumps(table).encode(errors="surrogatepass")))  # fmt: skip
+@given(
+    content=st.binary(max_size=60)
+    | st.lists(TOML_SCRAPS, max_size=25).map(lambda parts: "".join(parts).encode())
+    | TABLES.map(lambda table: tomli_w.dumps(table).encode(errors="surrogatepass"))
+)
 def test_any_study_file_gives_a_study_that_comes_back_or_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "any.toml"
     path.write_bytes(content)

@@ -1,5 +1,5 @@
-"""What a run folder was made from: another configuration or other data is refused, and digests say why a stage
-runs again.
+"""What a run folder was made from: another configuration or other data is refused, and digests say why a
+stage runs again.
 """
 
 from pathlib import Path

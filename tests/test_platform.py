@@ -1,4 +1,4 @@
-"""Systems without what only POSIX has: no such modules, no /proc, spaces and letters of any script in paths."""
+"""Systems without what only POSIX has: no such modules, no /proc, paths in any script."""
 
 import ast
 import os
@@ -33,8 +33,8 @@ MODULES = sorted(
     if path.name != "__main__.py"
 )
 
-# Found by every Python process as `sitecustomize`, by passes side by side too. It refuses lorascope what other systems
-# have not; libraries, which choose by `sys.platform`, keep theirs here.
+# Found by every Python process as `sitecustomize`, by passes side by side too. It refuses lorascope what
+# other systems have not; libraries, which choose by `sys.platform`, keep theirs here.
 WITHOUT_POSIX = f"""
 import builtins, importlib, os, pathlib, sys
 

@@ -20,7 +20,8 @@ from lorascope.config import preset_text
 from lorascope.store import read_json
 from pretended_cuda import guard
 
-# Where training may wait for the device: before and after the steps, in checkpoints and at the end of an epoch.
+# Where training may wait for the device: before and after the steps, in checkpoints and at the end of an
+# epoch.
 _BESIDE_STEPS = {
     "parked",
     "AdapterBank.__init__",
@@ -31,7 +32,8 @@ _BESIDE_STEPS = {
     "Trainer.save_checkpoint",
     "_probe_selected",
 }
-# Where drawing may: before the first step of a batch, and after the last, when its pictures are checked and taken.
+# Where drawing may: before the first step of a batch, and after the last, when its pictures are checked and
+# taken.
 _BESIDE_DENOISING = {
     "AdapterBank.__init__",
     "AdapterBank.initialize",
@@ -80,7 +82,7 @@ def _waits(seen: dict[str, Any], stage: str) -> dict[tuple[str, str], int]:
 
 
 def _check_waits(run: Path, seen: dict[str, Any]) -> None:
-    """A step may wait for the record of the one before, a batch of pictures for one check and its pictures."""
+    """A step may wait for the record of the one before, a batch of pictures for a check and itself."""
     steps = max(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
     training = _waits(seen, "train")
     assert training.pop(("wait", "_Pending.wait"), 0) <= steps
@@ -125,10 +127,19 @@ def broad(
         library,
         f"""
         base.model = "{folder / "base"}"
-        data = {{ source = "{folder / "pictures"}", resolution_px = 64, buckets = true, bucket_step_px = 16, heldout_share = 0.2 }}
+        data.source = "{folder / "pictures"}"
+        data.resolution_px = 64
+        data.buckets = true
+        data.bucket_step_px = 16
+        data.heldout_share = 0.2
         arms = [{{ rank = 2, lr = 1e-3, seed = [0, 1] }}, {{ rank = 4, lr = 1e30, seed = 0 }}]
         adapter.groups = [{{ component = "text_encoder", targets = ["q_proj", "v_proj"] }}]
-        train = {{ epochs = 2, batch_size = 2, accumulation_steps = 2, num_probe = 2, checkpoint_every_steps = 2, precision = "fp16" }}
+        train.epochs = 2
+        train.batch_size = 2
+        train.accumulation_steps = 2
+        train.num_probe = 2
+        train.checkpoint_every_steps = 2
+        train.precision = "fp16"
         sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1] }}
         score = {{ model = "{scorer_folder}", resamples = 100 }}
         """,

@@ -261,7 +261,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import lorascope.data.encoding, lorascope.evaluation.features, lorascope.training.feed, lorascope.training.group, lorascope.store
+import lorascope.data.encoding, lorascope.evaluation.features, lorascope.store
+import lorascope.training.feed, lorascope.training.group
 from lorascope.base.loading import Base
 from lorascope.config import load_study
 from lorascope.console import log

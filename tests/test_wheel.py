@@ -70,8 +70,8 @@ def test_the_installed_wheel_runs_the_smoke_study(wheel: Path, tmp_path: Path) -
         "OMP_NUM_THREADS": "1",
     }
     code = (
-        "import lorascope, sys; from lorascope.cli.app import main; "
-        f"assert lorascope.__file__.startswith({str(installed)!r}); sys.exit(main(sys.argv[1:]))"
+        "import lorascope, sys; from lorascope.cli.app import main; assert "
+        f"lorascope.__file__.startswith({str(installed)!r}); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-S", "-c", code, "study", "--preset", "smoke", "--quiet"]
     result = subprocess.run(

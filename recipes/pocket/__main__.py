@@ -191,9 +191,18 @@ def make_unet(world: World) -> None:
     prompts = [prompt_of(by_name[name]) for name in NORMAL]
     start = UNet2DConditionModel.from_pretrained(base_dir / "unet") if config.unet.goes_on else None
     for samples, average in train_unet(
-        latents, subject_index, states, empty_state, config.unet, config.text, config.seed, world.work_dir, device,
-        world.log, start,
-    ):  # fmt: skip
+        latents,
+        subject_index,
+        states,
+        empty_state,
+        config.unet,
+        config.text,
+        config.seed,
+        world.work_dir,
+        device,
+        world.log,
+        start,
+    ):
         pipeline = build_pipeline(vae, encoder, tokenizer, average.eval())
         size_px = DRAFT_SIZE_PX if samples <= config.unet.draft_samples else IMAGE_SIZE_PX
         sheet = contact_sheet(draw_prompts(pipeline, prompts, config.seed, size_px), 13, IMAGE_SIZE_PX)

@@ -24,11 +24,13 @@ license: cc-by-sa-4.0
 ---
 # Pocket cartoons
 
-All emoji designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0.
+All emoji designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. License: CC
+BY-SA 4.0.
 
-{num_train} drawings to train on and {num_test} held out, 64 px on white, in the layout of `Norod78/cartoon-blip-captions`:
-`image` (PNG) and `text`. A caption is a subject's name, its name and some keywords, or keywords alone. Exact and
-near duplicates never straddle the split, and the subjects of the pocket world's normal prompts are all held out.
+{num_train} drawings to train on and {num_test} held out, 64 px on white, in the layout of
+`Norod78/cartoon-blip-captions`: `image` (PNG) and `text`. A caption is a subject's name, its name and some
+keywords, or keywords alone. Exact and near duplicates never straddle the split, and the subjects of the
+pocket world's normal prompts are all held out.
 
 """
 
@@ -38,13 +40,15 @@ library_name: diffusers
 ---
 # Pocket base
 
-A `StableDiffusionPipeline` small enough for a CPU: {unet_params:,} parameters in the U-Net, 64 px, Stable Diffusion's
-blocks and noise schedule. It knows {known_subjects} subjects (animals, plants, food, vehicles, things) as three emoji
-vendors draw them: Noto, Twemoji and Fluent. It is made for testing LoRA training quickly, not for pictures.
+A `StableDiffusionPipeline` small enough for a CPU: {unet_params:,} parameters in the U-Net, 64 px, Stable
+Diffusion's blocks and noise schedule. It knows {known_subjects} subjects (animals, plants, food, vehicles,
+things) as three emoji vendors draw them: Noto, Twemoji and Fluent. It is made for testing LoRA training
+quickly, not for pictures.
 
-Trained on {unet_samples:,} drawings. Of {num_captions} generated images (30 DDIM steps, guidance 7.5), {base_r1:.0%} are
-nearest to their own caption among {num_captions}, and {base_r5:.0%} have it among the nearest five, by the pocket scorer.
-The U-Net never saw a cartoon drawing; the autoencoder saw the cartoon's training rows.
+Trained on {unet_samples:,} drawings. Of {num_captions} generated images (30 DDIM steps, guidance 7.5),
+{base_r1:.0%} are nearest to their own caption among {num_captions}, and {base_r5:.0%} have it among the
+nearest five, by the pocket scorer. The U-Net never saw a cartoon drawing; the autoencoder saw the cartoon's
+training rows.
 
 """
 
@@ -54,9 +58,10 @@ library_name: transformers
 ---
 # Pocket scorer
 
-A `CLIPModel` of {scorer_params:,} parameters that says which caption a 64 px drawing fits. It shares no weights with the
-pocket base. Trained on all vendors but EmojiOne and on the cartoon's training rows; of EmojiOne's drawings, which it
-never saw, {scorer_r1:.0%} are nearest to their own caption among {num_captions}, and {scorer_r5:.0%} have it among the nearest five.
+A `CLIPModel` of {scorer_params:,} parameters that says which caption a 64 px drawing fits. It shares no
+weights with the pocket base. Trained on all vendors but EmojiOne and on the cartoon's training rows; of
+EmojiOne's drawings, which it never saw, {scorer_r1:.0%} are nearest to their own caption among
+{num_captions}, and {scorer_r5:.0%} have it among the nearest five.
 
 """
 

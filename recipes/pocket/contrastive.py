@@ -69,8 +69,8 @@ def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -
     mirror = torch.sign(uniform(-1, 1))
     stretch = 1 + uniform(-0.12, 0.14) * strength
     cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
-    rows = torch.stack([cos * mirror * stretch, -sin, strength * uniform(-0.2, 0.2), sin * mirror * stretch, cos,
-                        strength * uniform(-0.2, 0.2)], 1)  # fmt: skip
+    shift_x, shift_y = strength * uniform(-0.2, 0.2), strength * uniform(-0.2, 0.2)
+    rows = torch.stack([cos * mirror * stretch, -sin, shift_x, sin * mirror * stretch, cos, shift_y], 1)
     grid = F.affine_grid(rows.view(batch, 2, 3), list(images.shape), align_corners=False)
     images = 1 - F.grid_sample(1 - images, grid, align_corners=False)
 

@@ -86,17 +86,14 @@ class BaseSection(Section):
     model: Text = Field(
         default="pocket",
         description="`pocket`, a diffusers folder, one checkpoint file in the original layout "
-        "(`.safetensors`, "
-        "`.ckpt`), or a hub id "
-        "such as `stable-diffusion-v1-5/stable-diffusion-v1-5`",
+        "(`.safetensors`, `.ckpt`), or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`",
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
         default="auto",
         description=(
-            "what the U-Net predicts; `auto` takes what the base says of itself, and `epsilon` "
-            "for a single "
-            "file"
+            "what the U-Net predicts; `auto` takes what the base says of itself, and `epsilon` for a "
+            "single file"
         ),
     )
 
@@ -107,9 +104,8 @@ class DataSection(Section):
     source: Text = Field(
         default="pocket",
         description=(
-            "`pocket`, a Parquet file or folder, a picture folder with captions, WebDataset tar "
-            "files, or a "
-            "hub data set id"
+            "`pocket`, a Parquet file or folder, a picture folder with captions, WebDataset tar files, "
+            "or a hub data set id"
         ),
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub data set")
@@ -126,9 +122,8 @@ class DataSection(Section):
         le=4096,
         multiple_of=8,
         description=(
-            "side of the centre-cropped square picture, in pixels; with buckets the side of a "
-            "square of the "
-            "same area"
+            "side of the centre-cropped square picture, in pixels; with buckets the side of a square "
+            "of the same area"
         ),
     )
     buckets: Flag = Field(
@@ -247,9 +242,8 @@ class ArmGrid(Section):
     alpha: PositiveReal | PositiveReals | None = Field(
         default=None,
         description=(
-            "alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`; alpha "
-            "is the rank "
-            "when both are absent"
+            "alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`; alpha is the "
+            "rank when both are absent"
         ),
     )
     alpha_per_rank: PositiveReal | PositiveReals | None = Field(
@@ -350,9 +344,8 @@ class TrainSection(Section):
     gradient_checkpointing: Flag | None = Field(
         default=None,
         description=(
-            "compute activations again instead of keeping them: a third slower; only where "
-            "memory is short "
-            "when absent"
+            "compute activations again instead of keeping them: a third slower; only where memory is "
+            "short when absent"
         ),
     )
     max_grad_norm: Real = Field(
@@ -364,9 +357,8 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
         description=(
-            "dtype of the frozen base: `auto` is the fastest here, timed at the start; adapters "
-            "are always "
-            "fp32"
+            "dtype of the frozen base: `auto` is the fastest here, timed at the start; adapters are "
+            "always fp32"
         ),
     )
     cuda_graph: Flag = Field(
@@ -403,9 +395,8 @@ class SampleSection(Section):
     prompt_prefix: Text | None = Field(
         default=None,
         description=(
-            "text put before every prompt that is drawn, such as a trigger word; scores are "
-            "against the "
-            "prompt without it"
+            "text put before every prompt that is drawn, such as a trigger word; scores are against "
+            "the prompt without it"
         ),
     )
     num_prompts: Positive | None = Field(
@@ -644,7 +635,9 @@ def _one_line(message: str) -> str:
 
 
 def _require_shallow(table: Mapping[str, Any], origin: str) -> None:
-    """Raise `ConfigError` where tables and lists stand in each other so deep that nothing here would take them."""
+    """Raise `ConfigError` where tables and lists stand in each other so deep that nothing here would take
+    them.
+    """
     level: list[Any] = [table]
     for _ in range(_MAX_DEPTH):
         level = [
@@ -826,7 +819,10 @@ def _explain(error: ValidationError, values: Any, origins: Mapping[str, str]) ->
     match kind:
         case "extra_forbidden":
             known = [*_schema(keys[:-1]).model_fields, *(["preset"] if len(keys) == 1 else [])]
-            return f"{origin}: {place}: unknown key; known here: {', '.join(known)}{_did_you_mean(keys[-1], known)}"
+            return (
+                f"{origin}: {place}: unknown key; known here: "
+                f"{', '.join(known)}{_did_you_mean(keys[-1], known)}"
+            )
         case "value_error":
             return (
                 f"{given}: {context['error']}"

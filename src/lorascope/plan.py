@@ -60,7 +60,10 @@ class Plan:
         for arm in self.arms:
             count = arm["parameters"]
             parameters = f"{count:,} parameters, {size(4 * count)}"
-            choices = f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr {arm['lr']:<8g} seed {arm['seed']}"
+            choices = (
+                f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr "
+                f"{arm['lr']:<8g} seed {arm['seed']}"
+            )
             choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
             lines.append(f"  {arm['name']:<16} {choices}  {parameters}")
         shown = f"at most {self.num_train:,} pictures" if self.num_train else "all pictures of the source"
@@ -99,9 +102,8 @@ class Plan:
                 "up for it) or data.resolution_px"
             )
         known = self.estimated_s is not None
-        lines.append(
-            f"time       {f'about {duration(self.estimated_s or 0)} (rough)' if known else 'known once the data is read'}"
-        )
+        time = f"about {duration(self.estimated_s or 0)} (rough)" if known else "known once the data is read"
+        lines.append(f"time       {time}")
         lines.append(f"disk       about {size(self.estimated_bytes)}")
         return "\n".join(lines)
 
@@ -110,8 +112,8 @@ def plan_study(config: StudyConfig) -> Plan:
     """The plan behind `--dry-run`: loads no weights, downloads nothing.
 
     Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product.
-    Raises `ConfigError` for an optimizer or tracker with which the study would not start, and `DataError` for a
-    folder of pictures with which it would not.
+    Raises `ConfigError` for an optimizer or tracker with which the study would not start, and `DataError` for
+    a folder of pictures with which it would not.
     """
     check_optimizer(config)
     require_trackers(config.trackers)

@@ -94,7 +94,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _replace(partial: Path, path: Path) -> None:
-    """Rename over `path`. Windows refuses that while anyone reads it, such as a virus scanner: this waits for it."""
+    """Rename over `path`. Windows refuses that while anyone reads it, such as a virus scanner: this waits for
+    it.
+    """
     give_up = time.monotonic() + _REPLACE_WAIT_S
     while True:
         try:
@@ -145,8 +147,9 @@ _KINDS = (
 def require_regular(path: Path, error: type[LorascopeError] = StorageError) -> os.stat_result:
     """The status of a regular file, or of the one a link leads to.
 
-    Raises `error`, one line, where anything else stands there, since opening a named pipe waits for ever and a device
-    may have no end, and where the system does not let it be looked at. Where nothing is, `FileNotFoundError` stays.
+    Raises `error`, one line, where anything else stands there, since opening a named pipe waits for ever and
+    a device may have no end, and where the system does not let it be looked at. Where nothing is,
+    `FileNotFoundError` stays.
     """
     with _reading(path, error):
         status = path.stat()
@@ -166,7 +169,9 @@ def open_regular(path: Path, error: type[LorascopeError] = StorageError) -> Buff
 def read_regular(
     path: Path, error: type[LorascopeError] = StorageError, limit_bytes: int | None = None
 ) -> bytes:
-    """The content of a regular file; raises as `require_regular`, and `error` where it is larger than the limit."""
+    """The content of a regular file; raises as `require_regular`, and `error` where it is larger than the
+    limit.
+    """
     size = require_regular(path, error).st_size
     if limit_bytes is not None and size > limit_bytes:
         raise error(f"{path}: has {size:,} bytes, at most {limit_bytes:,} are read: name the right file")
@@ -346,7 +351,8 @@ class JsonLines:
 
     def _damaged(self, number: int, reason: str) -> StorageError:
         return StorageError(
-            f"{self.path}: line {number} is damaged ({reason}): delete that line, or run again in an empty folder"
+            f"{self.path}: line {number} is damaged ({reason}): delete that line, or run again in an "
+            "empty folder"
         )
 
 

@@ -145,8 +145,8 @@ class Study:
 
     @functools.cached_property
     def fast_paths(self) -> FastPaths:
-        """What may be used on this device: on a GPU all that was not found wrong there, at this start if there
-        was none before with these versions. On a CPU, which has no such paths, nothing is checked.
+        """What may be used on this device: on a GPU all that was not found wrong there, at this start if
+        there was none before with these versions. On a CPU, which has no such paths, nothing is checked.
         """
         if self.device.type != "cuda":
             return ALL_PATHS

@@ -521,9 +521,14 @@ def test_a_peft_configuration_says_alpha(tmp_path: Path) -> None:
 def test_a_real_peft_adapter_with_patterns_is_read(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     """PEFT's own save, with rank and alpha patterns and rsLoRA, gives the updates that PEFT merges."""
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "proj_in"], rank_pattern={"proj_in": 2}, alpha_pattern={"proj_in": 3},
-        use_rslora=True, init_lora_weights=False,
-    )  # fmt: skip
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "proj_in"],
+        rank_pattern={"proj_in": 2},
+        alpha_pattern={"proj_in": 3},
+        use_rslora=True,
+        init_lora_weights=False,
+    )
     model = peft.get_peft_model(copy.deepcopy(pipeline.unet), config)
     model.save_pretrained(str(tmp_path / "folder"))
     adapter = load_adapter(tmp_path / "folder")

@@ -270,8 +270,7 @@ def test_nothing_cached_and_no_network(revision: str | None) -> None:
         fetch(revision=revision)
     assert str(error.value) == (
         f"{WHAT}: http://127.0.0.1:9 cannot be reached (ConnectError: [Errno 111] Connection refused): "
-        "check network, proxy and"
-        " HF_ENDPOINT, or give a local folder"
+        "check network, proxy and HF_ENDPOINT, or give a local folder"
     )
 
 
@@ -286,7 +285,10 @@ def test_an_unknown_or_private_repository(
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     noun = {"model": "model", "dataset": "data set"}[kind]
-    message = f"no {noun} of this id at {server.url}, or a private one: check the id, or log in with `hf auth login` or HF_TOKEN"
+    message = (
+        f"no {noun} of this id at {server.url}, or a private one: check the id, or log in with `hf auth "
+        "login` or HF_TOKEN"
+    )
     with pytest.raises(HubError, match=message):
         fetch_snapshot(
             "owner/unknown", kind=kind, revision=None, patterns=["*"], what="data.source = 'owner/unknown'"
@@ -367,8 +369,8 @@ def test_no_file_that_matches(server: HubServer) -> None:
         fetch(("*.ckpt", "*.parquet"))
     assert str(error.value) == (
         f"{WHAT}: none of the files needed (*.ckpt, *.parquet) at main, which has notes.md, "
-        "part0/config.json, part1/config.json,"
-        " part2/config.json, part3/config.json and 2 more: give another model, or another revision"
+        "part0/config.json, part1/config.json, part2/config.json, part3/config.json and 2 more: give "
+        "another model, or another revision"
     )
     server.repos["models/owner/tiny"].commit({}, "empty")
     with pytest.raises(HubError, match="at empty, which has no files"):

@@ -226,7 +226,8 @@ from lorascope.data.index import PictureIndex
 from lorascope.data.pictures import PictureFacts
 with PictureIndex(Path({str(tmp_path)!r}), "here") as entries:
     for number in range(2000):
-        entries.add(f"{{sys.argv[1]}} {{number}}", {STAMP}, PictureFacts("ab" * 32, b"p" * 32, 1, b"t" * 768, 640, 480, ()))
+        facts = PictureFacts("ab" * 32, b"p" * 32, 1, b"t" * 768, 640, 480, ())
+        entries.add(f"{{sys.argv[1]}} {{number}}", {STAMP}, facts)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}
     processes = [

@@ -182,7 +182,8 @@ def test_picture_folder_with_metadata(tmp_path: Path, kind: str, column: str) ->
         (f"metadata.{kind}#{lines[2]}", "file_name = '/absolute.png' does not name a file in this folder"),
         (
             "3.png",
-            f"no caption: no line of metadata.{kind} names it, and 3.txt is not read where there is such a list",
+            f"no caption: no line of metadata.{kind} names it, and 3.txt is not read where there is "
+            "such a list",
         ),
     ]
 
@@ -597,8 +598,8 @@ def test_numbers_in_names_of_folders_that_are_no_repeats_are_said(tmp_path: Path
     assert len(examples) == 7
     rest = "their pictures are seen as often as others; to see them 10 times, call a folder such as 10_name"
     assert dataset.summary["remarks"] == [
-        "names of folders that begin with a number that is no number of repeats, which is whole and from 1 to 999: "
-        f"1.5_style, 1000_many, 2024_holiday and 1 more: {rest}",
+        "names of folders that begin with a number that is no number of repeats, which is whole and "
+        f"from 1 to 999: 1.5_style, 1000_many, 2024_holiday and 1 more: {rest}",
         f"names of folders that end with a number, which is not read as repeats: style_10: {rest}",
     ]
 
@@ -612,8 +613,8 @@ def test_pictures_that_are_to_be_seen_no_times_are_refused(tmp_path: Path, name:
         assert prepare(source).summary["refused"] == [
             {
                 "id": row_id,
-                "reason": f"the name of its folder {name} asks for no repeats: rename it with a number from 1 to "
-                "999, or take it away",
+                "reason": f"the name of its folder {name} asks for no repeats: rename it with a number "
+                "from 1 to 999, or take it away",
             }
         ]
 
@@ -623,8 +624,8 @@ def test_a_repeat_folder_that_is_the_source_itself_is_said(tmp_path: Path) -> No
     dataset = prepare(tmp_path / "10_cat")
     assert {example.repeats for example in (*dataset.train, *dataset.heldout)} == {1}
     assert dataset.summary["remarks"] == [
-        "repeats are read from folders inside the source, not from its own name 10_cat: give the folder above, or "
-        "set data.repeats"
+        "repeats are read from folders inside the source, not from its own name 10_cat: give the "
+        "folder above, or set data.repeats"
     ]
 
 
@@ -829,8 +830,8 @@ def test_a_pipe_as_a_source_is_not_opened(tmp_path: Path, name: str) -> None:
 
 @contextmanager
 def without_rights() -> Iterator[Path]:
-    """An empty folder that all can reach, in which the rights of files hold for us: root, who has all, is made
-    nobody.
+    """An empty folder that all can reach, in which the rights of files hold for us: root, who has all, is
+    made nobody.
     """
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as folder:
@@ -1152,7 +1153,8 @@ def test_metadata_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: p
     (tmp_path / "metadata.jsonl").symlink_to("nowhere")
     with pytest.raises(
         DataError,
-        match=r"metadata.jsonl is a link that leads nowhere \(No such file or directory\): put a file in its place",
+        match=r"metadata.jsonl is a link that leads nowhere \(No such file or directory\): "
+        "put a file in its place",
     ):
         prepare(tmp_path)
     (tmp_path / "below").mkdir()

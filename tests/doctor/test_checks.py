@@ -169,7 +169,7 @@ def test_arms_that_leak_into_each_other_are_found(base: Base, monkeypatch: pytes
 
 
 class Replayed:
-    """A stand-in for a recorder on a CPU: what it was first called with for a shape is what it reads later."""
+    """A stand-in for a recorder on a CPU: what it was first called with for a shape it reads later."""
 
     failed = False
 

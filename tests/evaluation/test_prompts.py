@@ -31,7 +31,10 @@ def test_sd15_names_the_reference_prompts() -> None:
 
 
 def test_format(tmp_path: Path) -> None:
-    text = "\ufeff# a comment\r\n\r\n[normal]\r\n  a cat  \r\n# another\r\na dog, \u0065\u0301clair\r\n[ odd-1 ]\r\n[normal\r\n"
+    text = (
+        "\ufeff# a comment\r\n\r\n[normal]\r\n  a cat  \r\n"
+        "# another\r\na dog, \u0065\u0301clair\r\n[ odd-1 ]\r\n[normal\r\n"
+    )
     assert load_prompts(write(tmp_path, text), None) == [
         Prompt("normal", 0, "a cat"),
         Prompt("normal", 1, "a dog, éclair"),

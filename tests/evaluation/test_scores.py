@@ -46,8 +46,12 @@ def test_scores_file_round_trips_in_the_contract_s_columns(tmp_path: Path) -> No
         for name in ("rank", "prompt_index", "seed", "clip_score", "training_seed")
     }
     assert types == {
-        "rank": pa.int32(), "prompt_index": pa.int32(), "seed": pa.int64(), "clip_score": pa.float64(), "training_seed": pa.int64(),
-    }  # fmt: skip
+        "rank": pa.int32(),
+        "prompt_index": pa.int32(),
+        "seed": pa.int64(),
+        "clip_score": pa.float64(),
+        "training_seed": pa.int64(),
+    }
     assert json.loads(schema.metadata[b"lorascope"]) == {"scorer": SCORER, "num_truncated": 2}
     assert [row.arm for row in scores.rows] == [BASE] * 6 + ["r16"] * 6 + [NOISE] * 3 + [SHUFFLED] * 3 + [
         REAL

@@ -166,10 +166,15 @@ def test_training_seeds_are_counted_per_setting() -> None:
 
 def test_style_is_read_from_the_last_held_out_record_of_all_bands() -> None:
     records = [
-        probe("r4", -0.5, epoch=2), probe("r4", 0.3, epoch=3), probe("r4", -0.1, epoch=1),
-        probe("r4", -9, epoch=9, band="0-250"), probe("r4", -9, epoch=9, split="train"), probe("r4", -9, epoch=9, conditional=False),
-        probe("base", 0, epoch=0), {"kind": "train", "arm": "r8", "step": 1},
-    ]  # fmt: skip
+        probe("r4", -0.5, epoch=2),
+        probe("r4", 0.3, epoch=3),
+        probe("r4", -0.1, epoch=1),
+        probe("r4", -9, epoch=9, band="0-250"),
+        probe("r4", -9, epoch=9, split="train"),
+        probe("r4", -9, epoch=9, conditional=False),
+        probe("base", 0, epoch=0),
+        {"kind": "train", "arm": "r8", "step": 1},
+    ]
     styles = read_styles(records)
     assert list(styles) == ["r4"]
     assert styles["r4"].difference == 0.3

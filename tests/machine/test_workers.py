@@ -99,7 +99,8 @@ folder = Path(sys.argv[1])
 run = RunDir(folder)
 with run.lock():
     try:
-        worker_tasks.run([["write", str(folder / "a")], ["write", str(folder / "b")]], Counted(), TWO, [run.lock_descriptor])
+        tasks = [["write", str(folder / name)] for name in ("a", "b")]
+        worker_tasks.run(tasks, Counted(), TWO, [run.lock_descriptor])
     except KeyboardInterrupt:
         sys.exit(130)
 """

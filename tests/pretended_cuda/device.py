@@ -298,8 +298,8 @@ def _to_tf32(value: Any) -> Any:
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same nest of lists, tuples and dicts with `function` of what lies in it; torch's own takes as long as the
-    whole study.
+    """The same nest of lists, tuples and dicts with `function` of what lies in it; torch's own takes as long
+    as the whole study.
     """
     if isinstance(value, list | tuple):
         return type(value)([_mapped(function, item) for item in value])

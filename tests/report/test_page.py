@@ -216,8 +216,12 @@ def test_tables_hold_the_numbers_of_score(two_arms: tuple[RunDir, Report, Page])
     assert contrasts is not None
     for row, contrast in zip(contrasts.rows, planned_contrasts(scores, resamples), strict=True):
         assert [cell.value for cell in row.cells[1:]] == [
-            contrast.difference.difference, contrast.difference.low, contrast.difference.high, contrast.p_value, contrast.p_adjusted
-        ]  # fmt: skip
+            contrast.difference.difference,
+            contrast.difference.low,
+            contrast.difference.high,
+            contrast.p_value,
+            contrast.p_adjusted,
+        ]
 
 
 def test_figure_tables_hold_the_numbers_of_score_and_metrics(two_arms: tuple[RunDir, Report, Page]) -> None:
@@ -229,8 +233,13 @@ def test_figure_tables_hold_the_numbers_of_score_and_metrics(two_arms: tuple[Run
             read_scores(run), row.cells[0].text, category=row.cells[1].text, resamples=500
         )
         assert [cell.value for cell in row.cells[2:]] == [
-            effect.num_prompts, effect.difference, effect.low, effect.high, effect.smallest_detectable, effect.share_above
-        ]  # fmt: skip
+            effect.num_prompts,
+            effect.difference,
+            effect.low,
+            effect.high,
+            effect.smallest_detectable,
+            effect.share_above,
+        ]
     records = [
         r
         for r in JsonLines(run.metrics_jsonl).read()

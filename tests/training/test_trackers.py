@@ -150,8 +150,10 @@ def test_trackio_goes_on_with_its_runs(tmp_path: Path) -> None:
     """In a process of its own: the package fixes its folder as it is imported."""
     pytest.importorskip("trackio")
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/training']; import os; from pathlib import Path; from test_trackers "
-        "import *\n"
+        "import os, sys\n"
+        "sys.path[:0] = ['tests', 'tests/training']\n"
+        "from pathlib import Path\n"
+        "from test_trackers import *\n"
         "folder = Path(os.environ['TRACKIO_DIR']).parent\n"
         "track('trackio', folder, range(1, 4)); track('trackio', folder, range(3, 6))\n"
         "import trackio\n"
@@ -179,7 +181,10 @@ def test_a_missing_package_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
-    message = rf"trackers = \[\"{name}\"\]: needs accelerate and {name}, not installed: pip install 'lorascope\[{extra}\]', or leave it out"
+    message = (
+        rf"trackers = \[\"{name}\"\]: needs accelerate and {name}, not installed: "
+        rf"pip install 'lorascope\[{extra}\]', or leave it out"
+    )
     with pytest.raises(ConfigError, match=message):
         require_trackers([name])
     with pytest.raises(ConfigError, match=message):

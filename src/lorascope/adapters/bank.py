@@ -81,8 +81,7 @@ def resolve_targets(module: nn.Module, names: Sequence[str], component: str = "u
         if not paths:
             raise AdapterError(
                 f"adapter.targets: {name!r} matches no module of the {component}: use name endings such "
-                "as to_q or ff.net.2, or a "
-                "pattern such as *.resnets.*.conv1"
+                "as to_q or ff.net.2, or a pattern such as *.resnets.*.conv1"
             )
         layers = {path: modules[path] for path in paths if isinstance(modules[path], nn.Linear | nn.Conv2d)}
         if not layers or (len(layers) < len(paths) and not _is_pattern(name)):
@@ -299,8 +298,7 @@ class AdapterBank:
         if unknown := sorted(set(adapter.modules) ^ set(expected)):
             raise AdapterError(
                 f"adapter {arm.name!r}: {len(unknown)} layers do not match the targets, the first is "
-                f"{unknown[0]!r}: "
-                "train it again or set adapter.targets as it was"
+                f"{unknown[0]!r}: train it again or set adapter.targets as it was"
             )
         for name, target in expected.items():
             module, rank = adapter.modules[name], target.rank(arm)

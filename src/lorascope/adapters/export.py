@@ -308,7 +308,10 @@ def _noted(written: Written, adapter: Adapter) -> Written:
     if not (others := misfits(adapter)):
         return written
     count = f"{len(others)} of {len(adapter.modules)}"
-    note = f"{count} modules do not fit Stable Diffusion v1.5, the first is {others[0]}: only the base it was trained on can use it"
+    note = (
+        f"{count} modules do not fit Stable Diffusion v1.5, the first is {others[0]}: only the base it was "
+        "trained on can use it"
+    )
     return Written(written.path, written.num_bytes, written.rounding, (*written.notes, note))
 
 

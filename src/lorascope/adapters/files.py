@@ -123,13 +123,25 @@ class Adapter:
 
 # A key is a module's name followed by one of these endings.
 _ENDINGS = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha", ".dora_scale": "dora_scale",
-    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
-    ".lora_magnitude_vector": "dora_scale", ".lora_magnitude_vector.weight": "dora_scale",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_magnitude_vector": "dora_scale",
+    ".lora_magnitude_vector.weight": "dora_scale",
     ".lora_magnitude_vector.default.weight": "dora_scale",
-    ".lora.down.weight": "down", ".lora.up.weight": "up", "_lora.down.weight": "down", "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-}  # fmt: skip
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+}
 _ENDING = re.compile(
     "(" + "|".join(re.escape(ending) for ending in sorted(_ENDINGS, key=len, reverse=True)) + ")$"
 )
@@ -262,8 +274,14 @@ _OTHER_KINDS = (  # a pattern in some key, and what a file with it is
     (r"^lora_controlnet|^control_model\.|controlnet_cond_embedding", "a ControlNet or Control-LoRA"),
     (r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]", "an adapter for Flux"),
     (r"(^|[._])joint_blocks[._]|^transformer\.transformer_blocks\.", "an adapter for Stable Diffusion 3"),
-    (r"^lora_te[23]_|^text_encoder_[23]\.|^lora_unet_(input_blocks|output_blocks|middle_block)_", "an adapter for SDXL"),
-    (r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.", "a full checkpoint, not an adapter"),
+    (
+        r"^lora_te[23]_|^text_encoder_[23]\.|^lora_unet_(input_blocks|output_blocks|middle_block)_",
+        "an adapter for SDXL",
+    ),
+    (
+        r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.",
+        "a full checkpoint, not an adapter",
+    ),
     (r"^(emb_params|string_to_param|clip_[lg]$)|^<.*>$", "a textual inversion embedding"),
 )  # fmt: skip
 _READS_TEXT = re.compile(
@@ -342,17 +360,26 @@ def parse_adapter(
 def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
     """What keeps the tensors of one module from being an adapter, or None."""
     if other := [field for field, tensor in found.items() if not tensor.is_floating_point()]:
-        return f"{path}: {other[0]} holds {str(found[other[0]].dtype).removeprefix('torch.')}, not floating-point weights"
+        return (
+            f"{path}: {other[0]} holds {str(found[other[0]].dtype).removeprefix('torch.')}, not "
+            "floating-point weights"
+        )
     if missing := [field for field in ("down", "up") if field not in found]:
         return (
             f"{path}: has {', '.join(sorted(found))} without {' and '.join(missing)}: the file is incomplete"
         )
     down, up, alpha = found["down"], found["up"], found.get("alpha")
     if down.ndim not in (2, 4) or up.ndim not in (2, 4) or 0 in (*down.shape, *up.shape):
-        return f"{path}: down is {list(down.shape)} and up is {list(up.shape)}: expected [r, in(, kh, kw)] and [out, r(, 1, 1)]"
+        return (
+            f"{path}: down is {list(down.shape)} and up is {list(up.shape)}: expected [r, in(, kh, kw)] and "
+            "[out, r(, 1, 1)]"
+        )
     mid = found.get("mid")
     if mid is not None and (mid.ndim != 4 or 0 in mid.shape or down.shape[2:].numel() != 1):
-        return f"{path}: the core lora_mid is {list(mid.shape)} and down {list(down.shape)}: expected [r, r, kh, kw] and [r, in, 1, 1]"
+        return (
+            f"{path}: the core lora_mid is {list(mid.shape)} and down {list(down.shape)}: expected [r, r, "
+            "kh, kw] and [r, in, 1, 1]"
+        )
     inner = down.shape[0] if mid is None else mid.shape[0]
     if (
         up.shape[1] != inner
@@ -360,7 +387,10 @@ def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
         or (mid is not None and mid.shape[1] != down.shape[0])
     ):
         core = "" if mid is None else f" with a core {list(mid.shape)}"
-        return f"{path}: down {list(down.shape)} and up {list(up.shape)}{core} do not fit together: their ranks must be equal"
+        return (
+            f"{path}: down {list(down.shape)} and up {list(up.shape)}{core} do not fit together: their "
+            "ranks must be equal"
+        )
     if alpha is not None and (alpha.numel() != 1 or not alpha.float().isfinite().all()):
         return f"{path}: alpha must be one finite number, is of shape {list(alpha.shape)}"
     magnitudes = found.get("dora_scale")
@@ -465,7 +495,8 @@ def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
         )
     elif not all(map(_is_finite_number, (config.get("lora_alpha", 0), *pattern.values()))):
         faults.append(
-            f"lora_alpha = {repr(config.get('lora_alpha'))[:80]} or a value of alpha_pattern is not a finite number"
+            f"lora_alpha = {repr(config.get('lora_alpha'))[:80]} or a value of alpha_pattern is not a "
+            "finite number"
         )
     else:
         return True
@@ -516,7 +547,8 @@ def load_adapter(path: Path | str) -> Adapter:
         raise AdapterError(f"{path}: {adapter.faults[0]}{more}")
     if not adapter.modules:
         raise AdapterError(
-            f"{path}: none of its {len(tensors)} keys names a module, the first is {adapter.leftover[0][:200]!r}"
+            f"{path}: none of its {len(tensors)} keys names a module, the first is "
+            f"{adapter.leftover[0][:200]!r}"
         )
     return adapter
 
@@ -570,16 +602,19 @@ def save_adapter(
     notes = []
     if adapter.leftover:
         notes.append(
-            f"{len(adapter.leftover)} keys belong to no module and are left out, the first is {adapter.leftover[0][:200]!r}"
+            f"{len(adapter.leftover)} keys belong to no module and are left out, the first is "
+            f"{adapter.leftover[0][:200]!r}"
         )
     modules, rounding = _rounded(adapter.modules, dtype)
     if rounding.num_lost > rounding.num_values / 1000:
         notes.append(
-            f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} and became 0"
+            f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} "
+            "and became 0"
         )
     if layout != "kohya" and any(module.mid is not None for module in modules.values()):
         notes.append(
-            f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same update in more bytes"
+            f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same "
+            "update in more bytes"
         )
         modules = {
             name: replace(module, down=module.full_down().contiguous(), mid=None)
@@ -616,8 +651,8 @@ def _rounded(modules: Mapping[str, LoraModule], dtype: str) -> tuple[dict[str, L
             exact, written = tensor.double(), tensors[name].double()
             if not written.isfinite().all():
                 raise AdapterError(
-                    f"{path}: {name} has values up to {float(exact.abs().max()):.3g}, beyond {dtype}'s {torch.finfo(target).max:.6g}: "
-                    "write bf16 or fp32"
+                    f"{path}: {name} has values up to {float(exact.abs().max()):.3g}, beyond {dtype}'s "
+                    f"{torch.finfo(target).max:.6g}: write bf16 or fp32"
                 )
             error += float((written - exact).square().sum())
             norm += float(exact.square().sum())
@@ -654,12 +689,14 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
         path.endswith(("out_proj", "fc1", "fc2")) for path in text
     ):  # by these alone it knows the kind of file (0.42)
         notes.append(
-            "diffusers refuses kohya files whose text-encoder modules are q, k and v alone: give it the diffusers file"
+            "diffusers refuses kohya files whose text-encoder modules are q, k and v alone: give it "
+            "the diffusers file"
         )
     elif len({module.effective_alpha for module in adapter.modules.values()}) > 1:
         # Its converter names the exceptions by the old attention processors, which match no module (0.42).
         notes.append(
-            "alpha differs between modules, which diffusers misreads in kohya files: give it the diffusers file"
+            "alpha differs between modules, which diffusers misreads in kohya files: give it the "
+            "diffusers file"
         )
     return tensors
 
@@ -720,7 +757,8 @@ def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], n
     """One file for diffusers' `load_lora_weights`."""
     if any(module.dora_scale is not None for module in adapter.modules.values()):
         raise AdapterError(
-            "DoRA: diffusers drops dora_scale from files and so would draw something else: write kohya or peft"
+            "DoRA: diffusers drops dora_scale from files and so would draw something else: write kohya "
+            "or peft"
         )
     tensors: dict[str, torch.Tensor] = {}
     options: dict[str, Any] = {}
@@ -731,14 +769,16 @@ def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], n
             tensors[f"{component}.{name}.lora_B.weight"] = module.up.contiguous()
     if any(module.effective_alpha != module.rank for module in adapter.modules.values()):
         notes.append(
-            "alpha is not the rank: diffusers reads it from this file's header, other programs do not: give them the kohya file"
+            "alpha is not the rank: diffusers reads it from this file's header, other programs do not: "
+            "give them the kohya file"
         )
     text = adapter.components().get("text_encoder", {})
     if text and not any(
         ".self_attn." in name for name in text
     ):  # by these alone it knows the kind of file (0.42)
         notes.append(
-            "diffusers refuses its own files whose text-encoder modules are mlp layers alone: give it the kohya file"
+            "diffusers refuses its own files whose text-encoder modules are mlp layers alone: give it "
+            "the kohya file"
         )
     save_tensors(
         path,
@@ -753,8 +793,8 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
     components = adapter.components()
     if set(components) != {"unet"}:
         notes.append(
-            "PEFT adapts one model a folder: the components are in folders of their own, unet/ and text_encoder/, "
-            "the latter under the names of transformers 5"
+            "PEFT adapts one model a folder: the components are in folders of their own, unet/ and "
+            "text_encoder/, the latter under the names of transformers 5"
         )
     total = 0
     for component, modules in components.items():
@@ -762,7 +802,8 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
         with_dora = [module.dora_scale is not None for module in modules.values()]
         if any(with_dora) and not all(with_dora):
             raise AdapterError(
-                f"{component}: {sum(with_dora)} of {len(with_dora)} modules are DoRA, PEFT needs all or none: write kohya"
+                f"{component}: {sum(with_dora)} of {len(with_dora)} modules are DoRA, PEFT needs all or "
+                "none: write kohya"
             )
         tensors = {}
         for name, module in modules.items():

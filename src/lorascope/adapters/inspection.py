@@ -94,7 +94,10 @@ class Inspection:
         if not self.modules:
             return self.what
         if bad := [module for module in self.modules if module.num_not_finite]:
-            return f"{len(bad)} of {len(self.modules)} modules hold NaN or infinite values: pictures turn black or to noise"
+            return (
+                f"{len(bad)} of {len(self.modules)} modules hold NaN or infinite values: pictures turn "
+                "black or to noise"
+            )
         if all(module.scale == 0 for module in self.modules):
             return "alpha is zero in every module, so its strength is zero"
         if all(module.is_zero for module in self.modules):

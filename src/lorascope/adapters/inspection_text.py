@@ -130,7 +130,10 @@ def _readers(inspection: Inspection) -> list[str]:
             case "refuses":
                 text = f"refuses: {clean(str(reading.refusal))}"
             case "nothing":
-                text = f"nothing: none of the {total} modules has a name and shape it looks for; passed over {SAYS[reading.reader]}"
+                text = (
+                    f"nothing: none of the {total} modules has a name and shape it looks for; passed over "
+                    f"{SAYS[reading.reader]}"
+                )
             case "in part":
                 taken, lost = total - len(reading.ignored), _lost(reading, inspection.modules)
                 text = f"in part: {taken} of {total} modules; passed over {SAYS[reading.reader]}: {lost}"
@@ -174,7 +177,10 @@ def _figures(inspection: Inspection) -> list[str]:
     if measured:
         norms = [float(module.norm or 0) for module in measured]
         most = max(measured, key=lambda module: module.norm or 0)
-        figures = f"least {min(norms):.3g}, median {statistics.median(norms):.3g}, most {max(norms):.3g} in {clean(most.name)}"
+        figures = (
+            f"least {min(norms):.3g}, median {statistics.median(norms):.3g}, most {max(norms):.3g} in "
+            f"{clean(most.name)}"
+        )
         lines += _row_lines("Norms", f"Frobenius norm of scale * B A: {figures}")
         used = [module.rank_used for module in measured if module.rank_used]
         if used:
@@ -185,7 +191,10 @@ def _figures(inspection: Inspection) -> list[str]:
             )
             lines += _row_lines("Rank used", text)
     near, zero = sum(module.is_near_zero for module in modules), sum(module.is_zero for module in modules)
-    meaning = f"near zero is a root mean square of the update below {NEAR_ZERO_RMS:g}, which half precision rounds away"
+    meaning = (
+        f"near zero is a root mean square of the update below {NEAR_ZERO_RMS:g}, which half precision "
+        "rounds away"
+    )
     lines += _row_lines(
         "Near zero",
         (

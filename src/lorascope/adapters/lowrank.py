@@ -247,8 +247,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, target: Target) -> Cut:
     if unlike := [path for path in base.shapes if tuned.shapes.get(path) != base.shapes[path]]:
         raise AdapterError(
             f"{tuned.path}: {unlike[0]} is {_shape(tuned, unlike[0])}, in {base.path} it is "
-            f"{_shape(base, unlike[0])}: "
-            "the two are not the same architecture"
+            f"{_shape(base, unlike[0])}: the two are not the same architecture"
         )
     layers = [path for path in base.layers if not path.endswith("embedding.weight")]
     modules, energy = {}, {}

@@ -145,7 +145,10 @@ def family_of_folder(folder: Path) -> str | None:
     if "model_type" in own:
         return f"a single model of type {str(own['model_type'])[:80]!r}"
     if (folder / "transformer").is_dir() and not (folder / "unet").exists():
-        return f"a model with a transformer in place of the U-Net ({repr(pipeline[:80]) if pipeline else 'no model_index.json'})"
+        return (
+            "a model with a transformer in place of the U-Net "
+            f"({repr(pipeline[:80]) if pipeline else 'no model_index.json'})"
+        )
     return family_of_unet(_read(folder / "unet" / "config.json"))
 
 

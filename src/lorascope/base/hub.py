@@ -69,8 +69,7 @@ def fetch_snapshot(
         found = _file_names(repo_id, kind, folder.name)
         raise HubError(
             f"{what}: none of the files needed ({', '.join(patterns)}) at {revision or 'main'}, which "
-            f"has {_some(found)}:"
-            f" give another {_noun(kind)}, or another revision"
+            f"has {_some(found)}: give another {_noun(kind)}, or another revision"
         )
     return folder
 
@@ -155,7 +154,10 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
     if isinstance(root, HFValidationError):
         return f"no hub id ({first_line(root)}): give owner/name"
     if names & _BAD_TOKEN or (status == 401 and "invalid credentials" in str(root).lower()):
-        return f"the hub does not accept your token: make a new one at {endpoint}/settings/tokens ({login}), or unset HF_TOKEN"
+        return (
+            f"the hub does not accept your token: make a new one at {endpoint}/settings/tokens ({login}), "
+            "or unset HF_TOKEN"
+        )
     if isinstance(root, GatedRepoError):
         return f"gated: log in on {page} and accept its terms, then log in here with {login}"
     if isinstance(root, DisabledRepoError):
@@ -165,27 +167,51 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
     ):
         return f"no {noun} of this id at {endpoint}, or a private one: check the id, or log in with {login}"
     if isinstance(root, RevisionNotFoundError):
-        return f"has no revision {revision or 'main'!r}: give a branch, a tag or a full commit hash from {page}/commits"
+        return (
+            f"has no revision {revision or 'main'!r}: give a branch, a tag or a full commit hash from "
+            f"{page}/commits"
+        )
     if isinstance(root, RemoteEntryNotFoundError):
         path = root.response.url.path
-        return f"the hub lists {path} and does not have it: give another revision, or download the files by hand and give the folder"
+        return (
+            f"the hub lists {path} and does not have it: give another revision, or download the files by "
+            "hand and give the folder"
+        )
     if status == 403:
         return f"the hub refuses access (403): use a token that may read {page} ({login})"
     if status == 429:
         wait = root.response.headers.get("Retry-After") if hasattr(root, "response") else None
-        return f"the hub limits your rate (429): wait {f'{wait} s' if wait else 'some minutes'} and run again; {login} raises the limit"
+        return (
+            f"the hub limits your rate (429): wait {f'{wait} s' if wait else 'some minutes'} and run again; "
+            f"{login} raises the limit"
+        )
     if status is not None:
         return f"the hub answered {status}: run the same command again later; what arrived whole is kept"
     if isinstance(root, LocalEntryNotFoundError):
         offline = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
-        return f"not complete in the cache ({constants.HF_HUB_CACHE}) and {offline}: go online once, or give a local folder"
+        return (
+            f"not complete in the cache ({constants.HF_HUB_CACHE}) and {offline}: go online once, or give a "
+            "local folder"
+        )
     if names & _NO_CONNECTION or (_is_transport(root) and not _may_pass(root)):
-        return f"{endpoint} cannot be reached ({_reason(root)}): check network, proxy and HF_ENDPOINT, or give a local folder"
+        return (
+            f"{endpoint} cannot be reached ({_reason(root)}): check network, proxy and HF_ENDPOINT, or give "
+            "a local folder"
+        )
     if _may_pass(root):
-        return f"the transfer broke off ({_reason(root)}): run the same command again; files that arrived whole are kept"
+        return (
+            f"the transfer broke off ({_reason(root)}): run the same command again; files that arrived "
+            "whole are kept"
+        )
     if isinstance(root, ValueError | KeyError):
-        return f"{endpoint} does not answer as a hub ({_reason(root)}): check HF_ENDPOINT and the proxy, or give a local folder"
-    return f"could not be fetched ({_reason(root)}): run again, with HF_HUB_DISABLE_XET=1 for plain transfers, or give a local folder"
+        return (
+            f"{endpoint} does not answer as a hub ({_reason(root)}): check HF_ENDPOINT and the proxy, or "
+            "give a local folder"
+        )
+    return (
+        f"could not be fetched ({_reason(root)}): run again, with HF_HUB_DISABLE_XET=1 for plain transfers, "
+        "or give a local folder"
+    )
 
 
 def _entry_errors() -> tuple[type[Exception], ...]:

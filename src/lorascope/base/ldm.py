@@ -171,8 +171,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], pairs: list[Pair], path
         if names:
             raise BaseModelError(
                 f"{path}: {what} {len(names)} tensors of Stable Diffusion v1, the first is "
-                f"{names[0][:200]!r}: "
-                "the file is damaged or of another architecture"
+                f"{names[0][:200]!r}: the file is damaged or of another architecture"
             )
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:

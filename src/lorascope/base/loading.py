@@ -159,7 +159,8 @@ class Base:
         """The same base with a U-Net in fp32, a copy whose weights are these ones exactly; itself where it is
         in fp32.
 
-        Where a GPU has no room for the copy, its merged weights and a picture, all parts are copied to the CPU.
+        Where a GPU has no room for the copy, its merged weights and a picture, all parts are copied to the
+        CPU.
         """
         if self.unet.dtype == torch.float32:
             return self
@@ -266,8 +267,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def _tried(device: torch.device) -> torch.device:
-    """The device, after a convolution, attention and their backward pass on it; torch's `RuntimeError` where they
-    fail.
+    """The device, after a convolution, attention and their backward pass on it; torch's `RuntimeError` where
+    they fail.
     """
     weight = torch.ones(2, 2, 3, 3, device=device, requires_grad=True)
     pixels = torch.nn.functional.conv2d(torch.ones(1, 2, 8, 8, device=device), weight)
@@ -331,8 +332,8 @@ def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
 
 
 def read_configs(section: BaseSection) -> dict[str, dict[str, Any]]:
-    """The configurations of the base's `unet`, `vae` and `text_encoder`, held against each other and the headers
-    of its weights, of which no data is read; raises `BaseModelError`.
+    """The configurations of the base's `unet`, `vae` and `text_encoder`, held against each other and the
+    headers of its weights, of which no data is read; raises `BaseModelError`.
     """
     place = _locate(section)
     with _config_folder(place) as folder:
@@ -461,7 +462,8 @@ def _locate(section: BaseSection) -> Path:
         return _locate_readable(section)
     except OSError as error:  # no right to look into it, or no path at all
         raise BaseModelError(
-            f"base.model = {section.model[:200]!r}: cannot be read ({error.strerror}): check the path and its permissions"
+            f"base.model = {section.model[:200]!r}: cannot be read ({error.strerror}): check the path "
+            "and its permissions"
         ) from error
 
 
@@ -581,7 +583,8 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
             num_layers *= max(counts) if isinstance(counts, list) else counts
         if num_layers > _MAX_LAYERS:
             raise BaseModelError(
-                f"{folder / component}: means {num_layers:,} layers, at most {_MAX_LAYERS} are built: {_WANTED}"
+                f"{folder / component}: means {num_layers:,} layers, at most {_MAX_LAYERS} are built: "
+                f"{_WANTED}"
             )
     return configs
 
@@ -631,8 +634,8 @@ def _alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
 
 
 def _checked_configs(folder: Path, place: Path) -> dict[str, dict[str, Any]]:
-    """The configurations in `folder` of the base at `place`; raises `BaseModelError` where they are not those of its
-    weights, or of models that work together.
+    """The configurations in `folder` of the base at `place`; raises `BaseModelError` where they are not those
+    of its weights, or of models that work together.
     """
     configs = _read_configs(folder)
     _check_fit(configs, place)
@@ -672,26 +675,24 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], place: Path) -> None:
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, text: Mapping[str, Any], place: Path) -> None:
-    """Raise `BaseModelError` where a text encoder of this configuration does not know what a tokenizer gives."""
+    """Raise `BaseModelError` where such a text encoder does not know what the tokenizer gives."""
     length, positions = tokenizer.model_max_length, text.get("max_position_embeddings", 77)
     if not (type(length) is int and type(positions) is int and 0 < length <= positions):
         raise BaseModelError(
             f"{place}: the tokenizer's model_max_length is {repr(length)[:80]} and the text encoder has "
-            f"{repr(positions)[:80]} positions: "
-            "parts of two bases"
+            f"{repr(positions)[:80]} positions: parts of two bases"
         )
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if len(tokenizer) != text.get("vocab_size") or highest >= len(tokenizer):
         raise BaseModelError(
-            f"{place}: the tokenizer has {len(tokenizer)} tokens up to number {highest} and the text encoder knows "
-            f"{repr(text.get('vocab_size'))[:80]}: "
-            "parts of two bases"
+            f"{place}: the tokenizer has {len(tokenizer)} tokens up to number {highest} and the text "
+            f"encoder knows {repr(text.get('vocab_size'))[:80]}: parts of two bases"
         )
 
 
 def _check_size(folder: Path, part: str, config: Mapping[str, Any]) -> None:
-    """Raise `BaseModelError` where a part's configuration means another model than its weights are, before anything
-    of that size is built; passes what has no weights.
+    """Raise `BaseModelError` where a part's configuration means another model than its weights are, before
+    anything of that size is built; passes what has no weights.
     """
     shapes = {
         name: info.shape
@@ -720,7 +721,9 @@ def _check_size(folder: Path, part: str, config: Mapping[str, Any]) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _fault_together(configs: str) -> str | None:
-    """What goes wrong when a picture goes through models of these configurations, as JSON, without data; or None."""
+    """What goes wrong when a picture goes through models of these configurations, as JSON, without data; or
+    None.
+    """
     own = json.loads(configs)
     with torch.device("meta"), torch.no_grad():
         parts: dict[str, Any] = {part: build_component(part, own[part]) for part in _MODELS}
@@ -784,8 +787,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             if names := sorted(name for name in names if not name.endswith("position_ids")):
                 raise BaseModelError(
                     f"{folder / part}: {what} {len(names)} tensors of the {kind.__name__}, the first is "
-                    f"{names[0]!r}: "
-                    "the folder is damaged or of another family"
+                    f"{names[0]!r}: the folder is damaged or of another family"
                 )
         require_finite(model.state_dict(), folder / part)
         models[part] = model

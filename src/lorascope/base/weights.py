@@ -315,8 +315,8 @@ def _check_archive(path: Path) -> int:
         named = ", ".join(name.replace(" ", ".")[:80] if name != _HIDDEN else name for name in unknown[:3])
         raise WeightsError(
             f"{path}: the pickle asks for {named}, which is more than weights and could run code; "
-            "nothing was run: "
-            "convert it to safetensors with a tool you trust, or get the safetensors file"
+            "nothing was run: convert it to safetensors with a tool you trust, or get the safetensors "
+            "file"
         )
     return size
 

@@ -386,7 +386,10 @@ def missing_for(kind: str, folder: Path, base: str) -> str | None:
     if kind == "kohya":
         for file, digest in KOHYA_FILES.items():
             if not (folder / file).is_file() or digest_file(folder / file) != digest:
-                return f"{folder / file} is not there as of commit {KOHYA_COMMIT[:12]}: run python benchmarks/fetch_peers.py"
+                return (
+                    f"{folder / file} is not there as of commit {KOHYA_COMMIT[:12]}: run python "
+                    "benchmarks/fetch_peers.py"
+                )
     return None
 
 

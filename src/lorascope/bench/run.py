@@ -49,8 +49,9 @@ REFERENCE_STEPS = 3750  # of one arm of the reference study: 1,500 pictures, 10 
 _RANKS = (16, 64)
 _RESOLUTION_PX = {"pocket": 64, "sd15": 512}
 _LANE_BYTES = {"pocket": 2**30, "sd15": 8 * 2**30}  # of the machine's memory that a waiting process may need
-# Of a GPU's memory that a process may hold for each of its adapters, its base's share included: a stack of eight on
-# SD v1.5 at 512 px was counted at 3.5 GiB an adapter with its graphs, beside 2 GiB of base and context.
+# Of a GPU's memory that a process may hold for each of its adapters, its base's share included: a stack of
+# eight on SD v1.5 at 512 px was counted at 3.5 GiB an adapter with its graphs, beside 2 GiB of base and
+# context.
 _ADAPTER_BYTES = {"pocket": 2**30, "sd15": 6 * 2**30}
 
 TOLERANCES: Mapping[str, Mapping[str, float]] = {
@@ -602,8 +603,7 @@ def _open_result(
             if found.get(key) != value:
                 raise ConfigError(
                     f"{path}: was measured with {key} = {json.dumps(found.get(key))}, now it is "
-                    f"{json.dumps(value)}: "
-                    "give --out another folder, or --again to measure all anew"
+                    f"{json.dumps(value)}: give --out another folder, or --again to measure all anew"
                 )
         return found
     return {**header, "started": now(), "flops": {}, "entries": {}}

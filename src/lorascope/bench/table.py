@@ -27,9 +27,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         f"{result['started'][:10]}.",
         "",
         f"Gate: {protocol['num_gate_steps']} steps. Timing: {protocol['num_warm_ups']} further "
-        f"warm-ups, {protocol['num_blocks']} blocks "
-        f"of {protocol['num_steps']} steps in turns; median of the blocks, in brackets the fastest and "
-        "the slowest.",
+        f"warm-ups, {protocol['num_blocks']} blocks of {protocol['num_steps']} steps in turns; median "
+        "of the blocks, in brackets the fastest and the slowest.",
         "",
     ]
     if limit := result.get("limit"):
@@ -38,8 +37,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         lines += [f"Limit (a large matrix product, measured): {limits}. A step needs (counted): {flops}.", ""]
     lines += [
         "| arm | | precision | ms per arm-step | x P1 | x P3 | x P4 | images/s | of the limit | peak "
-        "memory | reserved "
-        "| set-up + first step, s | 3,750 steps |",
+        "memory | reserved | set-up + first step, s | 3,750 steps |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = result["entries"]

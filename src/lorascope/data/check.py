@@ -134,7 +134,10 @@ class DataCheck:
         section = self.checked.section
         if not section.buckets:
             return f"the centre square at {section.resolution_px} px"
-        return f"{len(self.checked.buckets)} buckets, steps of {section.bucket_step_px} px, area up to {section.resolution_px} squared"
+        return (
+            f"{len(self.checked.buckets)} buckets, steps of {section.bucket_step_px} px, area up to "
+            f"{section.resolution_px} squared"
+        )
 
     def _count_buckets(self) -> list[tuple[tuple[int, int], int]]:
         counts = Counter(

@@ -133,12 +133,12 @@ def prepare_data(
     trained on.
 
     `count_tokens` gives a caption's length in tokens, with the start and end tokens. Longer captions than
-    `max_tokens` are kept, but what comes after is cut by the tokenizer, as diffusers' and kohya's training do;
-    that is noted. `progress` is called with rows done and rows in all. Rows that cannot be used are refused
-    with a reason and the rest goes on; each kind of refusal and treatment is logged. Of exact duplicates (same bytes or same decoded
-    pixels) one is kept, the first by digest, a training picture before a held-out one; near duplicates are
-    kept but never straddle the split. Pictures that were looked at before and have not changed are not read
-    again (`index_dir`, in the user's cache if None).
+    `max_tokens` are kept, but what comes after is cut by the tokenizer, as diffusers' and kohya's training
+    do; that is noted. `progress` is called with rows done and rows in all. Rows that cannot be used are
+    refused with a reason and the rest goes on; each kind of refusal and treatment is logged. Of exact
+    duplicates (same bytes or same decoded pixels) one is kept, the first by digest, a training picture before
+    a held-out one; near duplicates are kept but never straddle the split. Pictures that were looked at before
+    and have not changed are not read again (`index_dir`, in the user's cache if None).
 
     Raises `DataError` if the source cannot be read, too many rows are refused, or nothing is left to train on
     or to hold out.
@@ -181,9 +181,13 @@ def _log_reasons(checked: Checked, max_tokens: int) -> None:
     if long:
         longest = max(long, key=lambda picture: picture.num_tokens)
         log.warning(
-            "data     captions longer than %d tokens, which are cut there: %d, the longest, of %d, that of %s",
-            max_tokens, len(long), longest.num_tokens, name_some([longest.example.id]),
-        )  # fmt: skip
+            "data     captions longer than %d tokens, which are cut there: %d, the longest, of %d, "
+            "that of %s",
+            max_tokens,
+            len(long),
+            longest.num_tokens,
+            name_some([longest.example.id]),
+        )
 
 
 def check_source(
@@ -310,8 +314,7 @@ def _buckets_of(section: DataSection) -> list[tuple[int, int]]:
         return buckets
     raise DataError(
         f"data.bucket_step_px = {section.bucket_step_px}: no bucket fits into data.resolution_px = "
-        f"{section.resolution_px}:"
-        " lower the step, or raise the resolution"
+        f"{section.resolution_px}: lower the step, or raise the resolution"
     )
 
 
@@ -329,8 +332,8 @@ def split_pictures(checked: Checked) -> Dataset:
         limit = f"max_refused_share is {section.max_refused_share:g}" if checked.pictures else "none is left"
         raise DataError(
             f"data.source = {section.source!r}: {len(checked.refused)} of {num_rows} rows ({share:.1%}) "
-            f"cannot be used and {limit}"
-            f" ({first}): correct them" + (", or raise data.max_refused_share" if checked.pictures else "")
+            f"cannot be used and {limit} ({first}): correct them"
+            + (", or raise data.max_refused_share" if checked.pictures else "")
         )
     kept, duplicates = _drop_exact(checked.pictures)
     groups = _near_groups(kept, section.near_duplicate_bits)
@@ -354,10 +357,9 @@ def split_pictures(checked: Checked) -> Dataset:
     if not heldout or not train:
         raise DataError(
             f"data.source = {section.source!r}: no pictures left to "
-            f"{'train on' if heldout else 'hold out'}: {len(kept)} distinct"
-            f" pictures in {len(groups)} groups of near duplicates, {len(leaked_ids)} held-out ones "
-            "dropped as duplicates of training"
-            " pictures: give more pictures, or lower data.near_duplicate_bits"
+            f"{'train on' if heldout else 'hold out'}: {len(kept)} distinct pictures in {len(groups)} "
+            f"groups of near duplicates, {len(leaked_ids)} held-out ones dropped as duplicates of "
+            "training pictures: give more pictures, or lower data.near_duplicate_bits"
         )
     used = {example.id for example in (*train, *heldout)}
     tokens = [picture.num_tokens for picture in kept if picture.example.id in used]
@@ -393,8 +395,7 @@ def load_dataset(section: DataSection, summary: dict[str, Any]) -> Dataset:
     if section.source not in (summary["source"], name) or section.resolution_px != summary["resolution_px"]:
         raise DataError(
             f"data.json was made from {summary['source']!r} at {summary['resolution_px']} px, the study "
-            f"asks for {section.source!r} at"
-            f" {section.resolution_px} px: run the data stage again"
+            f"asks for {section.source!r} at {section.resolution_px} px: run the data stage again"
         )
     source = open_source(section, revision=revision if name == section.source and revision else None)
     square = {

@@ -107,8 +107,8 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
                 raise RefusedError(f"{full[0]} x {full[1]} pixels are more than the limit of {MAX_PIXELS}")
             if (num_frames := getattr(image, "n_frames", 1)) > 1:
                 treatments.append(f"first of {num_frames} frames used")
-            # A TIFF is turned as it is loaded, and then says 1. Others are loaded first: a PNG would be loaded by
-            # the question itself, and what is wrong with it never heard of.
+            # A TIFF is turned as it is loaded, and then says 1. Others are loaded first: a PNG would be
+            # loaded by the question itself, and what is wrong with it never heard of.
             declared = _orientation(image) if image.format == "TIFF" else 1
             if is_reduced := reduced and image.format == "JPEG" and min(full) >= _REDUCED_JPEG_SIDE:
                 image.draft(None, (full[0] // 8, full[1] // 8))

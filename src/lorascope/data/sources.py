@@ -74,8 +74,8 @@ class Row:
     """A row as the source lists it.
 
     `stamp` is that of the file that holds the picture. `caption` is as found, text or not. `repeats` is that
-    of the row's `10_name` folder. `problem` says why the row cannot be used, `treatments` what was done to get
-    its caption.
+    of the row's `10_name` folder. `problem` says why the row cannot be used, `treatments` what was done to
+    get its caption.
     """
 
     id: str
@@ -135,8 +135,8 @@ class ParquetSource:
             )
             if schema.names.count(name) > 1:
                 raise DataError(
-                    f"{self._files[file]}: {schema.names.count(name)} columns are called {name!r}: rename all "
-                    "but one"
+                    f"{self._files[file]}: {schema.names.count(name)} columns are called {name!r}: "
+                    "rename all but one"
                 )
             if name not in fitting:
                 raise DataError(
@@ -217,9 +217,9 @@ class FolderSource:
     beside each.
 
     A metadata file speaks for its folder and what is below, and where there is one, no caption beside a
-    picture counts. Otherwise `1.txt` or, where that is missing, `1.caption` holds the caption of `1.png`. What
-    does not count is compared with what does, and said where it differs. Pictures of a folder `10_name` are
-    seen 10 times; where it holds no caption file at all, its name is their caption.
+    picture counts. Otherwise `1.txt` or, where that is missing, `1.caption` holds the caption of `1.png`.
+    What does not count is compared with what does, and said where it differs. Pictures of a folder `10_name`
+    are seen 10 times; where it holds no caption file at all, its name is their caption.
     """
 
     def __init__(self, name: str, folder: Path, section: DataSection) -> None:
@@ -244,16 +244,16 @@ class FolderSource:
         pictures = [name for name in stamps if posixpath.splitext(name)[1].lower() in SUFFIXES]
         metadata = [name for name in stamps if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
         if not pictures:
+            remedy = f", {unread}" if unread else ": give a folder with any of these"
             raise DataError(
                 f"data.source = {self.name!r}: no Parquet or tar files in it or its data folder, and no "
-                "pictures"
-                f" ({', '.join(sorted(SUFFIXES))}){f', {unread}' if unread else ': give a folder with any of these'}"
+                f"pictures ({', '.join(sorted(SUFFIXES))}){remedy}"
             )
         self.remarks += _repeat_remarks(map(posixpath.dirname, pictures))
         if (own := self._folder.resolve().name) and _repeats_in(own) is not None:
             self.remarks.append(
-                f"repeats are read from folders inside the source, not from its own name {_shown(own)}: give the "
-                "folder above, or set data.repeats"
+                f"repeats are read from folders inside the source, not from its own name {_shown(own)}: "
+                "give the folder above, or set data.repeats"
             )
         if metadata:
             named: dict[str, str] = {}
@@ -285,8 +285,8 @@ class FolderSource:
         if not any(counting or row.treatments for row, counting, _ in rows):
             raise DataError(
                 f"data.source = {self.name!r}: {len(pictures)} pictures and no captions: add "
-                "metadata.jsonl or metadata.csv with file_name"
-                " and text, or a .txt file beside each picture (`lorascope caption` writes them)"
+                "metadata.jsonl or metadata.csv with file_name and text, or a .txt file beside each "
+                "picture (`lorascope caption` writes them)"
             )
         return rows
 
@@ -471,7 +471,8 @@ class TarSource:
                     if key in keys and not row.problem:
                         row = _with_problem(
                             row,
-                            f"{_shown(key)} was there before: the files of a sample must stand together, once",
+                            f"{_shown(key)} was there before: the files of a sample must stand "
+                            "together, once",
                         )
                     keys.add(key)
                     yield row, file, caption
@@ -878,8 +879,8 @@ def _holds_text(kind: Any) -> bool:
 def _walk(folder: Path) -> Iterator[tuple[str, Stamp | str]]:
     """Names of all files below `folder`, relative to it, with their stamps, or with what is wrong with them.
 
-    Hidden files and folders are left out, and links to folders not followed. Raises `DataError` where a folder
-    cannot be read.
+    Hidden files and folders are left out, and links to folders not followed. Raises `DataError` where a
+    folder cannot be read.
     """
     pending = [""]
     while pending:
@@ -910,13 +911,14 @@ def _status_of(entry: os.DirEntry[str]) -> Stamp | str:
 
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(
-        f"{_shown(str(path))[:_SHOWN_PATH]}: cannot be read ({error.strerror}): put it back, or correct its permissions"
+        f"{_shown(str(path))[:_SHOWN_PATH]}: cannot be read ({error.strerror}): put it back, or correct "
+        "its permissions"
     )
 
 
 def _unread_files(stamps: Mapping[str, Stamp | str]) -> str:
-    """Words on pictures and films in formats that are not read, which show by their endings or by captions that
-    stand beside them; empty where there are none.
+    """Words on pictures and films in formats that are not read, which show by their endings or by captions
+    that stand beside them; empty where there are none.
     """
     parts = [(name, *posixpath.splitext(name)) for name in stamps]
     stems = {stem for _, stem, ending in parts if ending.lower() in SUFFIXES}

@@ -56,8 +56,8 @@ ARMS = (
     Arm(name="r4", rank=4, alpha=4, lr=0.05, seed=0),
     Arm(name="r8", rank=8, alpha=16, lr=0.1, seed=1),
 )
-# With an epsilon about as large as gradients are, AdamW moves a weight in proportion to its gradient; with the
-# usual 1e-8 a gradient that is nothing but rounding moves it as far as any other, and nothing could be
+# With an epsilon about as large as gradients are, AdamW moves a weight in proportion to its gradient; with
+# the usual 1e-8 a gradient that is nothing but rounding moves it as far as any other, and nothing could be
 # compared.
 _SECTION = TrainSection(batch_size=1, epochs=1, eps=1e-2, weight_decay=0.0)
 _EAGER = _SECTION.model_copy(update={"cuda_graph": False})
@@ -68,8 +68,8 @@ _ATTENTION_FLOPS = {
     "cuda": 4e10,
 }  # of one attention, forward: as many heads as this allows
 # Kernels add in another order and round elsewhere than the plain formula does in the same dtype.
-# flash-attention's own tests allow twice the plain formula's largest error in outputs, and three times that in
-# gradients; one epsilon is for results that the plain formula happens to round right.
+# flash-attention's own tests allow twice the plain formula's largest error in outputs, and three times that
+# in gradients; one epsilon is for results that the plain formula happens to round right.
 _ATTENTION_FACTOR = 4.0
 _ALLOCATED_ON_CPU = 2**29
 _MEMORY_BLOCK = 2**28
@@ -159,7 +159,10 @@ def check_attention(
                     lacks[kernel.name] = first_line(error)
                     continue
                 counts[kernel.name] += 1
-                place = f"{shape.queries}x{shape.keys} heads {shape.heads}x{shape.head_dim} {_name(dtype)}, {kernel}"
+                place = (
+                    f"{shape.queries}x{shape.keys} heads {shape.heads}x{shape.head_dim} {_name(dtype)}, "
+                    f"{kernel}"
+                )
                 finding = _compare_attention(kernel.name, place, found, plain, expected)
                 if kernel.name not in worst or _excess(finding) > _excess(worst[kernel.name]):
                     worst[kernel.name] = finding
@@ -186,8 +189,8 @@ def _variants(head_dim: int) -> Iterator[Kernel]:
 def _attention_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[torch.Tensor], int]:
-    """Query, key, value and the output's gradient [samples, tokens, heads * head_dim], as many heads as can be
-    computed soon, and how many those are.
+    """Query, key, value and the output's gradient [samples, tokens, heads * head_dim], as many heads as can
+    be computed soon, and how many those are.
     """
     flops = 4 * shape.queries * shape.keys * shape.head_dim
     heads = max(1, min(shape.heads, int(_ATTENTION_FLOPS[device.type] / flops)))
@@ -514,8 +517,8 @@ def check_memory(
     free: Callable[[torch.device], int] = free_bytes,
     used: Callable[[torch.device], int] = used_bytes,
 ) -> Finding:
-    """What `free` tells against what can be allocated: on a GPU the share that trainings plan with, on a CPU a
-    small part, and whether `free` and `used` follow.
+    """What `free` tells against what can be allocated: on a GPU the share that trainings plan with, on a CPU
+    a small part, and whether `free` and `used` follow.
     """
     for _ in range(_MEMORY_TRIES):
         finding = _allocate(device, free, used)

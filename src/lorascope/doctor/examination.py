@@ -54,8 +54,8 @@ Check = Callable[[], Finding | list[Finding]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: a base in a precision (`auto` or one of `DTYPES`), at pictures of a size (its own when
-    None), on a device.
+    """What is examined: a base in a precision (`auto` or one of `DTYPES`), at pictures of a size (its own
+    when None), on a device.
     """
 
     section: BaseSection

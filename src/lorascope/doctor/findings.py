@@ -63,7 +63,7 @@ class Examination:
 
     @property
     def barred(self) -> list[Finding]:
-        """The findings for which something is switched off: wrong kernels, and other paths that are no use."""
+        """Findings for which something is switched off: wrong kernels, other paths that are no use."""
         return [
             finding
             for finding in self.findings

@@ -25,8 +25,8 @@ def compare_merged(
     """For each arm the error of merged against unmerged output for one prompt, and whether it is tolerable.
 
     `base` is in fp32: in half precision the merged weights' rounding alone changes pictures by more than a
-    wrong file might. `bank`, not attached, holds the arms in the order of `adapter_dirs`, which are their PEFT
-    folders. `relative_error` is l2, of the final latents; `mean_pixel_difference` is of 255.
+    wrong file might. `bank`, not attached, holds the arms in the order of `adapter_dirs`, which are their
+    PEFT folders. `relative_error` is l2, of the final latents; `mean_pixel_difference` is of 255.
     """
     results = {}
     for index, (name, folder) in enumerate(adapter_dirs.items()):

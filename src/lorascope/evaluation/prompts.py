@@ -60,7 +60,7 @@ def load_prompts(name_or_path: str, num_prompts: int | None) -> list[Prompt]:
 
 
 def describe_cut(texts: Sequence[str], count_tokens: Callable[[str], int], max_tokens: int) -> str:
-    """Words on those of the texts that the model cuts at `max_tokens`; none where it takes all of them whole."""
+    """Words on those of the texts that the model cuts at `max_tokens`; none where it cuts none."""
     lengths = {text: length for text in texts if (length := count_tokens(text)) > max_tokens}
     if not lengths:
         return ""

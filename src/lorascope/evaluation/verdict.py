@@ -12,19 +12,16 @@ from lorascope.evaluation.statistics import MIN_PROMPTS
 
 RULE = (
     "An arm qualifies if it learned the style: after its last epoch its held-out denoising loss is "
-    "below the base's, with the whole "
-    "95 % interval of the paired difference below 0. Of the qualifying arms the one with the highest "
-    "mean CLIP similarity over all "
-    "prompts is kept; but where the 95 % interval of its paired difference to a qualifying arm of lower "
-    "rank includes 0, the lowest such "
-    "rank is kept: no difference in prompt fidelity was shown, and its file is smaller. If no arm "
-    "qualifies, only the base is kept."
+    "below the base's, with the whole 95 % interval of the paired difference below 0. Of the "
+    "qualifying arms the one with the highest mean CLIP similarity over all prompts is kept; but where "
+    "the 95 % interval of its paired difference to a qualifying arm of lower rank includes 0, the "
+    "lowest such rank is kept: no difference in prompt fidelity was shown, and its file is smaller. If "
+    "no arm qualifies, only the base is kept."
 )
 RULE_WITHOUT_STYLE = (
     "Held-out loss was not measured, so the rule rests on CLIP similarity alone: of all arms the one "
-    "with the highest mean over all "
-    "prompts is kept; but where the 95 % interval of its paired difference to an arm of lower rank "
-    "includes 0, that rank is kept."
+    "with the highest mean over all prompts is kept; but where the 95 % interval of its paired "
+    "difference to an arm of lower rank includes 0, that rank is kept."
 )
 
 
@@ -196,7 +193,10 @@ def _describe_style(style: Style) -> str:
     interval = (
         f"95 % interval {style.low:+.2g} to {style.high:+.2g}; {style.num_pictures} pictures, 1 training run"
     )
-    return f"{style.arm} {what}: its held-out loss is {abs(style.difference):.2g} {side} the base's ({interval})."
+    return (
+        f"{style.arm} {what}: its held-out loss is {abs(style.difference):.2g} {side} the base's "
+        f"({interval})."
+    )
 
 
 def _runs_per_setting(scores: Scores) -> dict[tuple[Any, ...], int]:
@@ -248,10 +248,16 @@ def describe_difference(difference: PairedDifference) -> str:
         return f"{d.arm} scores the same as {d.against} for every prompt ({basis})."
     if d.low is None or d.high is None:
         shown = _amount(d.difference, d.difference)
-        return f"{d.arm} scores {shown} {_side(d.difference)} {d.against} ({basis}); no interval: it takes at least {MIN_PROMPTS} prompts."
+        return (
+            f"{d.arm} scores {shown} {_side(d.difference)} {d.against} ({basis}); no interval: it takes at "
+            f"least {MIN_PROMPTS} prompts."
+        )
     if not d.is_shown:
         shown = f"mean difference {d.difference:+.1f}, 95 % interval {d.low:+.1f} to {d.high:+.1f}"
-        return f"{d.arm} against {d.against}: no difference shown; under {_unseen(d)} could not have been seen ({shown}; {basis})."
+        return (
+            f"{d.arm} against {d.against}: no difference shown; under {_unseen(d)} could not have been seen "
+            f"({shown}; {basis})."
+        )
     near, far = sorted((abs(d.low), abs(d.high)))
     amount, nearest, farthest = (_amount(value, near) for value in (d.difference, near, far))
     side = _side(d.difference)

@@ -25,8 +25,8 @@ _MESSAGES = (
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: on a GPU those of its memory, on a CPU and on Apple's GPUs, which share its
-    memory, those of the machine or of its container.
+    """Bytes that can still be allocated: on a GPU those of its memory, on a CPU and on Apple's GPUs, which
+    share its memory, those of the machine or of its container.
 
     Memory that only caches files counts as free, since the system gives it up.
     """
@@ -126,7 +126,9 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 
 def _peak_of_life() -> int:
-    """The peak resident set of this process's life where there is no /proc: of Windows, macOS or another Unix."""
+    """The peak resident set of this process's life where there is no /proc: of Windows, macOS or another
+    Unix.
+    """
     now = psutil.Process().memory_info()
     if peak := getattr(now, "peak_wset", 0):
         return int(peak)
@@ -153,8 +155,8 @@ def _status_bytes(key: str) -> int:
 
 @contextmanager
 def parked(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Within, modules that are not needed on their GPU lie in the machine's memory; where that is the device's too
-    nothing happens.
+    """Within, modules that are not needed on their GPU lie in the machine's memory; where that is the
+    device's too nothing happens.
 
     They come back with the same bits.
     """

@@ -314,8 +314,7 @@ def _same_training(facts: Facts) -> Condition:
             name,
             "yes",
             "Order, noise, timesteps and dropped captions are functions of (training seed, position), "
-            "and every setting has "
-            f"training seed {shown}.",
+            f"and every setting has training seed {shown}.",
         )
     return Condition(
         name,
@@ -392,7 +391,10 @@ def _leaks(facts: Facts) -> list[Condition]:
         text = f"{found} lie on both sides: held-out loss is too low."
         conditions = [Condition(split, "no", text)]
     else:
-        text = f"No digest and no group of near duplicates lies on both sides ({len(train)} training, {len(heldout)} held-out pictures; "
+        text = (
+            f"No digest and no group of near duplicates lies on both sides ({len(train)} training, "
+            f"{len(heldout)} held-out pictures; "
+        )
         text += f"{found} of duplicates found in the source and handled)."
         conditions = [Condition(split, "yes", text)]
     asked = {_plain(picture.prompt): picture.prompt for picture in facts.pictures}
@@ -450,8 +452,8 @@ def _same_gain(facts: Facts) -> Condition:
             name, "yes", f"The gain lr x alpha / rank x √rank is {gains[low]:.2g} for every arm."
         )
     text = (
-        f"The gain lr x alpha / rank x √rank goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} ({high}), "
-        f"{ratio:.2g} times as much: "
+        f"The gain lr x alpha / rank x √rank goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} "
+        f"({high}), {ratio:.2g} times as much: "
     )
     text += "what looks like rank may be strength."
     return Condition(name, "caution", text)
@@ -488,7 +490,10 @@ def _base_quality(facts: Facts) -> Condition:
     base, shuffled = facts.summary.get((BASE, ALL)), facts.summary.get((SHUFFLED, ALL))
     if base is None or shuffled is None or base.low is None or shuffled.high is None:
         return Condition(name, NOT_MEASURED, "There are no scores of the base against shuffled prompts.")
-    text = f"The base's pictures score {base.mean:.1f} with their own prompts and {shuffled.mean:.1f} with others'."
+    text = (
+        f"The base's pictures score {base.mean:.1f} with their own prompts and {shuffled.mean:.1f} with "
+        "others'."
+    )
     quality = facts.quality if facts.config.base.model == "pocket" else None
     if quality and "base_r1" in quality:
         text += f" The pocket base as shipped: {_retrieval(quality, 'base')}."
@@ -522,7 +527,10 @@ def _scorer_quality(facts: Facts) -> Condition:
 
 def _retrieval(quality: Mapping[str, float], which: str) -> str:
     first, first_five = quality[f"{which}_r1"], quality[f"{which}_r5"]
-    return f"the right caption comes first for {first:.0%} of pictures, among the first five for {first_five:.0%}"
+    return (
+        f"the right caption comes first for {first:.0%} of pictures, among the first five for "
+        f"{first_five:.0%}"
+    )
 
 
 def _scorer_apart(facts: Facts) -> Condition:
@@ -612,11 +620,9 @@ def list_limits(facts: Facts) -> list[str]:
     """What the numbers cannot say."""
     limits = [
         "CLIP similarity measures whether a picture fits its prompt, not whether it is beautiful, in "
-        "style, or free of copies "
-        "from the training pictures.",
+        "style, or free of copies from the training pictures.",
         "Intervals are over prompts. They say how these files would do on other prompts of this kind, "
-        "not how another training "
-        "run would do.",
+        "not how another training run would do.",
     ]
     if facts.config.base.model == "pocket":
         limits.append(

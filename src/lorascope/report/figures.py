@@ -85,58 +85,16 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
                     points,
                 )
             )
-    columns = (Column("arm", False), Column("prompts", False), Column("n"), Column("difference"), Column("95 % "
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    "low"), Column("95 % high"),
-               Column("could be seen from"), Column("prompts above base"))  # fmt: skip
+    columns = (
+        Column("arm", False),
+        Column("prompts", False),
+        Column("n"),
+        Column("difference"),
+        Column("95 % low"),
+        Column("95 % high"),
+        Column("could be seen from"),
+        Column("prompts above base"),
+    )
     table_rows = []
     for arm in scored:
         for category in (*facts.scores.categories, ALL):
@@ -172,9 +130,10 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="effect",
         title="Each prompt against itself: arm minus base",
         description=(
-            f"A small dot is one prompt{f', averaged over {seeds} sampling seeds' if seeds > 1 else ''}; the large mark is the "
-            "mean, the bar its 95 % interval. "
-            f"The line at 0 is the base. The grey box reaches as far as an effect could have hidden: {POWER_FORMULA}.{''.join(notes)}"
+            "A small dot is one "
+            f"prompt{f', averaged over {seeds} sampling seeds' if seeds > 1 else ''}; the large mark is "
+            "the mean, the bar its 95 % interval. The line at 0 is the base. The grey box reaches as "
+            f"far as an effect could have hidden: {POWER_FORMULA}.{''.join(notes)}"
         ),
         alt="Dot plot of paired differences from the base. "
         + " ".join(
@@ -206,17 +165,23 @@ def _gain_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         Column("difference, all prompts"),
     )
     table = [
-        row(Cell(arm), cell(facts.settings[arm].rank, "d"), cell(facts.settings[arm].scale, "g"), cell(facts.settings[arm].lr, "g"),
-             cell(gains[arm], ".2g"), cell(facts.effects[arm, ALL].difference, "+.2f"))
+        row(
+            Cell(arm),
+            cell(facts.settings[arm].rank, "d"),
+            cell(facts.settings[arm].scale, "g"),
+            cell(facts.settings[arm].lr, "g"),
+            cell(gains[arm], ".2g"),
+            cell(facts.effects[arm, ALL].difference, "+.2f"),
+        )
         for arm in scored
-    ]  # fmt: skip
+    ]
     return Figure(
         key="gain",
         title="Rank, or only strength?",
         description=(
-            "The same differences over the gain of the update, which puts rank, alpha and learning rate on one axis. Where arms "
-            "of different rank "
-            "lie on one curve, strength explains the differences; where they part at equal gain, rank adds something."
+            "The same differences over the gain of the update, which puts rank, alpha and learning "
+            "rate on one axis. Where arms of different rank lie on one curve, strength explains the "
+            "differences; where they part at equal gain, rank adds something."
         ),
         alt="Scatter plot of the difference from the base over the gain of the update, one mark per arm.",
         drawing=draw_gain(rows, gains, looks),
@@ -261,9 +226,9 @@ def _scale_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="scale",
         title="What a CLIP score means here",
         description=(
-            "Mean and one standard deviation over pictures. Noise and shuffled prompts (the base's pictures against other "
-            "prompts) show the floor, "
-            "real held-out pictures with their captions what a good match reaches. A score near the floor means that the prompt was lost."
+            "Mean and one standard deviation over pictures. Noise and shuffled prompts (the base's "
+            "pictures against other prompts) show the floor, real held-out pictures with their "
+            "captions what a good match reaches. A score near the floor means that the prompt was lost."
         ),
         alt="Strip of CLIP scores: "
         + "; ".join(f"{source} {facts.summary[source, ALL].mean:.1f}" for source in sources)
@@ -329,10 +294,11 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="loss",
         title="Training loss",
         description=(
-            f"{loss}{f', averaged over {window} steps' if window > 1 else ' of each step'}. Last epoch: {finals}.{why} "
-            "Training loss says little about which arm to keep."
+            f"{loss}{f', averaged over {window} steps' if window > 1 else ' of each step'}. Last epoch: "
+            f"{finals}.{why} Training loss says little about which arm to keep."
         ),
-        alt=f"Line plot of the smoothed training loss of {count(len(curves), 'arm')}. Mean of the last epoch: {finals}.",
+        alt=f"Line plot of the smoothed training loss of {count(len(curves), 'arm')}. Mean of the last "
+        f"epoch: {finals}.",
         drawing=draw_lines(
             lines,
             looks,
@@ -347,7 +313,9 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             (Column("arm", False), *(Column(f"epoch {epoch}") for epoch in epochs)),
             tuple(table),
         ),
-        reference="Figure 2 of the reference study; its last losses were 0.1192 at rank 16 and 0.1266 at rank 64.",
+        reference=(
+            "Figure 2 of the reference study; its last losses were 0.1192 at rank 16 and 0.1266 at rank 64."
+        ),
     )
 
 
@@ -419,9 +387,9 @@ def _epochs_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="probe-epochs",
         title="What was learned, and what was only memorised",
         description=(
-            "Denoising loss at fixed pictures, noise and timesteps, minus the base's; the band is the 95 % interval over "
-            "pictures. Below 0 on held-out "
-            "pictures, the style was learned; where training pictures go on falling and held-out ones turn up, the arm memorises."
+            "Denoising loss at fixed pictures, noise and timesteps, minus the base's; the band is the "
+            "95 % interval over pictures. Below 0 on held-out pictures, the style was learned; where "
+            "training pictures go on falling and held-out ones turn up, the arm memorises."
         ),
         alt="Line plot of the loss difference from the base over epochs, held-out and training pictures.",
         drawing=draw_lines(
@@ -473,11 +441,13 @@ def _bands_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="probe-bands",
         title="Held-out loss by timestep",
         description=(
-            "After the last epoch, minus the base's, with 95 % intervals over pictures. Early timesteps (0-250) hold fine "
-            "detail, late ones (750-1000) layout. "
-            "An arm that is better with captions and worse without has lost its unconditional branch, which guidance then amplifies."
+            "After the last epoch, minus the base's, with 95 % intervals over pictures. Early "
+            "timesteps (0-250) hold fine detail, late ones (750-1000) layout. An arm that is better "
+            "with captions and worse without has lost its unconditional branch, which guidance then "
+            "amplifies."
         ),
-        alt="Dot plot of the held-out loss difference from the base in four timestep bands, with and without caption.",
+        alt="Dot plot of the held-out loss difference from the base in four timestep bands, with and "
+        "without caption.",
         drawing=draw_bands(groups, looks, "timestep", "loss minus base", "probe-bands"),
         table=Table("Held-out denoising loss by timestep band after the last epoch", columns, tuple(table)),
     )
@@ -559,9 +529,8 @@ def _cost_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         key="cost",
         title="Run time, peak memory and file size",
         description=(
-            f"Each scale is logarithmic.{note} The hollow marks are the reference study's, on another base and machine: their "
-            "distance between ranks can be "
-            "compared, their height cannot."
+            f"Each scale is logarithmic.{note} The hollow marks are the reference study's, on another "
+            "base and machine: their distance between ranks can be compared, their height cannot."
         ),
         alt="Three dot plots: "
         + "; ".join(

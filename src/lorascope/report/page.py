@@ -65,7 +65,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.html_path.read_text(encoding="utf-8"), quote=True)
-        style = 'sandbox="allow-scripts allow-downloads" title="lorascope report" width="100%" height="720" style="border:0"'
+        style = (
+            'sandbox="allow-scripts allow-downloads" title="lorascope report" width="100%" height="720" '
+            'style="border:0"'
+        )
         return f'<iframe srcdoc="{page}" {style}></iframe>'
 
 
@@ -193,7 +196,10 @@ def _files_of(facts: Facts, arm: str) -> list[tuple[str, str, str]]:
 
 
 def _picture_note(picture: Picture) -> str:
-    return f"“{picture.prompt}”, the first {picture.category} prompt of the list, from one initial noise (seed {picture.seed})."
+    return (
+        f"“{picture.prompt}”, the first {picture.category} prompt of the list, from one initial noise (seed "
+        f"{picture.seed})."
+    )
 
 
 def _mean_text(facts: Facts, arm: str) -> str:

@@ -135,9 +135,8 @@ def build_arms_table(facts: Facts) -> Table:
         rows.append(TableRow(tuple(cells), marked=role == "kept"))
     caption = (
         f"CLIP score of the base and {count(len(facts.settings), 'arm')}: mean and standard deviation "
-        "over pictures, as in the "
-        "reference study's Table 1; "
-        "the difference from the base over all prompts; held-out loss minus the base's"
+        "over pictures, as in the reference study's Table 1; the difference from the base over all "
+        "prompts; held-out loss minus the base's"
         + ("; and the epoch at which it was lowest" if any(best.values()) else "")
     ) + "".join(
         f"; {key.replace('_', ' ')} {format(getattr(facts.settings[arm], key), form)} throughout"
@@ -204,11 +203,14 @@ def build_fact_tables(facts: Facts) -> list[Table]:
     device, base, adapter = manifest.get("device", {}), manifest.get("base", {}), manifest.get("adapter", {})
     memory = device.get("memory_bytes")
     run = {
-        **{key: manifest.get(key) for key in ("lorascope", "commit", "started", "finished")}, "device": device.get("name"),
-        "threads": device.get("threads"), "memory": f"{memory / 2**30:.1f} GiB" if memory else None,
-        "adapted layers": adapter.get("modules"), ("base "
-        "dtype"): base.get("dtype"), "prediction": base.get("prediction_type"),
-    }  # fmt: skip
+        **{key: manifest.get(key) for key in ("lorascope", "commit", "started", "finished")},
+        "device": device.get("name"),
+        "threads": device.get("threads"),
+        "memory": f"{memory / 2**30:.1f} GiB" if memory else None,
+        "adapted layers": adapter.get("modules"),
+        ("base dtype"): base.get("dtype"),
+        "prediction": base.get("prediction_type"),
+    }
     keep = facts.verdict.keep if facts.verdict else None
     file = facts.run.adapters_dir / str(keep) / "adapter_model.safetensors"
     scorer = facts.scores.scorer if facts.scores else {}

@@ -65,8 +65,8 @@ class Estimate:
         how = " with gradient checkpointing" if self.checkpointing else ""
         return (
             f"{size(self.training_bytes)} for {arms}{how}: adapters and optimizer "
-            f"{size(self.adapters_bytes)}, "
-            f"activations {size(self.activations_bytes)}, working memory {size(self.working_bytes)}"
+            f"{size(self.adapters_bytes)}, activations {size(self.activations_bytes)}, working memory "
+            f"{size(self.working_bytes)}"
         )
 
 
@@ -188,8 +188,14 @@ def _step_bytes(
     }
     texts = [target for target in targets if target.component == "text_encoder"]
     key = (
-        json.dumps([dict(unet.config), processors], default=str), unet.dtype, targets, arm.rank, batch_size, latent_shape, checkpointing
-    )  # fmt: skip
+        json.dumps([dict(unet.config), processors], default=str),
+        unet.dtype,
+        targets,
+        arm.rank,
+        batch_size,
+        latent_shape,
+        checkpointing,
+    )
     if key not in _COUNTED:
         text_encoder: Any = components["text_encoder"]
         with torch.device("meta"):

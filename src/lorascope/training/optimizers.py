@@ -206,8 +206,8 @@ def check_optimizer(config: StudyConfig) -> None:
         except Exception as error:  # optimizers raise anything here
             raise ConfigError(
                 f"train.optimizer = {section.optimizer!r}: {kind.__name__} cannot take a step with "
-                f"these settings ({first_line(error)}): "
-                "correct train.optimizer_args, or leave lr out of adapter.groups"
+                f"these settings ({first_line(error)}): correct train.optimizer_args, or leave lr out "
+                "of adapter.groups"
             ) from error
 
 
@@ -224,8 +224,7 @@ def _start(
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train.optimizer_args = {json.dumps(section.optimizer_args)}: {kind.__name__} refuses them "
-            f"({first_line(error)}): "
-            "see its documentation"
+            f"({first_line(error)}): see its documentation"
         ) from error
 
 

@@ -127,9 +127,9 @@ def most_workers(
 ) -> int:
     """How many groups may be trained side by side; 1 trains all in the present process.
 
-    That is `workers`, or one a GPU (always on an Apple one), or one a core and pair of arms, but no more than there are arms and,
-    unless `workers` is given, no more than have work enough to be worth their start: `forward_flops` of the
-    U-Net for a picture, `num_pictures` in an epoch.
+    That is `workers`, or one a GPU (always on an Apple one), or one a core and pair of arms, but no more than
+    there are arms and, unless `workers` is given, no more than have work enough to be worth their start:
+    `forward_flops` of the U-Net for a picture, `num_pictures` in an epoch.
     """
     arms = config.expand_arms()
     if device_type == "mps":

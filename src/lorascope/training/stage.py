@@ -211,8 +211,8 @@ class Training:
                 if answer.death is not None and mourned & set(group.names):
                     raise RunError(
                         f"the process that trained {', '.join(group.names)} {answer.death} again: if "
-                        "memory is short, set workers = 1 or "
-                        "lower train.batch_size; the log of the system may say more"
+                        "memory is short, set workers = 1 or lower train.batch_size; the log of the "
+                        "system may say more"
                     )
                 if answer.death is not None:
                     mourned |= set(group.names)

@@ -28,8 +28,8 @@ _WARM_UPS = 3  # passes before a recording, in which libraries choose kernels an
 
 
 class LossScale:
-    """What each arm's loss is multiplied by before the backward pass of an fp16 base, and its gradient divided
-    by after it.
+    """What each arm's loss is multiplied by before the backward pass of an fp16 base, and its gradient
+    divided by after it.
 
     Gradients of activations would vanish among fp16's smallest numbers (6e-5 normal, 6e-8 at all). Where an
     arm's gradient is not finite, that arm skips the step and its scale is halved; after `_PATIENCE` steps
@@ -45,10 +45,11 @@ class LossScale:
         self.skipped_steps = torch.zeros(num_arms, device=device)
 
     def update(self, is_finite: torch.Tensor, can_skip: torch.Tensor) -> torch.Tensor:
-        """Move the scales by whether each arm's gradient `is_finite` bool [N]; returns who skips this step, bool
-        [N].
+        """Move the scales by whether each arm's gradient `is_finite` bool [N]; returns who skips this step,
+        bool [N].
 
-        Those that cannot skip, `can_skip` bool [N], and those at the least scale have failed for another reason.
+        Those that cannot skip, `can_skip` bool [N], and those at the least scale have failed for another
+        reason.
         """
         skips = ~is_finite & can_skip & (self.factors > self._LEAST)
         grows = is_finite & (self.calm_steps + 1 >= self._PATIENCE) & (self.factors < self._MOST)
@@ -159,7 +160,7 @@ class Step:
         return state | {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
 
     def load_state(self, index: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue with arm `index` from what `state` gave; a checkpoint of 0.1.0 has no scale of the loss."""
+        """Continue arm `index` from what `state` gave; a checkpoint of 0.1.0 has no scale of the loss."""
         self.active[index] = state["active"]
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.load_state(index, state["loss_scale"])

@@ -236,8 +236,8 @@ def _measure(
 def _tune_format(
     config: Mapping[str, Any], workload: Workload, flops: float, precision: str, device: torch.device
 ) -> tuple[bool, str]:
-    """Whether a GPU's convolutions are held in `channels_last`, as they are unless the usual format is clearly
-    faster, and a sentence.
+    """Whether a GPU's convolutions are held in `channels_last`, as they are unless the usual format is
+    clearly faster, and a sentence.
     """
     variants = [Tuning(device_name(device), precision, last) for last in (True, False)]
     gain = _gain(config, workload, flops, variants, device)
@@ -252,7 +252,7 @@ def _gain(
     variants: Sequence[Tuning],
     device: torch.device,
 ) -> float:
-    """The speed of a pass under the second of two tunings over the first's, 0 where one could not be timed."""
+    """The speed of a pass under the second of two tunings over the first's, 0 where one was not timed."""
     cut, shape = _cut(config, workload, flops, device)
     runs = {}
     for number, variant in enumerate(variants):
@@ -328,7 +328,10 @@ def _tune_attention(
             if len(candidates) > 1 and time.perf_counter() < until:
                 kernels[shape], gain = _fastest_kernel(candidates, shape, count, batch, dtype, device)
             if kernels[shape] != Kernel():
-                what = f"{shape.queries}x{shape.keys} heads {shape.heads}x{shape.head_dim}{'' if gradients else ' without gradients'}"
+                what = (
+                    f"{shape.queries}x{shape.keys} heads "
+                    f"{shape.heads}x{shape.head_dim}{'' if gradients else ' without gradients'}"
+                )
                 gains.append(f"{what}: {kernels[shape]}" + (f", {gain:.2f}x torch's choice" if gain else ""))
     more = [f"and {len(gains) - 3} more shapes"] if len(gains) > 3 else []
     return kernels, "attention: " + ("; ".join([*gains[:3], *more]) or "torch's choice")
