@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorascope import console
-from lorascope.console import configure_logging, duration, log, log_to_file, size, track
+from lorascope.console import configure_logging, duration, log, log_to_file, plain, say, size, track
 from lorascope.errors import StorageError
 
 
@@ -266,19 +266,45 @@ def test_the_log_file_has_everything_with_times_in_utc(
     assert time.strftime("%Y-%m-%dT%H", written) == shown or written.tm_min == 0
 
 
+HOSTILE = "a\x1b]0;title\x07b\x9b31mc\rd\u202ee\x7ff\udcff\u2028g\ttab\nline ✓ 👩\u200d🎨"
+PLAIN = "a\\x1b]0;title\\x07b\\x9b31mc\\rd\\u202ee\\x7ff\\udcff\\u2028g\ttab\nline ✓ 👩\u200d🎨"
+
+
+def test_nothing_that_steers_a_terminal_reaches_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plain(HOSTILE) == PLAIN
+    configure_logging(logging.INFO)
+    say(HOSTILE, HOSTILE, sep="|")
+    say(HOSTILE, end="", file=sys.stderr)
+    with log_to_file(tmp_path / "lorascope.log"):
+        log.info("%s", HOSTILE)
+    shown = capsys.readouterr()
+    assert shown.out == f"{PLAIN}|{PLAIN}\n" and shown.err == f"{PLAIN}{PLAIN}\n"
+    assert PLAIN in (tmp_path / "lorascope.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs named pipes with names")
+def test_a_log_file_that_is_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lorascope.log")
+    with pytest.raises(StorageError, match="is a named pipe"), log_to_file(tmp_path / "lorascope.log"):
+        pass
+
+
 def test_a_log_file_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="a folder stands where a file is needed"), log_to_file(tmp_path):
+    with pytest.raises(StorageError, match="is a folder, where a file is needed"), log_to_file(tmp_path):
         pass
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_under_the_log_does_not_bury_the_error_that_ends_the_run(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging(logging.INFO)
+    monkeypatch.setattr("lorascope.console._LogFile._open", lambda _: open("/dev/full", "a"))  # noqa: SIM115
 
     def fail() -> None:
-        with log_to_file(Path("/dev/full")):
+        with log_to_file(tmp_path / "lorascope.log"):
             log.info("working")
             raise StorageError("adapters: the disk is full")
 

@@ -13,6 +13,7 @@ from lorascope.inputs import (
     encode_inputs,
     freeze,
     merge_inputs,
+    require_apart,
     require_same_data,
     sample_inputs,
     score_inputs,
@@ -44,6 +45,43 @@ def test_a_folder_keeps_the_configuration_it_began_with(tmp_path: Path) -> None:
     assert run.study_toml.read_bytes() == first
     with pytest.raises(ConfigError, match=r"train.epochs was \d+, now 99 and 1 more: choose another folder"):
         freeze(run, smoke("train.epochs=99", "sample.steps=7"))
+
+
+@pytest.mark.parametrize("key", ["data.source", "base.model", "score.model"])
+@pytest.mark.parametrize(
+    ("run", "read", "place"),
+    [
+        ("pictures/runs/a", "pictures", "lies in"),
+        ("pictures", "pictures", "lies in"),
+        ("link/runs/a", "pictures", "lies in"),
+        ("run", "run/pictures", "holds"),
+        ("run", "run/file", "holds"),
+        ("run", "inner", "holds"),
+    ],
+)
+def test_a_run_folder_and_what_is_read_stand_apart(
+    key: str, run: str, read: str, place: str, tmp_path: Path
+) -> None:
+    for folder in ("pictures", "run/pictures"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run" / "file").write_text("")
+    (tmp_path / "link").symlink_to("pictures")
+    (tmp_path / "inner").symlink_to("run/pictures")
+    message = (
+        rf"the run folder {place} {key} = '.*{read}', which the study reads: choose another folder with --run"
+    )
+    with pytest.raises(ConfigError, match=message):
+        require_apart(RunDir(tmp_path / run), smoke(f"{key}={tmp_path / read}"))
+
+
+def test_a_run_folder_may_lie_beside_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data.parquet").write_text("")
+    for source in (str(tmp_path / "data.parquet"), "owner/name", "pocket", "x" * 5000):
+        require_apart(RunDir(tmp_path / "data.parquet-run"), smoke(f"data.source={source}"))
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ConfigError, match="a: cannot be followed .*check the path and its links"):
+        require_apart(RunDir(tmp_path / "a"), smoke())
 
 
 @pytest.mark.parametrize(

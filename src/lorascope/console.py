@@ -6,12 +6,13 @@ off under `NO_COLOR`.
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -23,10 +24,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lorascope.store import storage_errors
+from lorascope.store import require_regular, storage_errors
 
 PLAIN_LINE_EVERY_S = 5.0
 log = logging.getLogger("lorascope")
+
+# What moves a terminal's cursor, colours it or turns the order of letters round, and halves of letters, which it cannot
+# show: control characters but tab and line feed, marks of direction, separators of lines, surrogates.
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def plain(text: object) -> str:
+    """A text as it may go to a terminal: what would steer it is shown as in Python, `\\x1b` for an escape."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(*values: object, sep: str = "\n", end: str = "\n", file: TextIO | None = None) -> None:
+    """Print results on stdout, or what is said about them on `file`, as `plain` text: what is in names, captions and
+    metadata of others' files never reaches a terminal as it is.
+    """
+    print(plain(sep.join(map(str, values))), end=end, file=file)
 
 
 class Tally(Protocol):
@@ -67,7 +86,7 @@ class Task:
         now = time.monotonic()
         since, done = self._paced_from = self._paced_from or (now, self.completed)
         rate = (self.completed - done) / (now - since) if now > since else 0.0
-        note = (f"{rate:.1f} {self.unit}/s  " * (rate > 0) + note).rstrip()
+        note = plain(f"{rate:.1f} {self.unit}/s  " * (rate > 0) + note).rstrip()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self.completed, note=note)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
@@ -145,6 +164,11 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1024:.1f} GiB"
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
 class _Stderr(logging.Handler):
     """Writes to what `sys.stderr` is at that moment: while a bar is shown, Rich puts lines above it."""
 
@@ -171,7 +195,7 @@ def configure_logging(level: int) -> None:
     """Send the package's log to stderr at `level`; the full log goes to the run folder (`log_to_file`)."""
     handler = _Stderr()
     handler.setLevel(level)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG)
     log.propagate = False
@@ -188,8 +212,10 @@ def log_to_file(path: Path) -> Iterator[None]:
     opened.
     """
     with storage_errors(path):
+        if path.exists():
+            require_regular(path)
         handler = _LogFile(path, encoding="utf-8")
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter = _Formatter("%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     log.addHandler(handler)

@@ -5,11 +5,55 @@ train again.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lorascope.config import StudyConfig, load_study
 from lorascope.errors import ConfigError, StorageError
 from lorascope.store import RunDir, digest_json, write_text
+
+
+def require_apart(run: RunDir, config: StudyConfig) -> None:
+    """Raise `ConfigError` where the run folder lies in a folder that the study reads, or holds what it reads.
+
+    Pictures that a run draws would be taken for data at the next start, and models for parts of the base. Links are
+    followed.
+    """
+    folder = _resolved(run.path)
+    keys = {
+        "data.source": config.data.source,
+        "base.model": config.base.model,
+        "score.model": config.score.model,
+    }
+    for key, value in keys.items():
+        read = Path(value).expanduser()
+        if value == "pocket" or not _exists(read):
+            continue
+        read = _resolved(read)
+        if folder.is_relative_to(read):
+            place = "lies in"
+        elif read.is_relative_to(folder):
+            place = "holds"
+        else:
+            continue
+        raise ConfigError(
+            f"{run.path}: the run folder {place} {key} = {value!r}, which the study reads: choose another folder "
+            "with --run-dir"
+        )
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ConfigError(f"{path}: cannot be followed ({error}): check the path and its links") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no path: what it is instead is told where it is read
+        return False
 
 
 def freeze(run: RunDir, config: StudyConfig) -> None:

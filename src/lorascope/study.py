@@ -35,6 +35,7 @@ from lorascope.inputs import (
     encode_inputs,
     freeze,
     merge_inputs,
+    require_apart,
     require_same_data,
     sample_inputs,
     score_inputs,
@@ -125,6 +126,7 @@ class Study:
     @contextmanager
     def working(self, command: str) -> Iterator[None]:
         """Hold the run folder, freeze the configuration in it, and log to it."""
+        require_apart(self.run_dir, self.config)
         with self.run_dir.lock():
             freeze(self.run_dir, self.config)
             with log_to_file(self.run_dir.log_path):

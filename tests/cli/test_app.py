@@ -285,3 +285,40 @@ def test_a_run_folder_can_be_moved(
     moved = Path(shutil.copytree(finished, tmp_path / "moved"))
     assert main(["report", str(moved)]) == EXIT_DONE
     assert capsys.readouterr().out == f"{moved / 'report.html'}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study", "\x1b[31mred.toml"],
+        ["study", "--set", "\x1b[31m=1"],
+        ["study", "--set", 'name="\x9b31m"'],
+        ["report", "run\nlorascope: all is well"],
+        ["stu\x1b[31mdy"],
+        ["inspect", "\x1b]0;title\x07.safetensors"],
+    ],
+)
+def test_what_is_named_in_an_error_steers_no_terminal(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = error_of(capsys, *arguments)
+    assert code == EXIT_INPUT and line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study", "{}"],
+        ["study", "--run-dir", "{}"],
+        ["report", "{}"],
+        ["score", "{}"],
+        ["export", "{}", "--arm", "r2"],
+        ["inspect", "{}"],
+        ["convert", "{}", "out"],
+        ["resize", "{}", "out", "--rank", "2"],
+    ],
+)
+def test_a_path_that_cannot_be_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = error_of(capsys, *(part.format("a" * 5000) for part in arguments))
+    assert code in (EXIT_INPUT, EXIT_RUN_FAILED)
+    assert "File name too long" in line or "no " in line or "not " in line, line[-200:]

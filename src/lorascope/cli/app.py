@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, Group
 from lorascope import __version__
 from lorascope.cli import files, more, pictures, stages
 from lorascope.cli.doctor import doctor
+from lorascope.console import say
 from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, LorascopeError
 
 _STAGES = Group("Stages of a run", sort_key=1)
@@ -69,15 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else EXIT_DONE
     except CycloptsError as error:
-        print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_line(" ".join(str(error).split()))
         return EXIT_INPUT
     except LorascopeError as error:
         if debug:
             traceback.print_exc()
-        print(f"lorascope: {error}", file=sys.stderr)
+        _say_line(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("lorascope: interrupted; the same command goes on from here", file=sys.stderr)
+        _say_line("interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -85,10 +86,21 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        else:
-            print(
-                f"lorascope: a fault of ours: {type(error).__name__}: {error} (LORASCOPE_DEBUG=1 shows "
-                "where)",
-                file=sys.stderr,
+        if isinstance(error, OSError) and error.filename:  # a place that cannot be used is no fault of ours
+            _say_line(
+                f"{_cut(error.filename)}: {error.strerror}: check the path, its permissions and the disk"
             )
+            return EXIT_INPUT
+        if not debug:
+            _say_line(f"a fault of ours: {type(error).__name__}: {error} (LORASCOPE_DEBUG=1 shows where)")
         return EXIT_FAULT
+
+
+def _say_line(message: object) -> None:
+    """One line on stderr, whatever the message holds."""
+    say("lorascope: " + str(message).replace("\n", "\\n"), file=sys.stderr)
+
+
+def _cut(name: object) -> str:
+    text = os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from lorascope.cli.options import AsJson, Run, set_level
 from lorascope.config import load_study
-from lorascope.console import size
+from lorascope.console import say, size
 from lorascope.errors import EXIT_DONE, EXIT_GATE_REJECTED, ConfigError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def inspect(
     from lorascope.adapters.inspection_text import as_text
 
     inspection = inspect_adapter(file)
-    print(json.dumps(inspection.as_dict(), indent=2) if as_json else as_text(inspection, modules))
+    say(json.dumps(inspection.as_dict(), indent=2) if as_json else as_text(inspection, modules))
     return EXIT_DONE if inspection.works_somewhere else EXIT_GATE_REJECTED
 
 
@@ -200,14 +200,14 @@ def _write_cut(
     name = plain_name(name) if name else made_plain(out.stem)
     cut = make()
     written = write_adapter(cut.adapter, out, layout, dtype or default_dtype(layout), name)
-    print(cut.summary(), file=sys.stderr)
+    say(cut.summary(), file=sys.stderr)
     for note in cut.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", file=sys.stderr)
     _print_written(written)
 
 
 def _print_written(written: "Written") -> None:
-    print(written.path)
-    print(f"{size(written.num_bytes)}, rounding error {written.rounding:.2g} (relative l2)", file=sys.stderr)
+    say(written.path)
+    say(f"{size(written.num_bytes)}, rounding error {written.rounding:.2g} (relative l2)", file=sys.stderr)
     for note in written.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", file=sys.stderr)

@@ -10,6 +10,7 @@ from cyclopts.validators import Number
 
 from lorascope.cli.options import AsJson, set_level
 from lorascope.config import preset_names, preset_text, reference_table
+from lorascope.console import say
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError
 
 
@@ -95,7 +96,7 @@ def bench(
             raise ConfigError(
                 f"--alone: takes one arm, --arms names {len(names)}: give for example --arms O1"
             )
-        print(json.dumps(run_alone(base, device, names[0], protocol.num_steps, peers), indent=2))
+        say(json.dumps(run_alone(base, device, names[0], protocol.num_steps, peers), indent=2))
         return EXIT_DONE
     result = run_bench(
         base,
@@ -108,7 +109,7 @@ def bench(
         out=out,
         peers_dir=peers,
     )
-    print(json.dumps(result, indent=2) if as_json else as_markdown(result), end="" if not as_json else "\n")
+    say(json.dumps(result, indent=2) if as_json else as_markdown(result), end="" if not as_json else "\n")
     return (
         EXIT_RUN_FAILED if any(row["status"] == "failed" for row in result["entries"].values()) else EXIT_DONE
     )
@@ -117,17 +118,17 @@ def bench(
 def presets(name: Annotated[str | None, Parameter(help="preset to print as TOML")] = None, /) -> int:
     """List the presets, or print one as TOML to copy: lorascope presets recommended > my.toml"""
     if name is not None:
-        print(preset_text(name), end="")
+        say(preset_text(name), end="")
         return EXIT_DONE
     for preset in preset_names():
         comment = preset_text(preset).splitlines()[0].removeprefix("# ")
-        print(f"{preset:<14} {comment}")
+        say(f"{preset:<14} {comment}")
     return EXIT_DONE
 
 
 def keys() -> int:
     """Print every key of a study file with type, default and meaning (Markdown)."""
-    print(reference_table(), end="")
+    say(reference_table(), end="")
     return EXIT_DONE
 
 
@@ -141,5 +142,5 @@ def env() -> int:
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         facts[name] = os.environ.get(name, "")
     for key, value in facts.items():
-        print(f"{key:<22}{value}")
+        say(f"{key:<22}{value}")
     return EXIT_DONE

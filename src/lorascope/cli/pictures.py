@@ -10,6 +10,7 @@ from cyclopts.validators import Number
 
 from lorascope.cli.options import AsJson, Overrides, set_level
 from lorascope.config import load_study
+from lorascope.console import say
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, EXIT_RUN_FAILED
 
 
@@ -75,9 +76,9 @@ def check(
     result = check_data(checked, tokenizer.model_max_length)
     sheets = result.draw(out) if out else []
     if as_json:
-        print(json.dumps({**result.as_dict(), "sheets": [str(path) for path in sheets]}, indent=2))
+        say(json.dumps({**result.as_dict(), "sheets": [str(path) for path in sheets]}, indent=2))
     elif not quiet:
-        print(result.as_text(), *(f"Drawn: {path}" for path in sheets), sep="\n")
+        say(result.as_text(), *(f"Drawn: {path}" for path in sheets), sep="\n")
     return EXIT_DONE if result.dataset else EXIT_INPUT
 
 
@@ -123,5 +124,5 @@ def caption(
         result = caption_folder(
             folder, captioner.caption, out=out, batch_size=batch_size, overwrite=overwrite, progress=show
         )
-    print(json.dumps(result.as_dict(), indent=2) if as_json else result.as_text())
+    say(json.dumps(result.as_dict(), indent=2) if as_json else result.as_text())
     return EXIT_DONE if result.is_complete else EXIT_RUN_FAILED

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from lorascope import __version__
 from lorascope.cli.options import AsJson, Overrides, Preset, Quiet, Run, Verbose, set_level
 from lorascope.config import StudyConfig, load_study
-from lorascope.console import log
+from lorascope.console import log, say
 from lorascope.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
@@ -96,11 +96,9 @@ def stage_command(name: str) -> Callable[..., int]:
             from lorascope.evaluation.scores import read_scores
 
             scores = read_scores(job.run_dir)
-            print(json.dumps(scores_as_dict(scores), indent=2) if as_json else scores_as_markdown(scores))
+            say(json.dumps(scores_as_dict(scores), indent=2) if as_json else scores_as_markdown(scores))
         elif name == "report":
-            print(
-                json.dumps({"report": str(job.run_dir.report_html)}) if as_json else job.run_dir.report_html
-            )
+            say(json.dumps({"report": str(job.run_dir.report_html)}) if as_json else job.run_dir.report_html)
         elif name in ("train", "sample"):
             job.raise_faults()
         return EXIT_DONE
@@ -155,7 +153,7 @@ def _print_plan(config: StudyConfig, as_json: bool) -> None:
     from lorascope.plan import plan_study
 
     plan = plan_study(config)
-    print(json.dumps(vars(plan), indent=2) if as_json else plan.as_text())
+    say(json.dumps(vars(plan), indent=2) if as_json else plan.as_text())
 
 
 def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
@@ -163,7 +161,7 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
 
     verdict = verdict_of(job.run_dir)
     if as_json:
-        print(
+        say(
             json.dumps(
                 {
                     "run": str(job.run_dir.path),
@@ -174,6 +172,6 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
             )
         )
     elif quiet:
-        print(job.run_dir.report_html)
+        say(job.run_dir.report_html)
     else:
-        print(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
+        say(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
