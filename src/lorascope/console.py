@@ -29,8 +29,9 @@ from lorascope.store import require_regular, storage_errors
 PLAIN_LINE_EVERY_S = 5.0
 log = logging.getLogger("lorascope")
 
-# What moves a terminal's cursor, colours it or turns the order of letters round, and halves of letters, which it cannot
-# show: control characters but tab and line feed, marks of direction, separators of lines, surrogates.
+# What moves a terminal's cursor, colours it or turns the order of letters round, and halves of letters,
+# which it cannot show: control characters but tab and line feed, marks of direction, separators of lines,
+# surrogates.
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -42,8 +43,8 @@ def plain(text: object) -> str:
 
 
 def say(*values: object, sep: str = "\n", end: str = "\n", file: TextIO | None = None) -> None:
-    """Print results on stdout, or what is said about them on `file`, as `plain` text: what is in names, captions and
-    metadata of others' files never reaches a terminal as it is.
+    """Print results on stdout, or what is said about them on `file`, as `plain` text: what is in names,
+    captions and metadata of others' files never reaches a terminal as it is.
     """
     print(plain(sep.join(map(str, values))), end=end, file=file)
 

@@ -16,8 +16,8 @@ from lorascope.store import RunDir, digest_json, write_text
 def require_apart(run: RunDir, config: StudyConfig) -> None:
     """Raise `ConfigError` where the run folder lies in a folder that the study reads, or holds what it reads.
 
-    Pictures that a run draws would be taken for data at the next start, and models for parts of the base. Links are
-    followed.
+    Pictures that a run draws would be taken for data at the next start, and models for parts of the base.
+    Links are followed.
     """
     folder = _resolved(run.path)
     keys = {
@@ -37,8 +37,8 @@ def require_apart(run: RunDir, config: StudyConfig) -> None:
         else:
             continue
         raise ConfigError(
-            f"{run.path}: the run folder {place} {key} = {value!r}, which the study reads: choose another folder "
-            "with --run-dir"
+            f"{run.path}: the run folder {place} {key} = {value!r}, which the study reads: choose "
+            "another folder with --run-dir"
         )
 
 
