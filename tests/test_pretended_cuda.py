@@ -39,7 +39,7 @@ _BESIDE_DENOISING = {
     "AdapterBank.initialize",
     "AdapterBank.load",
     "AdapterBank.select",
-    "draw",
+    "Painter.draw",
     "Autoencoder._in_bounds",
     "to_bytes",
 }
@@ -151,9 +151,9 @@ def broad(
 def test_every_stage_passes_and_waits_only_beside_steps(study: str, request: pytest.FixtureRequest) -> None:
     run, seen = request.getfixturevalue(study)
     _check_waits(run, seen)
-    assert read_json(run / "merge_check.json")[
-        "passed"
-    ]  # convolutions were rounded to TF32 where torch allows it
+    merged = read_json(run / "merge_check.json").values()
+    # Where torch allows it, the device rounds convolutions to TF32, which the check would not forgive.
+    assert merged and all(check["ok"] for check in merged)
     assert not seen["outlived"], "recordings hold gigabytes: nothing may keep them"
     assert (run / "report.html").exists()
 

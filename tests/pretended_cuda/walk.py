@@ -30,7 +30,7 @@ def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:
 
     # Timed as a GPU is, on less work: all of it is done by this CPU.
     speed._SIDE["cuda"] = 64
-    tuning._ATTENTION_FLOPS["cuda"], tuning._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e5, 1e7, 0.0
+    tuning._ATTENTION_FLOPS["cuda"], tuning._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e4, 1e6, 0.0
     tuning._MOST_S, tuning._REPLAYS = 2.0, 1
     study = Study(load_study(study_file, overrides=["device=cuda"], environment={}), run_dir)
     seen: dict[str, Any] = {}
