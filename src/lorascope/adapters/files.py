@@ -285,7 +285,8 @@ _OTHER_KINDS = (  # a pattern in some key, and what a file with it is
     (r"^(emb_params|string_to_param|clip_[lg]$)|^<.*>$", "a textual inversion embedding"),
 )  # fmt: skip
 _READS_TEXT = re.compile(
-    r"attn2[._](processor\.)?to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down)|^lora_te1?_.*_self_attn_q_proj\.lora_down"
+    r"attn2[._](processor\.)?to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down)"
+    r"|^lora_te1?_.*_self_attn_q_proj\.lora_down"
 )
 _WIDTHS = {1024: "an adapter for Stable Diffusion 2.x", 2048: "an adapter for SDXL"}  # of the text states
 
