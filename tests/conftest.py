@@ -5,10 +5,12 @@ milliseconds.
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process here and those it starts: pytest runs several
 for variable in [name for name in os.environ if name.startswith("LORASCOPE_")]:
     del os.environ[variable]
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,27 @@ from transformers import (
 from lorascope.base.loading import Base, load_base
 from lorascope.config import BaseSection, load_study
 from lorascope.data.encoding import Encoded
+from lorascope.machine.facts import package_version
 from lorascope.seeding import seeded
 from lorascope.study import Study
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+_PINNED = Path(__file__).parents[1] / "constraints.txt"
+_PINNED_PYTHON = (3, 11)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors under the pinned versions: others may warn of what nobody here has met."""
+    pins = [line.partition("==") for line in _PINNED.read_text().splitlines() if "==" in line]
+    others = [
+        name
+        for name, _, pin in pins
+        if (found := package_version(name)) is not None and found.partition("+")[0] != pin.strip()
+    ]
+    if not others and sys.version_info[:2] == _PINNED_PYTHON:
+        config.getini("filterwarnings").insert(0, "error")
 
 
 def make_tokenizer() -> CLIPTokenizer:

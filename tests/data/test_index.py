@@ -240,6 +240,7 @@ with PictureIndex(Path({str(tmp_path)!r}), "here") as entries:
         assert all(entries.find(f"{name} {number}", STAMP) for name in "ab" for number in (0, 999, 1999))
 
 
+@pytest.mark.figures
 def test_a_hundred_thousand_pictures_would_be_listed_again_in_seconds(folder: Path, tmp_path: Path) -> None:
     """kohya-ss/sd-scripts #19: 12 hours of preparing 100,000 pictures before each start.
 

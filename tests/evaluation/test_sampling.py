@@ -222,13 +222,15 @@ def test_missing_pictures_are_drawn_again_to_the_same_bytes(
 def test_batches_side_by_side_give_pictures_equal_but_for_rounding(
     base: Base, bank: AdapterBank, tmp_path: Path
 ) -> None:
-    alone = draw_into(tmp_path / "alone", base, bank)
-    torch.set_num_threads(2)
+    before = torch.get_num_threads()
     try:
+        torch.set_num_threads(1)
+        alone = draw_into(tmp_path / "alone", base, bank)
+        torch.set_num_threads(2)
         together = draw_into(tmp_path / "together", base, bank)
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert alone.keys() == together.keys()
     for name in alone:
         first, second = (

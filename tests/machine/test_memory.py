@@ -66,6 +66,7 @@ def test_a_container_limits_memory_in_version_1(tmp_path: Path) -> None:
     assert min(_container_free(tmp_path / "missing", root)) > 2**60
 
 
+@pytest.mark.figures
 def test_the_peak_of_a_stage_is_its_own() -> None:
     size = 300 * MIB
     torch.ones(size // 4)
@@ -104,6 +105,7 @@ def test_an_allocation_that_failed_is_known() -> None:
     assert not is_out_of_memory(RuntimeError("size mismatch"))
 
 
+@pytest.mark.figures
 def test_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows and macOS: the same figures, from psutil."""
     used, free = used_bytes(CPU), free_bytes(CPU)
@@ -116,6 +118,7 @@ def test_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     reset_peak_memory(CPU)
 
 
+@pytest.mark.figures
 def test_an_apple_gpu_shares_the_machines_memory() -> None:
     assert free_bytes(torch.device("mps")) == pytest.approx(free_bytes(CPU), rel=0.3)
     assert used_bytes(torch.device("mps")) > 100 * MIB
