@@ -30,8 +30,9 @@ from lorascope.evaluation.scores import (
 )
 from lorascope.evaluation.verdict import choose_arm
 from lorascope.report import page as report_module
+from lorascope.report.conditions import judge_conditions
 from lorascope.report.drawing import MAX_LINES, looks_of
-from lorascope.report.evidence import NOT_MEASURED, Facts, judge_conditions, list_warnings
+from lorascope.report.evidence import NOT_MEASURED, Facts, list_warnings
 from lorascope.report.figures import build_figures, smooth, thin
 from lorascope.report.page import Album, Report, build_report, verdict_of
 from lorascope.report.tables import Column, build_arms_table, build_contrast_table

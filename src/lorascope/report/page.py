@@ -22,16 +22,14 @@ from PIL import Image
 from lorascope import __version__
 from lorascope.evaluation.scores import ALL, BASE
 from lorascope.evaluation.verdict import describe_difference
+from lorascope.report.conditions import SIGNS, Condition, judge_conditions
 from lorascope.report.evidence import (
     NOT_MEASURED,
-    SIGNS,
     Answer,
-    Condition,
     Facts,
     Picture,
     answer_of,
     count,
-    judge_conditions,
     list_limits,
     list_warnings,
     open_picture,
