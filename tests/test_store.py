@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import socket
@@ -36,6 +37,17 @@ from lorascope.store import (
     write_text,
 )
 
+TRAIN = {"kind": "train", "step": 1, "epoch": 0.1, "arm": "r4", "loss": 0.5, "grad_norm": None, "lr": 1e-3}
+PROBE = {
+    "kind": "probe",
+    "step": 1,
+    "epoch": 1,
+    "arm": "r4",
+    "split": "heldout",
+    "band": "all",
+    "conditional": True,
+}
+PROBE |= {"loss": 0.5, "difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "count": 4}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -641,11 +653,11 @@ def test_records_of_arms_are_read_in_order_and_joined_once(tmp_path: Path) -> No
     for arm in ("r8", "r4"):  # the order of writing is of no account
         part = JsonLines(run.metrics_part(arm))
         for step in (1, 2):
-            part.append({"kind": "train", "step": step, "arm": arm})
-        part.append({"kind": "probe", "step": 2, "arm": arm})
+            part.append({**TRAIN, "step": step, "arm": arm})
+        part.append({**PROBE, "step": 2, "arm": arm})
         part.close()
     base = JsonLines(run.metrics_part("base"))
-    base.append({"kind": "probe", "step": 0, "arm": "base"})
+    base.append({**PROBE, "step": 0, "arm": "base"})
     base.close()
     expected = [(0, "probe", "base"), *((1, "train", arm) for arm in ("r4", "r8"))]
     expected += [(2, kind, arm) for kind in ("train", "probe") for arm in ("r4", "r8")]
@@ -657,7 +669,7 @@ def test_records_of_arms_are_read_in_order_and_joined_once(tmp_path: Path) -> No
     run.join_metrics(["r4", "r8"])
     assert found() == expected and run.metrics_jsonl.exists() and not run.metrics_dir.exists()
     base.append(
-        {"kind": "probe", "step": 0, "arm": "base"}
+        {**PROBE, "step": 0, "arm": "base"}
     )  # as if the parts had not been removed when the process was killed
     base.close()
     run.join_metrics(["r4", "r8"])
@@ -705,3 +717,81 @@ def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(
 def test_a_folders_digest_is_the_same_from_kept_digests(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     assert digest_folder(tmp_path, digest=kept_digest) == digest_folder(tmp_path)
+
+
+# -- what a run folder holds, damaged ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([1], "not a JSON object"),
+        ({}, "of no kind in train, probe"),
+        ({**TRAIN, "kind": ["train"]}, "of no kind in train, probe"),
+        ({**TRAIN, "arm": "r5"}, "arm 'r5' is not of this study"),
+        ({**TRAIN, "arm": {}}, "arm '{}' is not of this study"),
+        ({**TRAIN, "loss": "low"}, "no loss, or not of its type"),
+        ({**TRAIN, "kind": "probe"}, "no difference, or not of its type"),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_line(record: Any, reason: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_text(run.metrics_jsonl, f"{json.dumps(TRAIN)}\n{json.dumps(record)}\n")
+    with pytest.raises(StorageError, match=rf"metrics\.jsonl: line 2 is damaged \({reason}\): delete that"):
+        run.read_metrics(["r4"])
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"stages": []}', '{"stages": {"data": 1}}', '{"stages": {"a": {}}}']
+)
+def test_a_manifest_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+    write_text(RunDir(tmp_path).manifest_json, content)
+    with pytest.raises(
+        StorageError, match=r"manifest\.json: damaged \(.*\): delete it and run the same command"
+    ):
+        RunDir(tmp_path).is_finished("data", "inputs")
+
+
+def test_an_adapter_that_changed_after_its_training_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "best/adapter_model.safetensors"):
+        write_text(run.adapters_dir / "r4" / name, "weights")
+    facts = run.adapters_dir / "r4" / "training.json"
+    write_json(facts, {"failed": None})  # of a version before
+    run.require_unchanged("r4")
+    write_json(facts, {"failed": None, "digests": run.adapter_digests("r4")})
+    run.require_unchanged("r4")
+    assert len(run.training("r4")["digests"]) == 3
+    best = run.adapters_dir / "r4" / "best" / "adapter_model.safetensors"
+    write_text(best, "weight")
+    with pytest.raises(
+        StorageError, match=r"best.adapter_model\.safetensors: was changed or cut after training"
+    ):
+        run.require_unchanged("r4")
+    best.unlink()
+    with pytest.raises(StorageError, match="was removed after training"):
+        run.require_unchanged("r4")
+    write_json(facts, {})
+    with pytest.raises(StorageError, match=r"training\.json: damaged \('failed' is missing\): delete it"):
+        run.failure("r4")
+
+
+@given(content=st.binary(max_size=40) | st.lists(JSON, max_size=3).map(
+    lambda values: "".join(json.dumps(value) + "\n" for value in values).encode()
+))  # fmt: skip
+def test_any_content_of_a_run_folders_files_is_read_or_one_line(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = RunDir(tmp_path_factory.mktemp("run"))
+    for path in (run.manifest_json, run.metrics_jsonl, run.adapters_dir / "r4" / "training.json"):
+        write_bytes(path, content)
+    readers: list[Callable[[], Any]] = [
+        run.manifest,
+        lambda: run.is_finished("train", ""),
+        lambda: run.read_metrics(["r4"]),
+        lambda: run.failure("r4"),
+        lambda: run.require_unchanged("r4"),
+    ]
+    for read in readers:
+        with contextlib.suppress(LorascopeError):
+            read()

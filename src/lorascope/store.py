@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -202,6 +202,18 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
 
 
+def read_table(path: Path, *keys: str) -> dict[str, Any]:
+    """As `read_json`, of an object with at least these keys; anything else is damage too."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        reason = "not a JSON object"
+    elif missing := [key for key in keys if key not in table]:
+        reason = f"{missing[0]!r} is missing"
+    else:
+        return table
+    raise StorageError(f"{path}: damaged ({reason}): delete it and run the same command again")
+
+
 def export_name(name: str, layout: str) -> str:
     """What an adapter or merged model called `name` is called as a file or folder of this format, in a run
     folder or elsewhere.
@@ -332,9 +344,9 @@ class JsonLines:
             with storage_errors(self.path):
                 file.close()
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, fault: Callable[[dict[str, Any]], str | None] = lambda _: None) -> list[dict[str, Any]]:
         """All complete records; a last line cut short by a crash is left out, damage elsewhere is a
-        `StorageError`.
+        `StorageError`, and so is a record in which `fault` finds one.
         """
         records = []
         for number, line in enumerate(
@@ -346,6 +358,8 @@ class JsonLines:
                 raise self._damaged(number, str(error)) from error
             if not isinstance(record, dict):
                 raise self._damaged(number, "not a JSON object")
+            if reason := fault(record):
+                raise self._damaged(number, reason)
             records.append(record)
         return records
 
@@ -354,6 +368,28 @@ class JsonLines:
             f"{self.path}: line {number} is damaged ({reason}): delete that line, or run again in an "
             "empty folder"
         )
+
+
+_FIGURES = {
+    "train": ("loss", "lr"),
+    "probe": ("loss", "difference", "difference_low", "difference_high", "count"),
+}
+
+
+def _fault(record: Mapping[str, Any], arms: Collection[str]) -> str | None:
+    """What is wrong with a record of `metrics.jsonl`."""
+    kind, arm = record.get("kind"), record.get("arm")
+    if not isinstance(kind, str) or kind not in _FIGURES:
+        return f"of no kind in {', '.join(_FIGURES)}"
+    if arm not in arms:
+        return f"arm {str(arm)[:80]!r} is not of this study"
+    wrong = [
+        key for key in ("step", "epoch", *_FIGURES[kind]) if not isinstance(record.get(key), int | float)
+    ]
+    if kind == "probe":
+        wrong += [key for key in ("split", "band") if not isinstance(record.get(key), str)]
+        wrong += [] if isinstance(record.get("conditional"), bool) else ["conditional"]
+    return f"no {wrong[0]}, or not of its type" if wrong else None
 
 
 class RunDir:
@@ -392,8 +428,29 @@ class RunDir:
 
     def failure(self, arm: str) -> str | None:
         """Why a trained arm stopped before its end; None where it did not."""
-        failure: str | None = read_json(self.adapters_dir / arm / "training.json")["failed"]
+        failure: str | None = self.training(arm, "failed")["failed"]
         return failure
+
+    def training(self, arm: str, *keys: str) -> dict[str, Any]:
+        """What is known of an arm's training once it has ended, at least these keys."""
+        return read_table(self.adapters_dir / arm / "training.json", *keys)
+
+    def adapter_digests(self, arm: str) -> dict[str, str]:
+        """SHA-256 of every file of the arm's adapters by its name in their folder, those in `best/` too."""
+        folder = self.adapters_dir / arm
+        paths = sorted(path for name in (PEFT_WEIGHTS, PEFT_CONFIG) for path in folder.rglob(name))
+        return {path.relative_to(folder).as_posix(): kept_digest(path) for path in paths}
+
+    def require_unchanged(self, arm: str) -> None:
+        """Raise `StorageError` where an adapter of the arm is not what its training wrote."""
+        known, found = self.training(arm).get("digests"), self.adapter_digests(arm)
+        for name, digest in known.items() if isinstance(known, dict) else ():  # versions before wrote none
+            if found.get(name) != digest:
+                state = "was changed or cut" if name in found else "was removed"
+                raise StorageError(
+                    f"{self.adapters_dir / arm / name}: {state} after training: put the file back from a "
+                    "copy, or train again in another run folder"
+                )
 
     def metrics_part(self, arm: str) -> Path:
         """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called
@@ -407,9 +464,14 @@ class RunDir:
 
         That is by step, and within a step first training, then probes, each in the order of `arms`.
         """
+        names = ("base", *arms)
+
+        def fault(record: dict[str, Any]) -> str | None:
+            return _fault(record, names)
+
         if self.metrics_jsonl.exists():
-            return JsonLines(self.metrics_jsonl).read()
-        parts = [record for arm in ("base", *arms) for record in JsonLines(self.metrics_part(arm)).read()]
+            return JsonLines(self.metrics_jsonl).read(fault)
+        parts = [record for arm in names for record in JsonLines(self.metrics_part(arm)).read(fault)]
         return sorted(parts, key=lambda record: (record["step"], record["kind"] != "train"))
 
     def join_metrics(self, arms: Iterable[str]) -> None:
@@ -423,7 +485,16 @@ class RunDir:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""
-        return {"stages": {}, **(read_json(self.manifest_json) if self.manifest_json.exists() else {})}
+        manifest = {"stages": {}, **(read_table(self.manifest_json) if self.manifest_json.exists() else {})}
+        stages = manifest["stages"]
+        if not isinstance(stages, dict) or not all(
+            isinstance(stage, dict) and "inputs" in stage for stage in stages.values()
+        ):
+            raise StorageError(
+                f"{self.manifest_json}: damaged (`stages` are no stages): delete it and run the same command "
+                "again"
+            )
+        return manifest
 
     def is_finished(self, stage: str, inputs: str) -> bool:
         """Whether `stage` ended with the inputs of this digest."""

@@ -47,7 +47,7 @@ from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
-from lorascope.store import RunDir, digest_json, read_json, write_json
+from lorascope.store import RunDir, digest_json, read_table, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material
 from lorascope.training.trackers import require_trackers
@@ -255,7 +255,7 @@ class Study:
     @functools.cached_property
     def dataset(self) -> Dataset:
         """The pictures of the run, from `data.json`."""
-        return load_dataset(self.config.data, read_json(self.run_dir.data_json))
+        return load_dataset(self.config.data, read_table(self.run_dir.data_json))
 
     # -- encode ----------------------------------------------------------------------------------------------
 
@@ -332,8 +332,11 @@ class Study:
         )
 
     def trained_arms(self) -> list[Arm]:
-        """The arms that did not fail."""
-        return [arm for arm in self.config.expand_arms() if self.run_dir.failure(arm.name) is None]
+        """The arms that did not fail; raises `StorageError` where an adapter was changed after training."""
+        arms = [arm for arm in self.config.expand_arms() if self.run_dir.failure(arm.name) is None]
+        for arm in arms:
+            self.run_dir.require_unchanged(arm.name)
+        return arms
 
     def load_bank(self, arms: Sequence[Arm], base: Base) -> AdapterBank:
         """The trained adapters of `arms` in one bank on `base`, not attached."""

@@ -37,8 +37,8 @@ from lorascope.store import (
     RunDir,
     digest_bytes,
     export_name,
-    read_json,
     read_regular,
+    read_table,
     storage_errors,
     write_json,
 )
@@ -131,8 +131,8 @@ def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
 
 def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str, Any]:
     """The `ss_` keys of a trained arm, from what the run folder holds."""
-    training = read_json(run_dir.adapters_dir / arm.name / "training.json")
-    data = read_json(run_dir.data_json)
+    training = run_dir.training(arm.name)
+    data = read_table(run_dir.data_json)
     section = config.train
     return {
         "ss_sd_model_name": Path(config.base.model).name,
@@ -230,6 +230,7 @@ def export_arm(
     name = plain_name(name or f"{config.name}-{arm_name}" + ("-best" if checkpoint == "best" else ""))
     out, dtype = out or Path(export_name(name, layout)), dtype or default_dtype(layout)
     require_free(out, force)
+    run_dir.require_unchanged(arm_name)
     if layout in _LAYOUTS:
         return _write_layout(run_dir, config, arms[arm_name], folder, _LAYOUTS[layout], out, dtype, name)
     return write_merged(config.base, load_adapter(folder), out, layout, dtype, name)

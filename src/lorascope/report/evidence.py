@@ -27,10 +27,11 @@ from lorascope.evaluation.scores import (
     summary_table,
 )
 from lorascope.evaluation.verdict import Style, Verdict, choose_arm, describe_difference, read_styles
-from lorascope.store import RunDir, read_json
+from lorascope.store import RunDir, read_table
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
+_DATA_KEYS = ("num_rows", "train", "heldout", "refused", "treated", "duplicates")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Facts:
         for name in self.settings:
             path = run.adapters_dir / name / "training.json"
             if path.exists():
-                facts = read_json(path)
+                facts = run.training(name)
+                run.require_unchanged(name)
                 self.training[name] = facts
                 if facts.get("failed"):
                     self.failed[name] = str(facts["failed"])
@@ -88,9 +90,11 @@ class Facts:
                 f"{run.path}: nothing to report yet: no arm has finished stage `train`; run `lorascope "
                 f"train {run.path}` first"
             )
-        self.data: dict[str, Any] | None = read_json(run.data_json) if run.data_json.exists() else None
+        self.data: dict[str, Any] | None = (
+            read_table(run.data_json, *_DATA_KEYS) if run.data_json.exists() else None
+        )
         self.merges: dict[str, dict[str, Any]] | None = (
-            read_json(run.merge_check_json) if run.merge_check_json.exists() else None
+            read_table(run.merge_check_json) if run.merge_check_json.exists() else None
         )
         self.metrics = run.read_metrics(self.settings)
         self.probes = [record for record in self.metrics if record.get("kind") == "probe"]

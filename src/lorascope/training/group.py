@@ -404,6 +404,7 @@ class Group:
         if failure is None:
             facts["file_bytes"] = save_adapter(self.bank.adapter(index), folder, "peft", "fp32").num_bytes
             facts["final_loss"] = float(np.mean(self.last_epoch[arm.name]))
+        facts["digests"] = self.run_dir.adapter_digests(arm.name)
         write_json(folder / "training.json", facts)
 
 
