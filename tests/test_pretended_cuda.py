@@ -169,3 +169,13 @@ def test_the_broad_study_was_broad(broad: tuple[Path, dict[str, Any]]) -> None:
     assert len(data["buckets"]) == 2
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in losses if line["arm"].startswith("r2"))
+
+
+@pytest.mark.parametrize("study", ["smoke", "broad"])
+def test_the_first_start_finds_every_fast_path_right(study: str, request: pytest.FixtureRequest) -> None:
+    """Recorded steps are replayed there, at the addresses of their recording; in bf16 and fp16."""
+    run, _ = request.getfixturevalue(study)
+    [kept] = read_json(run.parent / "cache" / "lorascope" / "doctor.json").values()
+    found = {finding["check"]: finding["status"] for finding in kept["findings"]}
+    assert {status for status in found.values()} == {"ok"}
+    assert {"attention cudnn", "channels_last", "recorded step", "half-precision VAE"} <= set(found)
