@@ -33,7 +33,8 @@ def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:
     speed._SIDE["cuda"] = 64
     tuning._ATTENTION_FLOPS["cuda"], tuning._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e4, 1e6, 0.0
     tuning._MOST_S, tuning._REPLAYS = 2.0, 1
-    checks._ATTENTION_FLOPS["cuda"], examination._PASS_FLOPS["cuda"], examination._MAX_SIDE_PX["cuda"] = 1e6, 1e7, 32
+    checks._ATTENTION_FLOPS["cuda"] = 1e6
+    examination._PASS_FLOPS["cuda"], examination._MAX_SIDE_PX["cuda"] = 1e7, 32
     study = Study(load_study(study_file, overrides=["device=cuda"], environment={}), run_dir)
     seen: dict[str, Any] = {}
     outlived: list[str] = []
