@@ -19,7 +19,9 @@ from lorascope.data.pictures import PictureFacts, RefusedError
 from samples import count_words, drawing, encode, pixels, plain, section, write
 
 STAMP = (10, 1_000)
-FACTS = PictureFacts("ab" * 32, b"p" * 32, 2**64 - 1, b"t" * 768, 640, 480, ("one", "two"))
+FACTS = PictureFacts(
+    "ab" * 32, b"p" * 32, 2**64 - 1, b"t" * 768, b"c" * 768, 640, 480, 600, 470, ("one", "two")
+)
 
 
 @pytest.fixture
@@ -224,9 +226,9 @@ import sys
 from pathlib import Path
 from lorascope.data.index import PictureIndex
 from lorascope.data.pictures import PictureFacts
+facts = PictureFacts("ab" * 32, b"p" * 32, 1, b"t" * 768, b"c" * 768, 640, 480, 640, 480, ())
 with PictureIndex(Path({str(tmp_path)!r}), "here") as entries:
     for number in range(2000):
-        facts = PictureFacts("ab" * 32, b"p" * 32, 1, b"t" * 768, 640, 480, ())
         entries.add(f"{{sys.argv[1]}} {{number}}", {STAMP}, facts)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}

@@ -24,7 +24,7 @@ from PIL import Image
 from lorascope.config import DataSection
 from lorascope.console import log
 from lorascope.data.captions import SPECIAL_TOKENS, Caption, clean_caption, complete_caption
-from lorascope.data.duplicates import near_groups
+from lorascope.data.duplicates import MOST_FOR_SECOND_LOOK, alike_pairs, join_groups, near_groups
 from lorascope.data.index import Outcome, PictureIndex, default_index_dir
 from lorascope.data.pictures import (
     PictureFacts,
@@ -41,6 +41,7 @@ from lorascope.store import digest_json
 _PENDING_PER_THREAD = 4
 _SHOWN_REFUSALS = 3
 _SHOWN_KINDS = 8
+_LEAST_BORDER = 0.02  # of a side
 
 
 @dataclass(frozen=True)
@@ -475,12 +476,27 @@ def _drop_exact(pictures: Iterable[Picture]) -> tuple[list[Picture], list[dict[s
 
 def _near_groups(pictures: Sequence[Picture], max_bits: int) -> list[list[Picture]]:
     """Groups of near duplicates, most of one picture, each in the order of digests."""
-    thumbnails = np.frombuffer(b"".join(picture.facts.thumbnail for picture in pictures), np.uint8).reshape(
-        len(pictures), -1
+    facts = [picture.facts for picture in pictures]
+    thumbnails, contents = (
+        np.frombuffer(b"".join(parts), np.uint8).reshape(len(facts), -1)
+        for parts in ((fact.thumbnail for fact in facts), (fact.content for fact in facts))
     )
-    hashes = np.array([picture.facts.hash for picture in pictures], np.uint64)
+    numbers = near_groups(np.array([fact.hash for fact in facts], np.uint64), thumbnails, max_bits)
+    if len(facts) > MOST_FOR_SECOND_LOOK:
+        log.warning(
+            "data     shifted, mirrored and brighter copies are looked for among %d pictures at most, here are %d",
+            MOST_FOR_SECOND_LOOK,
+            len(facts),
+        )
+    elif max_bits:
+        shapes = np.array([fact.content_width_px / fact.content_height_px for fact in facts])
+        shares = np.array(
+            [(f.content_width_px / f.width_px, f.content_height_px / f.height_px) for f in facts]
+        )
+        has_border = shares.min(axis=1) < 1 - _LEAST_BORDER
+        numbers = join_groups(numbers, alike_pairs(contents, shapes, has_border))
     members: dict[int, list[Picture]] = {}
-    for number, picture in zip(near_groups(hashes, thumbnails, max_bits).tolist(), pictures, strict=True):
+    for number, picture in zip(numbers.tolist(), pictures, strict=True):
         members.setdefault(number, []).append(picture)
     by_digest = [sorted(group, key=lambda picture: picture.example.digest) for group in members.values()]
     return sorted(by_digest, key=lambda group: group[0].example.digest)

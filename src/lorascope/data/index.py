@@ -21,8 +21,8 @@ from lorascope.data.pictures import PictureFacts, RefusedError
 from lorascope.data.sources import Stamp
 from lorascope.store import digest_bytes, user_cache_path
 
-_VERSION = f"2, Pillow {PIL.__version__}"  # decoders differ between versions, and what they refuse
-_FIXED = struct.Struct("<32s32sQ768sII")
+_VERSION = f"3, Pillow {PIL.__version__}"  # decoders differ between versions, and what they refuse
+_FIXED = struct.Struct("<32s32sQ768s768sIIII")
 _SETTLED_NS = 2 * 10**9
 _WRITE_EVERY = 256
 _WAIT_S = 30.0
@@ -173,8 +173,11 @@ def _pack(row_id: str, outcome: Outcome) -> bytes:
             outcome.pixel_digest,
             outcome.hash,
             outcome.thumbnail,
+            outcome.content,
             outcome.width_px,
             outcome.height_px,
+            outcome.content_width_px,
+            outcome.content_height_px,
         )
         content = b"\1" + _FIXED.pack(*fixed) + "\n".join(outcome.treatments).encode()
     return _checksum(row_id, content) + content
@@ -186,17 +189,10 @@ def _unpack(row_id: str, facts: bytes) -> Outcome | None:
         return None
     if content[:1] == b"\0":
         return RefusedError(content[1:].decode())
-    digest, pixel_digest, bits, thumbnail, width, height = _FIXED.unpack_from(content, 1)
+    digest, *fixed = _FIXED.unpack_from(content, 1)
     treatments = content[1 + _FIXED.size :].decode()
-    return PictureFacts(
-        digest.hex(),
-        pixel_digest,
-        bits,
-        thumbnail,
-        width,
-        height,
-        tuple(treatments.split("\n") if treatments else ()),
-    )
+    values = (digest.hex(), *fixed, tuple(treatments.split("\n") if treatments else ()))
+    return PictureFacts(*values)
 
 
 def _checksum(row_id: str, content: bytes) -> bytes:

@@ -24,6 +24,7 @@ THUMBNAIL_SIDE = 16
 Image.init()
 _FORMATS = tuple(name for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if name in Image.OPEN)
 _REDUCED_JPEG_SIDE = 2048
+_BORDER_NOISE = 10  # of 255
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,15 +46,20 @@ class PictureFacts:
 
     `digest` is the SHA-256 of the bytes as 64 hex digits, `pixel_digest` that of the upright RGB pixels,
     `width_px` and `height_px` the upright size. `hash` has 64 bits and `thumbnail` holds uint8 [16, 16, 3],
-    both of the centre square. `treatments` says what was done to get RGB pixels.
+    both of the centre square. `content` holds uint8 [16, 16, 3] too, of the whole picture without a border of
+    one colour, brought to a square, and `content_width_px` and `content_height_px` are the size of that part.
+    `treatments` says what was done to get RGB pixels.
     """
 
     digest: str
     pixel_digest: bytes
     hash: int
     thumbnail: bytes
+    content: bytes
     width_px: int
     height_px: int
+    content_width_px: int
+    content_height_px: int
     treatments: tuple[str, ...]
 
 
@@ -68,9 +74,18 @@ def examine_picture(content: bytes) -> PictureFacts:
     square = _crop(picture, 1, 1)
     pixels = hashlib.sha256(f"{width}x{height}:".encode() + picture.tobytes())
     thumbnail = square.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
-    digest = hashlib.sha256(content).hexdigest()
+    box = _content_box(picture)
     return PictureFacts(
-        digest, pixels.digest(), _difference_hash(square), thumbnail, width, height, tuple(treatments)
+        digest=hashlib.sha256(content).hexdigest(),
+        pixel_digest=pixels.digest(),
+        hash=_difference_hash(square),
+        thumbnail=thumbnail,
+        content=picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR, box).tobytes(),
+        width_px=width,
+        height_px=height,
+        content_width_px=round((box[2] - box[0]) * width / picture.width),
+        content_height_px=round((box[3] - box[1]) * height / picture.height),
+        treatments=tuple(treatments),
     )
 
 
@@ -195,6 +210,32 @@ def _difference_hash(square: Image.Image) -> int:
     """
     cells = np.asarray(square.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(np.diff(cells, axis=1) > 2).tobytes(), "big")  # of 255
+
+
+def _content_box(picture: Image.Image) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the picture without borders of one colour; of one colour, all of it."""
+    pixels = np.asarray(picture)
+    left, top, right, bottom = 0, 0, picture.width, picture.height
+    for turned in (False, True) * 3:  # borders within borders of other colours, and plain ground
+        part = pixels[top:bottom, left:right]
+        lines = part.transpose(1, 0, 2) if turned else part
+        first, last = _count_plain(lines), _count_plain(lines[::-1])
+        if first + last >= len(lines):
+            return 0, 0, picture.width, picture.height
+        if turned:
+            left, right = left + first, right - last
+        else:
+            top, bottom = top + first, bottom - last
+    return left, top, right, bottom
+
+
+def _count_plain(lines: np.ndarray) -> int:
+    """How many of the first lines, uint8 [n, m, 3], have the colour of the first, up to the noise of JPEG."""
+    colour = lines[0].mean(axis=0)
+    return next(
+        (number for number, line in enumerate(lines) if np.abs(line - colour).max() > _BORDER_NOISE),
+        len(lines),
+    )
 
 
 # Buckets ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHOWN_NAMES = 3
 _SHOWN_PATH = 300
 _FOLDER_LINK = "is a link to a folder, which is not followed"
+_PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)  # of damaged text, UnicodeDecodeError
 _ROW_GROUP_CACHE_BYTES = 256 * 2**20
 _MAX_SHARDS = 100_000
 
@@ -114,7 +115,7 @@ class ParquetSource:
         try:
             require_regular(self._files[file], DataError)
             return pq.ParquetFile(self._files[file], read_dictionary=[coded] if coded else None)
-        except (OSError, pa.ArrowException) as error:
+        except _PARQUET_ERRORS as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise DataError(
                 f"{self._files[file]}: cannot be read as Parquet ({reason}): download or export it again"
@@ -152,7 +153,7 @@ class ParquetSource:
         with self._open(file, column if coded else None) as parquet:
             try:
                 table = parquet.read_row_group(group, columns=[column])
-            except (OSError, pa.ArrowException) as error:
+            except _PARQUET_ERRORS as error:
                 raise DataError(
                     f"{where} cannot be read ({first_line(error)}): download or export the file again"
                 ) from error

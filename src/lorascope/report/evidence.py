@@ -270,6 +270,7 @@ def list_warnings(facts: Facts) -> list[str]:
                     f"{len(items)} of {facts.data['num_rows']:,} rows {what}, such as {first['id']}: "
                     f"{detail}. data.json lists them."
                 )
+        warnings += [f"Beside the rows: {remark}." for remark in facts.data.get("remarks", ())]
         if facts.data["duplicates"]:
             warnings.append(
                 f"{count(len(facts.data['duplicates']), 'group')} of duplicate pictures; data.json says "
