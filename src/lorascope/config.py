@@ -180,8 +180,8 @@ class DataSection(Section):
         ge=0,
         le=32,
         description=(
-            "pictures whose 64-bit perceptual hashes differ in at most this many bits are near duplicates, and "
-            "above 0 shifted, mirrored, brighter and bordered copies too"
+            "pictures whose 64-bit perceptual hashes differ in at most this many bits are near duplicates, "
+            "and above 0 shifted, mirrored, brighter and bordered copies too"
         ),
     )
     max_refused_share: Share = Field(

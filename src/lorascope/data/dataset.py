@@ -484,7 +484,8 @@ def _near_groups(pictures: Sequence[Picture], max_bits: int) -> list[list[Pictur
     numbers = near_groups(np.array([fact.hash for fact in facts], np.uint64), thumbnails, max_bits)
     if len(facts) > MOST_FOR_SECOND_LOOK:
         log.warning(
-            "data     shifted, mirrored and brighter copies are looked for among %d pictures at most, here are %d",
+            "data     shifted, mirrored and brighter copies are looked for among %d pictures at most, "
+            "here are %d",
             MOST_FOR_SECOND_LOOK,
             len(facts),
         )

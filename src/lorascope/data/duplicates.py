@@ -1,5 +1,5 @@
-"""Near duplicates among very many pictures: from a 64-bit hash and a thumbnail of each, and by a second look those
-that were shifted, mirrored, made brighter or given a border.
+"""Near duplicates among very many pictures: from a 64-bit hash and a thumbnail of each, and by a second look
+those that were shifted, mirrored, made brighter or given a border.
 """
 
 import math
@@ -14,7 +14,9 @@ hashes alone take different small drawings on white for the same.
 """
 
 BORDERED_CORRELATION = 0.99
-"""From here on two pictures on plain ground are alike: drawings resemble each other far more than photographs."""
+"""From here on two pictures on plain ground are alike: drawings resemble each other far more than photographs
+do.
+"""
 SHIFTED_CORRELATION = 0.93
 """From here on two other pictures, or parts of them, are alike."""
 MOST_FOR_SECOND_LOOK = 50_000
@@ -79,15 +81,15 @@ def near_groups(hashes: np.ndarray, thumbnails: np.ndarray, max_bits: int) -> np
 def alike_pairs(contents: np.ndarray, shapes: np.ndarray, has_border: np.ndarray) -> np.ndarray:
     """Pairs int64 [p, 2] of pictures that are one picture shifted, mirrored, brighter or with a border.
 
-    `contents` is uint8 [n, 16 * 16 * 3]: pictures without their borders, brought to squares, in the order row,
-    column, channel. `shapes` is float64 [n], the width divided by the height of that part, and `has_border`
-    bool [n].
+    `contents` is uint8 [n, 16 * 16 * 3]: pictures without their borders, brought to squares, in the order
+    row, column, channel. `shapes` is float64 [n], the width divided by the height of that part, and
+    `has_border` bool [n].
 
     Compared is the correlation over all pixels and channels, which brightness and contrast leave alone, of a
     picture with others and with others mirrored. Two on plain ground stand in the same place without it: they
-    are alike from `BORDERED_CORRELATION` on. Of others parts are compared too, by which a shift moved them: they
-    are alike from `SHIFTED_CORRELATION` on. Those whose correlation in 8 x 8 cells is below `_COARSE_CORRELATION`
-    are not compared any further. Pictures of nearly one colour are left out.
+    are alike from `BORDERED_CORRELATION` on. Of others parts are compared too, by which a shift moved them:
+    they are alike from `SHIFTED_CORRELATION` on. Those whose correlation in 8 x 8 cells is below
+    `_COARSE_CORRELATION` are not compared any further. Pictures of nearly one colour are left out.
     """
     pictures = contents.reshape(-1, 16, 16, 3).astype(np.float32)
     coarse = _normalised(pictures.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4)))
@@ -140,17 +142,17 @@ def _are_alike(pictures: np.ndarray, pairs: np.ndarray, shifted: bool) -> np.nda
 
 
 def _windows(pictures: np.ndarray) -> np.ndarray:
-    """The pictures, float32 [p, 16, 16, 3], without some of their edges, brought to 16 x 16 again and normalised:
-    [p, 25, 768], the whole picture in the middle, and the window that lacks the opposite edges as far from the
-    end as one is from the start.
+    """The pictures, float32 [p, 16, 16, 3], without some of their edges, brought to 16 x 16 again and
+    normalised: [p, 25, 768], the whole picture in the middle, and the window that lacks the opposite edges as
+    far from the end as one is from the start.
     """
     parts = np.einsum("aij,bkl,pjlc->pabikc", _WINDOWS, _WINDOWS, pictures, optimize=True)
     return _normalised(parts.reshape(len(pictures), len(_SHIFTS) ** 2, 16, 16, 3))
 
 
 def _window(shift: float) -> np.ndarray:
-    """Linear interpolation float32 [16, 16] of what is left of 16 cells without a share of them, at the start if
-    it is above 0, else at the end.
+    """Linear interpolation float32 [16, 16] of what is left of 16 cells without a share of them, at the
+    start if it is above 0, else at the end.
     """
     places = (np.arange(16) + 0.5) * (1 - abs(shift)) + max(shift, 0) * 16 - 0.5
     return np.maximum(0, 1 - np.abs(places.clip(0, 15)[:, None] - np.arange(16))).astype(np.float32)
