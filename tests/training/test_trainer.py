@@ -56,25 +56,25 @@ def run(trainer: Trainer, steps: int | None = None) -> list[StepRecord]:
         trainer.bank.detach()
 
 
+# Through a base in float64, two ways of computing give losses and gradients whose fp32 is the same but for
+# a last bit now and then, 1.2e-7; AdamW, which divides a gradient by its own size, makes no more of it.
+SAME = 1e-6
+
+
 def assert_close(bank: AdapterBank, other: AdapterBank) -> None:
-    """The first adapters of two banks agree within 1e-4 of the norm of each matrix."""
+    """The first adapters of two banks agree within `SAME` of the norm of each matrix."""
     theirs = other.adapter(0).modules
     for name, module in bank.adapter(0).modules.items():
         for ours, reference in ((module.down, theirs[name].down), (module.up, theirs[name].up)):
-            assert (ours - reference).norm() <= 1e-4 * reference.norm()
+            assert (ours - reference).norm() <= SAME * reference.norm()
 
 
-def test_an_adapter_in_a_stack_trains_as_it_does_alone(base: Base, pictures: Encoded) -> None:
-    """Rank 4 alone and beside rank 8: same losses and, after 10 steps, weights within 1e-4 of their norm.
-
-    By SGD, whose steps are as exact as the gradients; AdamW divides tiny gradients by their own size, which
-    makes of a rounding of 1e-7 whatever the processor likes.
-    """
-    plain = SECTION.model_copy(update={"optimizer": "SGD"})
-    alone = make_trainer(base, pictures, R4, section=plain)
-    stacked = make_trainer(base, pictures, R4, R8, section=plain)
+def test_an_adapter_in_a_stack_trains_as_it_does_alone(exact_base: Base, pictures: Encoded) -> None:
+    """Rank 4 alone and beside rank 8: same losses and weights over 10 steps of AdamW."""
+    alone = make_trainer(exact_base, pictures, R4)
+    stacked = make_trainer(exact_base, pictures, R4, R8)
     for one, two in zip(run(alone), run(stacked), strict=True):
-        assert one.losses[0] == pytest.approx(two.losses[0], rel=1e-5)
+        assert one.losses[0] == pytest.approx(two.losses[0], rel=SAME)
     assert_close(alone.bank, stacked.bank)
 
 
@@ -102,7 +102,8 @@ def test_training_leaves_every_base_weight_unchanged(base: Base, pictures: Encod
     assert all(torch.equal(before[name], tensor) for name, tensor in base.unet.state_dict().items())
 
 
-def test_training_lowers_the_loss_at_fixed_noise(base: Base, pictures: Encoded) -> None:
+def test_training_lowers_the_loss_at_fixed_noise(exact_base: Base, pictures: Encoded) -> None:
+    base = exact_base
     trainer = make_trainer(base, pictures, R8, section=SECTION.model_copy(update={"epochs": 8}))
     trainer.bank.attach()
     before = probe_losses(base, trainer.bank, [Slice(0, 0.0)], pictures, True)
@@ -110,7 +111,7 @@ def test_training_lowers_the_loss_at_fixed_noise(base: Base, pictures: Encoded) 
     trainer.bank.attach()
     after = probe_losses(base, trainer.bank, [Slice(0, 0.0), Slice(0)], pictures, True)
     trainer.bank.detach()
-    assert torch.allclose(before[0], after[0], rtol=1e-5)
+    torch.testing.assert_close(before[0], after[0], rtol=SAME, atol=0)
     assert after[1].mean() < 0.97 * before[0].mean()
 
 
@@ -124,6 +125,7 @@ def test_clipping_limits_each_arm_by_its_own_norm(base: Base, pictures: Encoded)
     )
     record = run(trainer, 1)[0]
     assert record.grad_norms == pytest.approx(free.grad_norms)
+    # the 1e-6 that clipping adds to a norm, of 0.1 here, lest it divide by 0: rel 1e-5
     assert trainer.bank.gradient_norms().tolist() == pytest.approx([limit, limit], rel=1e-4)
 
 
@@ -164,12 +166,12 @@ def test_checkpoints_of_other_inputs_or_damaged_are_refused(
 
 
 def test_a_checkpoint_splits_into_groups_that_go_on_as_the_whole_would(
-    base: Base, pictures: Encoded, tmp_path: Path
+    exact_base: Base, pictures: Encoded, tmp_path: Path
 ) -> None:
     """After a group ran out of memory: each half has the state of the whole one's step, whatever the padding
     beside it was.
     """
-    whole = make_trainer(base, pictures, R4, R8, OTHER_SEED)
+    whole = make_trainer(exact_base, pictures, R4, R8, OTHER_SEED)
     run(whole, 4)
     whole.save_checkpoint(tmp_path / "whole", "inputs", {"count": 3})
     parts = [
@@ -178,7 +180,7 @@ def test_a_checkpoint_splits_into_groups_that_go_on_as_the_whole_would(
     ]
     split_checkpoint(tmp_path / "whole", parts)
     assert read_checkpoint_facts(tmp_path / "a") == {"count": 2}
-    half, other = make_trainer(base, pictures, R4, OTHER_SEED), make_trainer(base, pictures, R8)
+    half, other = make_trainer(exact_base, pictures, R4, OTHER_SEED), make_trainer(exact_base, pictures, R8)
     assert half.load_checkpoint(tmp_path / "a", "a") == {"count": 2} and other.load_checkpoint(
         tmp_path / "b", "b"
     ) == {"count": 1}
@@ -216,11 +218,10 @@ def test_a_pause_is_asked_for_after_each_step_and_leaves_no_record_behind(
     assert asked == list(range(1, trainer.num_steps))  # the last step is a pause whatever is said
 
 
-def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(base: Base, pictures: Encoded) -> None:
+def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(exact_base: Base, pictures: Encoded) -> None:
     wild = Arm(name="wild", rank=4, alpha=1e30, lr=1e30, seed=0)
-    plain = SECTION.model_copy(update={"optimizer": "SGD"})  # well conditioned, as in the test of a stack
-    trainer = make_trainer(base, pictures, R4, wild, section=plain)
-    alone = make_trainer(base, pictures, R4, section=plain)
+    trainer = make_trainer(exact_base, pictures, R4, wild)
+    alone = make_trainer(exact_base, pictures, R4)
     records = run(trainer)
     run(alone)
     assert records[-1].failed == (False, True)
@@ -241,13 +242,16 @@ def test_an_epoch_never_counts_beyond_the_last(base: Base, pictures: Encoded) ->
     assert epochs == [*sorted(set(epochs))] and epochs[0] == 4 / trainer.train.num_entries and epochs[-1] == 1
 
 
-def test_probes_are_the_same_each_time_whatever_else_is_in_the_batch(base: Base, pictures: Encoded) -> None:
+def test_probes_are_the_same_each_time_whatever_else_is_in_the_batch(
+    exact_base: Base, pictures: Encoded
+) -> None:
+    base = exact_base
     bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [R4]).attach()
     alone = probe_losses(base, bank, [Slice(0, 0.0)], pictures, False)
     beside = probe_losses(base, bank, [Slice(0), Slice(0, 0.0)], pictures.first(3), False)
     bank.detach()
     assert alone.shape == (1, 10, 4)
-    torch.testing.assert_close(beside[1], alone[0, :3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(beside[1], alone[0, :3], rtol=SAME, atol=0)
 
 
 def test_probe_records_are_paired_means_with_students_interval() -> None:
@@ -277,6 +281,7 @@ def test_a_bf16_base_trains_float32_adapters_to_nearly_the_same_losses(
     trainer, reference = make_trainer(half, pictures, R4, R8), make_trainer(base, pictures, R4, R8)
     assert trainer.bank.parameters.dtype == torch.float32
     for ours, theirs in zip(run(trainer), run(reference), strict=True):
+        # bf16 rounds at 2^-9; ten such roundings add up in a prediction, and its loss, before all cancel
         assert ours.losses == pytest.approx(theirs.losses, rel=0.02)
 
 
@@ -299,7 +304,8 @@ def make_wide_trainer(base: Base, pictures: Encoded, *arms: Arm, section: TrainS
     return Trainer(base, bank, dataclasses.replace(pictures, text_states=None), section)
 
 
-def test_convolutions_and_text_encoder_train_in_a_stack_as_alone(base: Base, pictures: Encoded) -> None:
+def test_convolutions_and_text_encoder_train_in_a_stack_as_alone(exact_base: Base, pictures: Encoded) -> None:
+    base = exact_base
     alone, stacked = make_wide_trainer(base, pictures, R4), make_wide_trainer(base, pictures, R4, R8)
     before = {
         name: tensor.clone()
@@ -321,13 +327,13 @@ def test_convolutions_and_text_encoder_train_in_a_stack_as_alone(base: Base, pic
     )
 
 
-def test_text_states_made_at_each_step_equal_kept_ones(base: Base, pictures: Encoded) -> None:
+def test_text_states_made_at_each_step_equal_kept_ones(exact_base: Base, pictures: Encoded) -> None:
     kept, made = (
-        make_trainer(base, pictures, R4),
-        make_trainer(base, dataclasses.replace(pictures, text_states=None), R4),
+        make_trainer(exact_base, pictures, R4),
+        make_trainer(exact_base, dataclasses.replace(pictures, text_states=None), R4),
     )
     assert [record.losses[0] for record in run(kept)] == pytest.approx(
-        [record.losses[0] for record in run(made)], rel=1e-5
+        [record.losses[0] for record in run(made)], rel=SAME
     )
 
 
@@ -346,19 +352,18 @@ def test_shuffled_tags_are_the_same_for_every_arm_of_a_seed_and_change_from_draw
     assert not torch.equal(trainer.feed.load(0)[3], trainer.feed.load(1)[3])
 
 
-def test_accumulated_batches_equal_one_large_batch(base: Base, pictures: Encoded) -> None:
+def test_accumulated_batches_equal_one_large_batch(exact_base: Base, pictures: Encoded) -> None:
     """Two batches of two are the pictures, noise and timesteps of one batch of four: same losses and
     gradients.
     """
-    whole = make_trainer(base, pictures, R4, section=TrainSection(epochs=1, batch_size=4))
+    whole = make_trainer(exact_base, pictures, R4, section=TrainSection(epochs=1, batch_size=4))
     parts = make_trainer(
-        base, pictures, R4, section=TrainSection(epochs=1, batch_size=2, accumulation_steps=2)
+        exact_base, pictures, R4, section=TrainSection(epochs=1, batch_size=2, accumulation_steps=2)
     )
     assert whole.num_steps == parts.num_steps == 3
     for one, two in zip(run(whole), run(parts), strict=True):
-        assert one.losses == pytest.approx(two.losses, rel=1e-4) and one.grad_norms == pytest.approx(
-            two.grad_norms, rel=1e-3
-        )
+        assert one.losses == pytest.approx(two.losses, rel=SAME)
+        assert one.grad_norms == pytest.approx(two.grad_norms, rel=SAME)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(
