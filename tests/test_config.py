@@ -582,6 +582,14 @@ def test_bounds_are_found_for_lists_and_tables_too() -> None:
     )
 
 
+def test_ends_of_lines_in_keys_and_names_do_not_end_the_message(tmp_path: Path) -> None:
+    path = write(tmp_path, 'trackers = {"a\\nb\\u0085" = 1}', name="my\nstudy.toml")
+    assert refusal(path=path).endswith(
+        r"my\nstudy.toml: trackers.a\nb\x85: items are counted from 0; there is none here"
+    )
+    assert r"--set \u2028x: must be key=value" in refusal("\u2028x")
+
+
 TOML_SCRAPS = st.sampled_from(
     [
         *"=[]{}.,\"'#\n",

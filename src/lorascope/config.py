@@ -600,6 +600,16 @@ def load_study(
     the key away. Raises `ConfigError`, one line with origin, key, value, constraint and the nearest known
     word.
     """
+    try:
+        return _load(path, preset, overrides, os.environ if environment is None else environment)
+    except ConfigError as error:  # names and keys of files may hold ends of lines
+        shown = re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), str(error))
+        raise ConfigError(shown) from error.__cause__
+
+
+def _load(
+    path: Path | str | None, preset: str | None, overrides: Sequence[str], environment: Mapping[str, str]
+) -> StudyConfig:
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
         path = Path(path)
@@ -617,7 +627,7 @@ def load_study(
         preset = "pocket"
     if preset is not None:
         layers.insert(0, (f"preset {preset}", _parse_toml(preset_text(preset), f"preset {preset}")))
-    layers.extend(_from_environment(os.environ if environment is None else environment))
+    layers.extend(_from_environment(environment))
     layers.extend(("--set", _parse_override(text)) for text in overrides)
 
     values = StudyConfig().model_dump(mode="json", exclude_none=True)
@@ -628,11 +638,7 @@ def load_study(
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(_explain(error, values, origins))) from None
-
-
-def _one_line(message: str) -> str:
-    return re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), message)
+        raise ConfigError(_explain(error, values, origins)) from None
 
 
 def _require_shallow(table: Mapping[str, Any], origin: str) -> None:
@@ -677,7 +683,7 @@ def _parse_toml(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin}: not valid TOML: {_one_line(first_line(error))}") from error
+        raise ConfigError(f"{origin}: not valid TOML: {first_line(error)}") from error
 
 
 def _parse_override(text: str) -> dict[str, Any]:
