@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -375,6 +375,8 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
 
     @bounded(80)
     @given(st.integers(0, 2**32), st.booleans())
+    @example(1_172_087_222, False)  # text of the footer that is no UTF-8
+    @example(762, False)  # an index beyond the dictionary of the captions
     def check(seed: int, in_footer: bool) -> None:
         content = contents[seed % 2]
         (length,) = struct.unpack("<I", content[-8:-4])

@@ -849,8 +849,11 @@ def _bounded_text(scalar: Any) -> str | None:
 
     It is measured before it is made: a file may hold one long text for all its rows.
     """
-    while pa.types.is_dictionary(scalar.type):
-        scalar = scalar.value
+    try:
+        while pa.types.is_dictionary(scalar.type):
+            scalar = scalar.value
+    except pa.ArrowException as error:
+        raise RefusedError(f"the caption cannot be read ({first_line(error)})") from error
     if not scalar.is_valid:
         return None
     if (content := scalar.as_buffer()).size > 4 * MAX_CAPTION_BYTES:  # no character of UTF-8 has more than 4
