@@ -45,6 +45,7 @@ _KEPT_FROM_BYTES = 2**23  # smaller files are digested in a few milliseconds
 _SETTLED_NS = 2 * 10**9
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the files of a PEFT folder
+PEFT_RANK, PEFT_ALPHA = 8, 8  # what a PEFT configuration means that does not state them
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -350,6 +351,23 @@ def test_half_precision_tells_its_rounding_and_refuses_what_it_cannot_hold(tmp_p
         save_adapter(large, tmp_path / "large.safetensors", "kohya", "fp16")
 
 
+def test_a_product_beyond_half_precision_is_refused_where_its_factors_are_not(tmp_path: Path) -> None:
+    path = f"unet.{ATTENTION}.to_q"
+    for value, fits in ((120.0, True), (130.0, False)):  # 4 * 130 * 130 = 67,600
+        large = Adapter(
+            {path: LoraModule(torch.full((4, 6), value), torch.full((6, 4), value), 4.0)}, "kohya", {}
+        )
+        assert save_adapter(large, tmp_path / "fp32.safetensors", "kohya", "fp32").rounding == 0
+        assert torch.isfinite(large.modules[path].up.half() @ large.modules[path].down.half()).all() == fits
+        if fits:
+            save_adapter(large, tmp_path / "fp16.safetensors", "kohya", "fp16")
+        else:
+            with pytest.raises(
+                AdapterError, match=r"up @ down reaches 6.76e\+04, beyond fp16's 65504.*: write bf16"
+            ):
+                save_adapter(large, tmp_path / "fp16.safetensors", "kohya", "fp16")
+
+
 # -- hashes --------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +570,14 @@ def test_a_real_peft_adapter_with_patterns_is_read(pipeline: StableDiffusionPipe
         ),
         ({"lora_alpha": "eight"}, "is not a finite number"),
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern must map"),
+        ({"rank_pattern": ["to_q"]}, "rank_pattern is .'to_q'.: must map"),
+        ({}, r"to_k: its configuration states rank 2, its tensors have rank 3: correct r or rank_pattern"),
+        (
+            {"r": 0, "rank_pattern": {"to_k": 3}},
+            "to_q: its configuration states rank 0, its tensors have rank 2",
+        ),
+        ({"r": 3}, "to_q: its configuration states rank 3"),
+        ({"rank_pattern": {"to_k": 3, "to_q": "2"}}, "to_q: its configuration states rank '2'"),
     ],
 )
 def test_a_peft_configuration_that_means_something_else_is_refused(
@@ -559,6 +585,64 @@ def test_a_peft_configuration_that_means_something_else_is_refused(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         load_adapter(peft_folder(tmp_path / "folder", peft_pairs(), **config))
+
+
+def test_alpha_that_a_peft_configuration_does_not_state_is_that_of_peft(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(pipeline.unet), config).save_pretrained(str(tmp_path))
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert text.pop("lora_alpha") == 8
+    (tmp_path / "adapter_config.json").write_text(json.dumps(text))
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(pipeline.unet), str(tmp_path)).merge_and_unload()
+    path, module = next(iter(load_adapter(tmp_path).modules.items()))
+    assert module.alpha == 8
+    name = path.removeprefix("unet.")
+    difference = merged.get_submodule(name).weight - pipeline.unet.get_submodule(name).weight
+    torch.testing.assert_close(module.update(), difference.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_peft_configuration_promises_and_the_file_does_not_hold_is_noted(tmp_path: Path) -> None:
+    config = {"rank_pattern": {"to_k": 3, "gone": 4}, "use_dora": True, "bias": "all"}
+    adapter = load_adapter(peft_folder(tmp_path / "folder", peft_pairs(), **config))
+    assert adapter.notes == (
+        "use_dora is set but there are no magnitudes: it is taken for plain LoRA, "
+        "and PEFT takes the base's own",
+        "bias = 'all' but there are no biases: those trained with it are lost",
+        "rank_pattern names 1 modules that the file does not have, such as gone",
+    )
+    assert save_adapter(adapter, tmp_path / "out.safetensors", "kohya").notes[:3] == adapter.notes
+
+
+def test_a_peft_folder_without_its_configuration_is_refused_unless_the_file_says_alpha(
+    tmp_path: Path,
+) -> None:
+    folder = peft_folder(tmp_path / "folder", peft_pairs())
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(
+        AdapterError, match=r"has no adapter_config.json, so alpha is unknown: put it there, or name"
+    ):
+        load_adapter(folder)
+    adapter = load_adapter(folder / "adapter_model.safetensors")
+    assert {module.alpha for module in adapter.modules.values()} == {None}
+    save_adapter(
+        replace(
+            adapter, modules={path: replace(module, alpha=6.0) for path, module in adapter.modules.items()}
+        ),
+        own := tmp_path / "own",
+        "peft",
+    )
+    (own / "adapter_config.json").unlink()
+    assert {module.alpha for module in load_adapter(own).modules.values()} == {6.0}
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(3), torch.tensor([3]), torch.tensor([3.0]), torch.tensor(3).to(torch.uint8)]
+)
+def test_an_alpha_of_any_number_is_read(tmp_path: Path, alpha: torch.Tensor) -> None:
+    (module,) = load_adapter(write(tmp_path / "a.safetensors", kohya(alpha=alpha))).modules.values()
+    assert module.alpha == 3.0
 
 
 def test_a_peft_folder_with_a_broken_configuration_is_refused(tmp_path: Path) -> None:

@@ -442,6 +442,60 @@ def test_a_peft_folder_and_what_is_wrong_with_one(tmp_path: Path) -> None:
         inspect_adapter(folder)
 
 
+def test_a_peft_configuration_that_does_not_fit_its_tensors(tmp_path: Path) -> None:
+    adapter = Adapter({name: module(name, 2, 4.0) for name in ATTENTION[:6]}, "peft", {})
+    save_adapter(adapter, folder := tmp_path / "peft", "peft", "fp32")
+    path = folder / PEFT_CONFIG
+    sound = json.loads(path.read_text())
+    for change, refusal in (
+        ({"r": 0}, "ValueError"),
+        ({"r": 3}, "RuntimeError"),
+        ({"rank_pattern": {"to_q": 9}}, "RuntimeError"),
+    ):
+        path.write_text(json.dumps({**sound, **change}))
+        reading = next(item for item in inspect_adapter(folder).readings if item.reader == "PEFT")
+        assert (reading.refusal or "").startswith(refusal)
+    path.write_text(json.dumps({**sound, "use_dora": True, "bias": "all", "alpha_pattern": {"gone": 1}}))
+    text = " ".join(check_text(inspect_adapter(folder)).split())
+    for note in ("use_dora is set but there are no magnitudes", "there are no biases", "such as gone"):
+        assert note in text
+    path.write_text(json.dumps({key: value for key, value in sound.items() if key != "lora_alpha"}))
+    assert inspect_adapter(folder).modules[0].scale == 4.0, "8, PEFT's default, over a rank of 2"
+
+
+def test_an_alpha_of_two_numbers_works_nowhere(tmp_path: Path) -> None:
+    for alpha in (torch.ones(2), torch.ones(0)):
+        tensors = {
+            key: alpha.clone() if key.endswith(".alpha") else value for key, value in kohya(ATTENTION).items()
+        }
+        found = inspect_adapter(write(tmp_path, tensors))
+        assert set(answers(found).values()) == {"refuses"} and not found.works_somewhere
+        assert "alpha must be one finite number" in check_text(found)
+
+
+def test_metadata_that_contradict_the_tensors_are_told(tmp_path: Path) -> None:
+    sound = {
+        "ss_network_dim": "1",
+        "ss_network_alpha": "1.0",
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+    }
+    assert inspect_adapter(write(tmp_path, kohya(ATTENTION), sound)).remarks == ()
+    dynamic = {"ss_network_dim": "Dynamic", "ss_network_alpha": "nan"}
+    assert inspect_adapter(write(tmp_path, kohya(ATTENTION), dynamic)).remarks == ()
+    for change, remark in (
+        ({"ss_network_dim": "32"}, "its metadata say rank 32 (ss_network_dim), the tensors have 1"),
+        ({"ss_network_alpha": "16"}, "its metadata say alpha 16 (ss_network_alpha), the tensors have 1"),
+        (
+            {"ss_v2": "True"},
+            "say that it is for Stable Diffusion v2, its layers are those of Stable Diffusion v1",
+        ),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "say that it is for SDXL, its layers are those of"),
+    ):
+        (found,) = inspect_adapter(write(tmp_path, kohya(ATTENTION), {**sound, **change})).remarks
+        assert remark in found
+
+
 def test_a_folder_of_two_peft_folders(tmp_path: Path) -> None:
     paths = [*ATTENTION[:2], *TEXT[:2]]
     save_adapter(Adapter({name: module(name) for name in paths}, "peft", {}), tmp_path, "peft", "fp32")

@@ -103,9 +103,25 @@ def as_2d(state: State) -> State:
 
 
 FIRST = flat(ATTENTION[0])
-ADAPTER_METADATA = {
-    "lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.target_modules": ["to_q"]})
-}
+
+
+def rank_zero(name: str, spelling: tuple[str, str]) -> State:
+    """A module without any rank."""
+    return {name + spelling[0]: torch.zeros(0, 8), name + spelling[1]: torch.zeros(8, 0)}
+
+
+def metadata_with(**changes: Any) -> dict[str, str]:
+    """diffusers' metadata of rank 2 for all attention, with changes; None leaves one out."""
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = {"r": 2, "lora_alpha": 4, "target_modules": targets} | changes
+    return {
+        "lora_adapter_metadata": json.dumps(
+            {f"unet.{key}": value for key, value in config.items() if value is not None}
+        )
+    }
+
+
+ADAPTER_METADATA = metadata_with(target_modules=["to_q"])
 VARIANTS: dict[str, tuple[State, dict[str, str]]] = {
     "kohya": (kohya(CORE), {}),
     "kohya with text encoder": (kohya(CORE + TEXT), {}),
@@ -163,6 +179,43 @@ VARIANTS: dict[str, tuple[State, dict[str, str]]] = {
     "OneTrainer's dotted names": (adapter(ATTENTION, KOHYA), {}),
     "without a prefix": (renamed(adapter(ATTENTION, PEFT), "unet.", ""), {}),
     "PEFT": (renamed(adapter(ATTENTION, PEFT), "unet.", "base_model.model."), {}),
+    "an alpha of two numbers": ({**kohya(ATTENTION), f"{FIRST}.alpha": torch.ones(2)}, {}),
+    "an alpha without a number": ({**kohya(ATTENTION), f"{FIRST}.alpha": torch.ones(0)}, {}),
+    "an alpha of two numbers of an unknown module": (
+        {
+            **kohya(ATTENTION),
+            **renamed({**kohya(ATTENTION[:1]), f"{FIRST}.alpha": torch.ones(2)}, "attn", "attx"),
+        },
+        {},
+    ),
+    "alphas in a row of one": ({**kohya(ATTENTION), f"{FIRST}.alpha": torch.ones(1)}, {}),
+    "alphas in int64": ({**kohya(ATTENTION), f"{FIRST}.alpha": torch.tensor(1)}, {}),
+    "rank 0": ({**kohya(ATTENTION), **rank_zero(FIRST, KOHYA)}, {}),
+    "rank 0 throughout": (rank_zero(FIRST, KOHYA), {}),
+    "diffusers, rank 0": ({**adapter(ATTENTION, PEFT), **rank_zero(ATTENTION[0], PEFT)}, {}),
+    "a shape of no layer": (
+        {**kohya(ATTENTION), **dict(zip([FIRST + end for end in KOHYA], factors((16, 16)), strict=True))},
+        {},
+    ),
+    "an up of a shape of no layer": ({**kohya(ATTENTION), f"{FIRST}.lora_up.weight": torch.ones(9, 2)}, {}),
+    "metadata of another rank": (adapter(ATTENTION, PEFT), metadata_with(r=3)),
+    "metadata without a rank": (adapter(ATTENTION, PEFT), metadata_with(r=None)),
+    "metadata of rank 0": (adapter(ATTENTION, PEFT), metadata_with(r=0)),
+    "metadata of a rank below 0": (adapter(ATTENTION, PEFT), metadata_with(r=-1)),
+    "metadata of a rank in quotes": (adapter(ATTENTION, PEFT), metadata_with(r="2")),
+    "metadata with a rank pattern": (
+        adapter(ATTENTION, PEFT),
+        metadata_with(r=3, rank_pattern={path.removeprefix("unet."): 2 for path in ATTENTION}),
+    ),
+    "metadata with a rank pattern of another rank": (
+        adapter(ATTENTION, PEFT),
+        metadata_with(rank_pattern={ATTENTION[0].removeprefix("unet."): 3}),
+    ),
+    "metadata with fewer targets": (adapter(ATTENTION, PEFT), metadata_with(target_modules=["to_q"])),
+    "metadata of the U-Net alone": (adapter(ATTENTION + TEXT, PEFT), metadata_with()),
+    "metadata of nothing": (adapter(ATTENTION, PEFT), {"lora_adapter_metadata": "{}"}),
+    "metadata that are no JSON": (adapter(ATTENTION, PEFT), {"lora_adapter_metadata": "{"}),
+    "metadata that are a list": (adapter(ATTENTION, PEFT), {"lora_adapter_metadata": "[]"}),
 }
 
 
@@ -290,6 +343,28 @@ PEFT_VARIANTS: dict[str, tuple[State, dict[str, Any]]] = {
         {"rank_pattern": {ATTENTION[0].removeprefix("unet."): 3}},
     ),
     "without the prefix": (renamed(PEFT_STATE, "base_model.model.", ""), {}),
+    "rank 0": (PEFT_STATE, {"r": 0}),
+    "a rank below 0": (PEFT_STATE, {"r": -1}),
+    "a rank in quotes": (PEFT_STATE, {"r": "2"}),
+    "no rank": (PEFT_STATE, {"r": None}),
+    "a rank that is not stated": (PEFT_STATE, {"r": ...}),
+    "rank 8 that is not stated": (
+        renamed(
+            {
+                path + end: tensor
+                for path in ATTENTION
+                for end, tensor in zip(PEFT, factors(THIN[path], 8), strict=True)
+            },
+            "unet.",
+            "base_model.model.",
+        ),
+        {"r": ...},
+    ),
+    "no alpha": (PEFT_STATE, {"lora_alpha": ...}),
+    "a rank of 0 of its own": (PEFT_STATE, {"rank_pattern": {ATTENTION[0].removeprefix("unet."): 0}}),
+    "another rank of its own": (PEFT_STATE, {"rank_pattern": {"attn1.to_q": 3}}),
+    "DoRA without magnitudes": (PEFT_STATE, {"use_dora": True}),
+    "biases that are not there": (PEFT_STATE, {"bias": "all"}),
     "projections as matrices": (
         as_2d(renamed(adapter(PROJECTION, PEFT), "unet.", "base_model.model.")),
         {"target_modules": ["proj_in", "proj_out"]},
@@ -300,7 +375,7 @@ PEFT_VARIANTS: dict[str, tuple[State, dict[str, Any]]] = {
 @pytest.mark.parametrize("variant", PEFT_VARIANTS)
 def test_peft_rule_is_what_peft_does(variant: str, tmp_path: Path) -> None:
     state, changes = PEFT_VARIANTS[variant]
-    config = {**PEFT_CONFIG, **changes}
+    config = {key: value for key, value in {**PEFT_CONFIG, **changes}.items() if value is not ...}
     safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     error = None
@@ -402,6 +477,15 @@ def test_shapes_of_another_model() -> None:
     assert FIRST in reading("ComfyUI", state).ignored
     assert "shape" in (reading("Forge", state).refusal or "")
     assert "size mismatch" in (reading("sd-scripts", state).refusal or "")
+
+
+@pytest.mark.parametrize("reader", ["WebUI", "ComfyUI", "Forge", "sd-scripts"])
+def test_an_alpha_that_is_no_single_number_and_a_rank_of_0_work_nowhere(reader: str) -> None:
+    for variant in ("an alpha of two numbers", "an alpha without a number"):
+        assert ".alpha has " in (reading(reader, *VARIANTS[variant]).refusal or "")
+    assert reading(reader, *VARIANTS["alphas in a row of one"]).verdict == "yes"
+    assert reading(reader, *VARIANTS["rank 0 throughout"]).verdict != "yes"
+    assert not reading(reader, *VARIANTS["rank 0 throughout"]).taken
 
 
 def test_comfyui_and_forge_raise_for_half_a_module() -> None:

@@ -292,7 +292,9 @@ def write_adapter(adapter: Adapter, out: Path, layout: Layout, dtype: Dtype, nam
     `save_adapter` does.
     """
     # These are the new file's own, not its source's.
-    own = ("ss_output_name", "ss_network_dim", "ss_network_alpha", "modelspec.title", "modelspec.hash_sha256")
+    own = ["ss_output_name", "ss_network_dim", "ss_network_alpha", "modelspec.title", "modelspec.hash_sha256"]
+    if not misfits(adapter):  # whatever its source's said
+        own += ["ss_v2", "ss_base_model_version", "modelspec.architecture"]
     kept = {
         key: value
         for key, value in adapter.metadata.items()

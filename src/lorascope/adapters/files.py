@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ import torch
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.base.weights import load_tensors, read_header, require_finite, save_tensors
 from lorascope.errors import AdapterError, first_line
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, read_regular, write_json
+from lorascope.store import PEFT_ALPHA, PEFT_CONFIG, PEFT_WEIGHTS, read_regular, write_json
 
 Layout = Literal["kohya", "peft", "diffusers"]
 _CONFIG_LIMIT = 10_000_000  # bytes of an adapter_config.json
@@ -107,6 +107,7 @@ class Adapter:
     metadata: dict[str, str]  # of the safetensors header
     leftover: tuple[str, ...] = ()  # keys that belong to no module
     faults: tuple[str, ...] = ()  # what is wrong with it, a sentence each; `load_adapter` raises the first
+    notes: tuple[str, ...] = ()  # what else of it a user should know, a sentence each
 
     def components(self) -> dict[str, dict[str, LoraModule]]:
         """The modules of `unet` and `text_encoder`, by path within the component; a component without modules
@@ -355,12 +356,66 @@ def parse_adapter(
             leftover.extend(names[path, field] for field in found)
         else:
             modules[path] = _module(path, found, configs.get(path.partition(".")[0]))
-    return Adapter(modules, " + ".join(layouts), dict(metadata), tuple(sorted(leftover)), tuple(faults))
+    faults += _rank_faults(modules, configs)
+    notes = configuration_notes(tensors, metadata, peft_config)
+    return Adapter(
+        modules, " + ".join(layouts), dict(metadata), tuple(sorted(leftover)), tuple(faults), tuple(notes)
+    )
+
+
+def _rank_faults(
+    modules: Mapping[str, LoraModule], configs: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """Ranks that a PEFT configuration states and the tensors do not have, which PEFT refuses too: the scale
+    alpha / rank would be a guess.
+    """
+    for path, module in modules.items():
+        component, _, name = path.partition(".")
+        config = configs.get(component, {})
+        rank = _by_pattern(config.get("rank_pattern") or {}, name, config.get("r", module.rank))
+        if rank != module.rank:
+            yield (
+                f"{path}: its configuration states rank {repr(rank)[:80]}, its tensors have rank "
+                f"{module.rank}: correct r or rank_pattern"
+            )
+
+
+def configuration_notes(
+    keys: Iterable[str], metadata: Mapping[str, str], peft_config: Mapping[str, Any] | None
+) -> list[str]:
+    """What a PEFT configuration promises that a file with these keys does not hold, a sentence each."""
+    paths, magnitudes, biases = set(), False, False
+    for key in keys:
+        if (ending := _ENDING.search(key)) and (place := _place(key[: ending.start()])):
+            paths.add(place[1])
+            magnitudes |= _ENDINGS[ending[0]] == "dora_scale"
+        biases |= key.endswith(".bias")
+    notes = []
+    for component, config in _peft_configs(metadata, peft_config, []).items():
+        own = [path.partition(".")[2] for path in paths if path.startswith(f"{component}.")]
+        if not own:
+            continue
+        if config.get("use_dora") and not magnitudes:
+            notes.append(
+                "use_dora is set but there are no magnitudes: it is taken for plain LoRA, "
+                "and PEFT takes the base's own"
+            )
+        if config.get("bias") not in (None, "none") and not biases:
+            notes.append(
+                f"bias = {repr(config['bias'])[:80]} but there are no biases: those trained with it are lost"
+            )
+        for key in ("rank_pattern", "alpha_pattern"):
+            names = [name for name in map(_literal, config.get(key) or {}) if name is not None]
+            if lost := [name for name in names if not any(_ends_with(path, name) for path in own)]:
+                notes.append(
+                    f"{key} names {len(lost)} modules that the file does not have, such as {lost[0][:200]}"
+                )
+    return notes
 
 
 def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
     """What keeps the tensors of one module from being an adapter, or None."""
-    if other := [field for field, tensor in found.items() if not tensor.is_floating_point()]:
+    if other := [field for field, tensor in found.items() if not _is_number(field, tensor.dtype)]:
         return (
             f"{path}: {other[0]} holds {str(found[other[0]].dtype).removeprefix('torch.')}, not "
             "floating-point weights"
@@ -404,6 +459,13 @@ def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
+def _is_number(field: str, dtype: torch.dtype) -> bool:
+    """Whether a field may be of this dtype: floating-point, and alpha, which programs read by `item()`, an
+    integer.
+    """
+    return dtype.is_floating_point or (field == "alpha" and not dtype.is_complex and dtype != torch.bool)
+
+
 def _module(path: str, found: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None) -> LoraModule:
     """One module from its tensors, with the dimensions that its layer has: 4 for a convolution, 2 for a
     Linear.
@@ -428,14 +490,20 @@ def _module(path: str, found: Mapping[str, torch.Tensor], config: Mapping[str, A
 
 def _alpha_of(config: Mapping[str, Any] | None, path: str, rank: int) -> float | None:
     """alpha of a module under a PEFT configuration, in terms of scale = alpha / rank."""
-    if config is None or "lora_alpha" not in config:
+    if not config:
         return None
-    # PEFT's own rule: the first pattern that is the name, or its end after a dot.
-    patterns = ((_literal(key), value) for key, value in (config.get("alpha_pattern") or {}).items())
-    alpha = next(
-        (value for name, value in patterns if path == name or path.endswith(f".{name}")), config["lora_alpha"]
-    )
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", PEFT_ALPHA))
     return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's own rule: the value of the first pattern that is the path, or its end after a dot."""
+    named = ((_literal(key), value) for key, value in patterns.items())
+    return next((value for name, value in named if name and _ends_with(path, name)), default)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def _literal(pattern: str) -> str | None:
@@ -480,7 +548,7 @@ def _peft_configs(
 def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
     """Whether a PEFT configuration says what its tensors mean; adds a fault where it does not."""
     kind, init = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
-    pattern = config.get("alpha_pattern") or {}
+    pattern, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
     if kind != "LORA":
         faults.append(f"peft_type = {repr(kind)[:80]}: only LORA can be converted")
     elif isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -494,6 +562,8 @@ def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
         faults.append(
             "alpha_pattern must map plain module names to numbers: regular expressions are not read"
         )
+    elif not isinstance(ranks, dict):
+        faults.append(f"rank_pattern is {repr(ranks)[:80]}: must map module names to numbers")
     elif not all(map(_is_finite_number, (config.get("lora_alpha", 0), *pattern.values()))):
         faults.append(
             f"lora_alpha = {repr(config.get('lora_alpha'))[:80]} or a value of alpha_pattern is not a "
@@ -529,7 +599,10 @@ def load_adapter(path: Path | str) -> Adapter:
         if not parts:
             raise AdapterError(f"{path}: holds no {PEFT_WEIGHTS}: name an adapter file or a PEFT folder")
         modules = {name: module for part in parts for name, module in part.modules.items()}
-        return Adapter(modules, "peft", {}, tuple(key for part in parts for key in part.leftover))
+        leftover = tuple(key for part in parts for key in part.leftover)
+        return Adapter(
+            modules, "peft", {}, leftover, notes=tuple(note for part in parts for note in part.notes)
+        )
     weights = path / PEFT_WEIGHTS if path.is_dir() else path
     if weights.suffix.lower() == ".safetensors":
         header = read_header(weights)
@@ -542,7 +615,13 @@ def load_adapter(path: Path | str) -> Adapter:
         if kind := foreign_kind({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
             raise AdapterError(f"{path}: is {kind}: only LoRA for Stable Diffusion v1 can be read")
     require_finite(tensors, weights)
-    adapter = parse_adapter(tensors, metadata, _read_peft_config(weights))
+    config = _read_peft_config(weights)
+    if path.is_dir() and config is None and "lora_adapter_metadata" not in metadata:
+        raise AdapterError(
+            f"{path}: has no {PEFT_CONFIG}, so alpha is unknown: put it there, or name {PEFT_WEIGHTS} itself "
+            "to take the strength 1"
+        )
+    adapter = parse_adapter(tensors, metadata, config)
     if adapter.faults:
         more = f" (and {len(adapter.faults) - 1} more)" if len(adapter.faults) > 1 else ""
         raise AdapterError(f"{path}: {adapter.faults[0]}{more}")
@@ -600,7 +679,7 @@ def save_adapter(
     added to `kohya`. Raises `AdapterError` for what the layout cannot hold and for weights beyond the range
     of `dtype`.
     """
-    notes = []
+    notes = list(adapter.notes)
     if adapter.leftover:
         notes.append(
             f"{len(adapter.leftover)} keys belong to no module and are left out, the first is "
@@ -660,7 +739,24 @@ def _rounded(modules: Mapping[str, LoraModule], dtype: str) -> tuple[dict[str, L
             lost += int(((written == 0) & (exact != 0)).sum())
             count += tensor.numel()
         result[path] = module.with_tensors(tensors)
+        if dtype == "fp16" and (peak := _peak(module)) > torch.finfo(target).max:
+            raise AdapterError(
+                f"{path}: up @ down reaches {peak:.3g}, beyond fp16's {torch.finfo(target).max:.6g}, so "
+                "programs that multiply in fp16 draw black pictures: write bf16 or fp32, "
+                "or train it with a lower learning rate"
+            )
     return result, _Rounding(math.sqrt(error / norm) if norm else 0.0, lost, count)
+
+
+def _peak(module: LoraModule) -> float:
+    """The largest absolute value of up @ down before its scale, as programs multiply them; an upper bound of
+    it where that is within fp16 already.
+    """
+    up, down = module.up.float().flatten(1), replace(module, down=module.down.float()).full_down().flatten(1)
+    bound = float(torch.linalg.vector_norm(up, dim=1).max() * torch.linalg.vector_norm(down, dim=0).max())
+    if bound <= torch.finfo(torch.float16).max:
+        return bound  # by Cauchy and Schwarz
+    return float((up @ down).abs().max())
 
 
 def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ module at a time.
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lorascope.adapters.files import LoraModule, foreign_kind, parse_adapter
+from lorascope.adapters.files import LoraModule, configuration_notes, foreign_kind, parse_adapter
 from lorascope.adapters.lowrank import effective_rank, singular_values
-from lorascope.adapters.readers import FileModule, Reading, file_modules, read_by_all
+from lorascope.adapters.readers import FileModule, Reading, file_modules, listed_version, read_by_all
 from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.layers import Shape, stable_diffusion_layers
 from lorascope.base.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
@@ -297,7 +298,11 @@ def _inspect_content(content: _Content, path: Path) -> Inspection:
         leftover=(*leftover, *(name + ending for name in incomplete for ending in found[name].parts)),
         metadata=dict(content.metadata),
         hashes=_check_hashes(content),
-        remarks=tuple(_remarks(modules, incomplete, leftover)),
+        remarks=(
+            *_remarks(modules, incomplete, leftover),
+            *configuration_notes(content.shapes, content.metadata, content.config),
+            *_contradictions(content.metadata, modules, family),
+        ),
     )
 
 
@@ -582,6 +587,38 @@ def _remarks(modules: tuple[ModuleFacts, ...], incomplete: list[str], leftover: 
             "modules without alpha: every program takes the strength 1, whatever it was trained with"
         )
     return remarks
+
+
+def _contradictions(
+    metadata: Mapping[str, str], modules: tuple[ModuleFacts, ...], family: str | None
+) -> list[str]:
+    """What the metadata say of the tensors that is not so."""
+    remarks = []
+    for key, field in (("ss_network_dim", "rank"), ("ss_network_alpha", "alpha")):
+        found = sorted({value for module in modules if (value := getattr(module, field)) is not None})
+        stated = _number(metadata.get(key, ""))
+        if (
+            found
+            and stated is not None
+            and not any(math.isclose(stated, value, rel_tol=1e-3) for value in found)
+        ):
+            remarks.append(f"its metadata say {field} {stated:g} ({key}), the tensors have {spread(found)}")
+    version = {"SD1": "v1", "SD2": "v2", "SDXL": "SDXL"}.get(listed_version(metadata, "Forge"))
+    if family and version and family in _FAMILY_BY_WIDTH.values() and not family.endswith(version):
+        remarks.append(
+            f"its metadata say that it is for "
+            f"{'SDXL' if version == 'SDXL' else f'Stable Diffusion {version}'}, its layers are those of {family}: programs list it under the wrong model"
+        )
+    return remarks
+
+
+def _number(text: str) -> float | None:
+    """A finite number in metadata, None for words such as "Dynamic"."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _check_hashes(content: _Content) -> dict[str, str]:

@@ -30,6 +30,7 @@ from functools import cache
 from typing import Any
 
 from lorascope.base.layers import Layers, Shape, ldm_path, stable_diffusion_layers
+from lorascope.store import PEFT_RANK
 
 FORGE_LIMIT = 12  # keys without a match that Forge puts up with
 SAYS = {  # what a user sees of a module that is passed over
@@ -132,7 +133,7 @@ class FileModule:
         if self.factors is None:
             return True
         down, up = self.factors
-        if len(down) < 2 or len(up) < 2:
+        if len(down) < 2 or len(up) < 2 or down[0] == 0:
             return False
         if strict:
             return down == (down[0], *layer[1:]) and up == (layer[0], down[0], *(1 for _ in layer[2:]))
@@ -239,6 +240,12 @@ def _read(name: str, rule: Any, file: _File, layers: Layers) -> Reading:
     return Reading(name, frozenset(taken.values()), ignored, None, tuple(notes))
 
 
+def _require_one_alpha(module: FileModule) -> None:
+    """All programs read alpha by `item()`, or an `if` of its array, before they look at anything else."""
+    if (count := _size(module.parts.get(".alpha", ()))) != 1:
+        raise _Refusal(f"RuntimeError: {module.name}.alpha has {count} numbers, where one is needed")
+
+
 def _flat(path: str) -> str:
     return path.replace(".", "_")
 
@@ -298,6 +305,7 @@ def _webui(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
                 "AssertionError: could not find a module type for the keys "
                 f"{', '.join(sorted(module.parts))} of {module.name}"
             )
+        _require_one_alpha(module)
         if module.fits(layers[path], strict=False):
             taken[module.name] = path
     for key in file.leftover:
@@ -351,6 +359,7 @@ def _comfyui_lookup(file: _File, layers: Layers, *, forge: bool) -> tuple[dict[s
     for module in file.modules.values():
         if module.name not in names:
             continue
+        _require_one_alpha(module)
         for down, up in spellings:
             if up in module.parts and down not in module.parts:
                 raise _Refusal(f"KeyError: {module.name}{down}")
@@ -423,6 +432,7 @@ def _sd_scripts(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]
         if module.spelling == _KOHYA and module.name in names
     }
     for name, path in taken.items():
+        _require_one_alpha(file.modules[name])
         if not file.modules[name].fits(layers[path], strict=True):
             raise _Refusal(f"RuntimeError: size mismatch for {name}")
     return taken, _dora_note(file, taken)
@@ -439,6 +449,7 @@ def _dora_note(file: _File, taken: Mapping[str, str]) -> list[str]:
 
 def _diffusers(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
     keys = [key for key in file.shapes if "dora_scale" not in key]
+    stated = _stated_config(file)
     is_kohya = all(key.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for key in keys)
     if is_kohya:
         _refuse_kohya(file, keys)
@@ -452,6 +463,7 @@ def _diffusers(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
                 f"the first is {stray[0]}"
             )
         taken = {**_diffusers_unet(file, keys, layers), **_diffusers_text(file, layers)}
+    _require_ranks(file, taken, stated)
     for name, path in taken.items():
         if not file.modules[name].fits(layers[path], strict=True):
             raise _Refusal(f"RuntimeError: size mismatch for {path.partition('.')[2]}")
@@ -460,10 +472,81 @@ def _diffusers(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
     )
 
 
+def _stated_config(file: _File) -> Mapping[str, Any] | None:
+    """PEFT's configuration in the header, which diffusers believes over the tensors."""
+    if not (text := file.metadata.get("lora_adapter_metadata")):
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _Refusal("JSONDecodeError: its lora_adapter_metadata is no JSON") from error
+    if not isinstance(content, dict):
+        raise _Refusal(
+            f"AttributeError: its lora_adapter_metadata is a {type(content).__name__}, not an object"
+        )
+    return content
+
+
+def _require_ranks(file: _File, taken: Mapping[str, str], stated: Mapping[str, Any] | None) -> None:
+    """PEFT builds its layers by the ranks that are stated, else by those of the tensors."""
+    ranks: dict[str, int] = {}
+    for component in ("unet", "text_encoder"):
+        own = {name: path for name, path in taken.items() if path.startswith(f"{component}.")}
+        if stated is None:
+            configs = {name: {"r": _rank_of(file.modules[name])} for name in own}
+        else:
+            config = {
+                key.removeprefix(f"{component}."): value
+                for key, value in stated.items()
+                if key.startswith(f"{component}.")
+            }
+            if own and config.get("target_modules") is None:
+                kind = (
+                    "KeyError: 'model_type'"
+                    if component == "unet"
+                    else "ValueError: please specify target_modules"
+                )
+                raise _Refusal(
+                    f"{kind}, for lora_adapter_metadata says nothing of the {component}'s target_modules"
+                )
+            configs = dict.fromkeys(own, config)
+        ranks |= {name: _stated_rank(path.partition(".")[2], configs[name]) for name, path in own.items()}
+    for name, rank in ranks.items():
+        if rank != (found := _rank_of(file.modules[name])):
+            raise _Refusal(
+                f"RuntimeError: size mismatch for {name}: its metadata say rank {repr(rank)[:80]}, it has "
+                f"{found}"
+            )
+
+
+def _rank_of(module: FileModule) -> int | None:
+    """Rows of A, None where it has no dimension."""
+    return module.factors[0][0] if module.factors and module.factors[0] else None
+
+
+def _stated_rank(path: str, config: Mapping[str, Any]) -> int:
+    """The rank of a layer by PEFT's configuration, whose default is 8."""
+    patterns = config.get("rank_pattern")
+    pairs = patterns.items() if isinstance(patterns, dict) else ()
+    rank = next(
+        (value for key, value in pairs if path == key or path.endswith(f".{key}")),
+        config.get("r", PEFT_RANK),
+    )
+    if not isinstance(rank, int):
+        raise _Refusal(f"TypeError: the rank {repr(rank)[:80]} of {path} is no number")
+    if rank <= 0:
+        raise _Refusal(
+            f"ValueError: `r` should be a positive integer value but the value passed is {repr(rank)[:80]}"
+        )
+    return rank
+
+
 def _refuse_kohya(file: _File, keys: list[str]) -> None:
     for module in file.modules.values():
-        if _KOHYA[0] in module.parts and _KOHYA[1] not in module.parts:
-            raise _Refusal(f"KeyError: {module.name}{_KOHYA[1]}")
+        if _KOHYA[0] in module.parts:
+            if _KOHYA[1] not in module.parts:
+                raise _Refusal(f"KeyError: {module.name}{_KOHYA[1]}")
+            _require_one_alpha(module)
     used = {
         m.name + ending
         for m in file.modules.values()
@@ -603,8 +686,10 @@ def _peft(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
             and _is_target(module.name.removeprefix("base_model.model."), file.config)
         ):
             taken[module.name] = path
+    ranks = {name: _stated_rank(name.removeprefix("base_model.model."), file.config) for name in taken}
     for name, path in taken.items():
-        if not _peft_fits(file.modules[name], name, layers[path], file.config):
+        module = file.modules[name]
+        if _rank_of(module) != ranks[name] or not module.fits(layers[path], strict=True):
             raise _Refusal(f"RuntimeError: size mismatch for {name}")
     return taken, []
 
@@ -619,14 +704,6 @@ def _is_target(path: str, config: Mapping[str, Any]) -> bool:
     return isinstance(targets, str) or (
         isinstance(targets, list) and any(path == target or path.endswith(f".{target}") for target in targets)
     )
-
-
-def _peft_fits(module: FileModule, name: str, layer: Shape, config: Mapping[str, Any]) -> bool:
-    patterns = config.get("rank_pattern")
-    path = name.removeprefix("base_model.model.")
-    pairs = patterns.items() if isinstance(patterns, dict) else ()
-    rank = next((value for key, value in pairs if path == key or path.endswith(f".{key}")), config.get("r"))
-    return module.factors is not None and module.factors[0][:1] == (rank,) and module.fits(layer, strict=True)
 
 
 def adapter_metadata(metadata: Mapping[str, str]) -> Mapping[str, Any]:
