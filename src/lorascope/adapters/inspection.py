@@ -605,9 +605,10 @@ def _contradictions(
             remarks.append(f"its metadata say {field} {stated:g} ({key}), the tensors have {spread(found)}")
     version = {"SD1": "v1", "SD2": "v2", "SDXL": "SDXL"}.get(listed_version(metadata, "Forge"))
     if family and version and family in _FAMILY_BY_WIDTH.values() and not family.endswith(version):
+        model = "SDXL" if version == "SDXL" else f"Stable Diffusion {version}"
         remarks.append(
-            f"its metadata say that it is for "
-            f"{'SDXL' if version == 'SDXL' else f'Stable Diffusion {version}'}, its layers are those of {family}: programs list it under the wrong model"
+            f"its metadata say that it is for {model}, its layers are those of {family}: programs list it "
+            "under the wrong model"
         )
     return remarks
 
