@@ -4,6 +4,7 @@ overflows.
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from lorascope.base.autoencoder import Autoencoder, to_bytes
 from lorascope.base.loading import Base
@@ -21,15 +22,17 @@ def test_on_a_cpu_it_is_the_bases_own_vae_to_the_bit(base: Base) -> None:
 
 
 def test_half_precision_is_near_and_leaves_the_base_as_it_is(base: Base) -> None:
+    base.vae.set_attn_processor(AttnProcessor())  # torch's own kernel in bf16 goes by the processor
     plain, half = Autoencoder(base), Autoencoder(base, torch.bfloat16)
     posterior, expected = half.encode(PIXELS), plain.encode(PIXELS)
     assert (
         posterior.dtype == torch.float32 and half.precision == "bfloat16" and base.vae.dtype == torch.float32
     )
     assert not torch.equal(posterior, expected)
-    torch.testing.assert_close(posterior, expected, rtol=0.05, atol=0.05)
-    difference = half.decode(expected[:, 0]).int() - plain.decode(expected[:, 0]).int()
-    assert difference.abs().max() <= 8
+    # bf16 rounds at 2^-9, in each of some twenty layers: sqrt(20) * 2^-9 = 0.9 %, of pixels' 255 steps 1 to 2
+    assert (posterior - expected).norm() <= 0.03 * expected.norm()
+    difference = half.decode(expected[:, 0]).float() - plain.decode(expected[:, 0]).float()
+    assert difference.square().mean().sqrt() <= 4
 
 
 def test_a_batch_that_overflows_is_done_again_in_fp32(base: Base) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
 from conftest import make_pictures, make_pipeline_folder, write_parquet
@@ -34,28 +35,36 @@ def all_latents(encoded: Encoded) -> torch.Tensor:
     return torch.stack(encoded.latents)
 
 
-def test_it_holds_the_posterior_and_the_text_states(base: Base, dataset: Dataset, tmp_path: Path) -> None:
+# Of a base in float64 batches of any size give the same fp32, but for a last bit now and then, 1.2e-7.
+SAME = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def test_it_holds_the_posterior_and_the_text_states(
+    exact_base: Base, dataset: Dataset, tmp_path: Path
+) -> None:
+    base = exact_base
     train, heldout, num_encoded = encode_dataset(dataset, base, tmp_path)
     assert (len(train), len(heldout), num_encoded) == (16, 4, 20)
     pixels = torch.from_numpy(np.stack([dataset.load_pixels(example) for example in dataset.heldout]))
     expected = base.encode_pixels(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
     found = heldout.posterior(torch.arange(4), torch.zeros(4, dtype=torch.bool))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, **SAME)
     rows = torch.tensor([2, 0])
     states = base.encode_text([dataset.train[2].caption, ""])
-    torch.testing.assert_close(train.text(rows, torch.tensor([False, True])), states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(train.text(rows, torch.tensor([False, True])), states, **SAME)
     assert train.digests == tuple(example.digest for example in dataset.train)
     assert train.captions == tuple(example.caption for example in dataset.train)
 
 
 def test_mirrored_views_are_the_mirrored_pictures_posteriors(
-    base: Base, dataset: Dataset, tmp_path: Path
+    exact_base: Base, dataset: Dataset, tmp_path: Path
 ) -> None:
+    base = exact_base
     train, _, _ = encode_dataset(dataset, base, tmp_path, flip=True)
     mirrored = np.stack([dataset.load_pixels(example)[:, ::-1] for example in dataset.train[:3]])
     expected = base.encode_pixels(torch.from_numpy(mirrored.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1)
     found = train.posterior(torch.arange(3), torch.ones(3, dtype=torch.bool))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, **SAME)
     plain, _, _ = encode_dataset(dataset, base, tmp_path)
     assert not torch.allclose(
         found[0], plain.posterior(torch.arange(3), torch.ones(3, dtype=torch.bool))[0], atol=1e-2
@@ -191,8 +200,10 @@ def test_buckets_hold_pictures_of_one_shape_repeated_ones_so_often() -> None:
 
 def test_a_shard_of_another_base_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:
     encode_dataset(dataset, base, tmp_path)
-    path = next(tmp_path.rglob("*.safetensors"))
-    save_file(load_file(path), path, metadata={"identity": "0" * 64, "keys": json.dumps(["a"] * 20)})
+    path = next(tmp_path.rglob("*.safetensors"))  # latents or text
+    rows = load_file(path)
+    keys = json.dumps(["a"] * len(rows["rows"]))
+    save_file(rows, path, metadata={"identity": "0" * 64, "keys": keys})
     with pytest.raises(CacheError, match="made from another base or size: delete it"):
         encode_dataset(dataset, base, tmp_path)
 
@@ -280,12 +291,15 @@ def test_a_picture_of_which_the_vae_makes_nan_is_named(
 def test_what_half_precision_encoded_is_kept_apart_from_fp32(
     base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    base.vae.set_attn_processor(AttnProcessor())  # torch's own kernel in bf16 goes by the processor
     full, _, _ = encode_dataset(dataset, base, tmp_path)
     monkeypatch.setattr("lorascope.data.encoding.Autoencoder", lambda base: Autoencoder(base, torch.bfloat16))
     half, _, num_encoded = encode_dataset(dataset, base, tmp_path)
     assert num_encoded == 20 and encode_dataset(dataset, base, tmp_path)[2] == 0
     assert not torch.equal(all_latents(half), all_latents(full))
-    torch.testing.assert_close(all_latents(half), all_latents(full), rtol=0.05, atol=0.05)
+    error = all_latents(half) - all_latents(full)
+    # bf16 rounds at 2^-9, in each of some twenty layers: sqrt(20) * 2^-9 = 0.9 %
+    assert error.norm() <= 0.03 * all_latents(full).norm()
 
 
 def test_a_picture_that_is_gone_is_named_and_what_was_encoded_before_it_is_kept(
@@ -305,7 +319,8 @@ def test_a_picture_that_is_gone_is_named_and_what_was_encoded_before_it_is_kept(
     assert encode_dataset(dataset, base, tmp_path / "cache")[2] == 12
 
 
-def test_on_another_device_a_size_is_one_tensor_where_it_fits(
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_size_is_one_tensor_where_it_fits(
     base: Base, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, heldout, _ = encode_dataset(dataset, base, tmp_path)
@@ -313,9 +328,9 @@ def test_on_another_device_a_size_is_one_tensor_where_it_fits(
         tmp_path, {"kind": "latents", "base": base.digest, "width_px": 32, "height_px": 32, "flip": False}
     )
     assert not store.missing([example.digest for example in dataset.train])
-    for limit, device in ((2**30, "meta"), (0, "cpu")):
-        monkeypatch.setattr("lorascope.data.encoding.MAX_RESIDENT_BYTES", limit)
-        rows = _gather({(32, 32): store}, {(32, 32): dataset.train}, torch.device("meta"))
+    for free, device in ((2**30, "cuda"), (0, "cpu")):
+        monkeypatch.setattr("lorascope.data.encoding.free_bytes", lambda device, free=free: free)
+        rows = _gather({(32, 32): store}, {(32, 32): dataset.train}, torch.device("cuda"))
         assert {row.device.type for row in rows.values()} == {device}
     assert all(
         torch.equal(rows[example.id], row) for example, row in zip(dataset.train, train.latents, strict=True)

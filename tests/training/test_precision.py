@@ -1,9 +1,8 @@
-"""The fast paths of precision and attention against the plain one: fp32 with torch's attention, the same
-seeds, 20 steps.
+"""The fast paths of precision and attention against the plain one: torch's attention and no half precision,
+the same seeds, 20 steps.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from lorascope.seeding import seeded
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Workload, survey
 
-ARMS = [Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0), Arm(name="r8", rank=8, alpha=16, lr=1e-3, seed=0)]
-
 
 @dataclasses.dataclass
 class Trained:
@@ -30,12 +27,15 @@ class Trained:
     moved: torch.Tensor  # parameters less what they were at the start
 
 
-def train(model: str, precision: str, kernel: Kernel) -> Trained:
+def train(model: str, dtype: torch.dtype, kernel: Kernel, optimizer: str, lr: float) -> Trained:
     """Twenty steps on 8x8 latents with all attention by one kernel."""
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     base = load_base(BaseSection(model=model), torch.device("cpu"), precision)
+    base.unet.to(dtype)
     _, layers = survey(base.configs["unet"], Workload((4, 8, 8), 77, 1, 1))
     set_kernels(base.unet, {shape._replace(gradients=True): kernel for shape in layers})
-    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), ARMS)
+    arms = [Arm(name=f"r{rank}", rank=rank, alpha=2 * rank, lr=lr, seed=0) for rank in (4, 8)]
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms)
     start = bank.parameters.clone()
     generator = seeded("pictures")
     mean, std = (
@@ -52,11 +52,16 @@ def train(model: str, precision: str, kernel: Kernel) -> Trained:
         text_states=base.encode_text(["", *captions]).clone(),
     )
     bank.attach()
-    losses = [
-        record.losses for record in Trainer(base, bank, pictures, TrainSection(epochs=4, batch_size=2)).run()
-    ]
+    section = TrainSection(epochs=4, batch_size=2, optimizer=optimizer)
+    losses = [record.losses for record in Trainer(base, bank, pictures, section).run()]
     assert len(losses) == 20
     return Trained(torch.tensor(losses), bank.parameters, bank.parameters - start)
+
+
+def differences(ours: Trained, reference: Trained) -> tuple[float, float]:
+    """Relative l2 differences of the losses and of what training added to the weights."""
+    loss = (ours.losses / reference.losses - 1).square().mean().sqrt()
+    return float(loss), float((ours.parameters - reference.parameters).norm() / reference.moved.norm())
 
 
 @pytest.fixture(scope="module", params=["tiny", "pocket"])
@@ -64,43 +69,23 @@ def model(request: pytest.FixtureRequest, pipeline_folder: Path) -> str:
     return str(pipeline_folder) if request.param == "tiny" else "pocket"
 
 
-@pytest.fixture(scope="module")
-def plain_path(model: str) -> Trained:
-    return train(model, "fp32", Kernel())
-
-
-@pytest.fixture(scope="module")
-def compare(model: str, plain_path: Trained) -> Callable[[str, Kernel], tuple[float, float, float]]:
-    """Largest relative difference of a loss, and relative l2 differences of the weights and of what training
-    added to them.
+def test_another_kernel_is_the_same_training(model: str) -> None:
+    """Only the order of sums differs: in float64 1e-13, of which AdamW makes no more. Found: not one bit of
+    the fp32 losses and adapters.
     """
-
-    def compare(precision: str, kernel: Kernel) -> tuple[float, float, float]:
-        fast = train(model, precision, kernel)
-        off = (fast.parameters - plain_path.parameters).norm()
-        loss = ((fast.losses - plain_path.losses).abs() / plain_path.losses).max()
-        return float(loss), float(off / plain_path.parameters.norm()), float(off / plain_path.moved.norm())
-
-    return compare
+    plain = train(model, torch.float64, Kernel(), "adamw", 1e-3)
+    loss, moved = differences(train(model, torch.float64, Kernel("plain"), "adamw", 1e-3), plain)
+    assert loss <= 1e-6 and moved <= 1e-6  # a last bit of fp32 now and then, 1.2e-7
 
 
-def test_another_kernel_in_fp32_is_the_same_training(
-    compare: Callable[[str, Kernel], tuple[float, float, float]],
-) -> None:
-    """Only the order of sums differs. Found: losses 3e-7, weights 1e-5."""
-    loss, weights, _ = compare("fp32", Kernel("plain"))
-    assert loss <= 1e-5 and weights <= 1e-4
+def test_bf16_is_nearly_the_same_training(model: str) -> None:
+    """bf16 rounds to 2^-9 (0.2 %), in each of some sixty layers on the way forward and back: gradients agree
+    to 2 %, losses, in which it cancels, to 0.2 %. Found: 0.6 % and 0.03 % on the tiny base, 3 % and 0.2 % on
+    the pocket base, which learns fast.
 
-
-def test_bf16_is_nearly_the_same_training(
-    compare: Callable[[str, Kernel], tuple[float, float, float]],
-) -> None:
-    """bf16 rounds to 2^-9 (0.2 %), so that losses agree to that order. Found: 0.1 % on the tiny base, 0.3 %
-    on the pocket base.
-
-    Weights agree less: AdamW moves each by about lr, however small its gradient, so that those whose gradient
-    drowns in the rounding go astray. Found: 0.5 % and 2 % of the weights, 5 % and 10 % of what training added
-    to them.
+    By SGD, whose steps are the gradients: AdamW moves each weight by about lr, however small its gradient, so
+    that those whose gradient drowns in the rounding go astray as the processor rounds.
     """
-    loss, weights, moved = compare("bf16", Kernel("plain"))
-    assert loss <= 0.01 and weights <= 0.05 and moved <= 0.2
+    plain = train(model, torch.float32, Kernel(), "SGD", 0.1)
+    loss, moved = differences(train(model, torch.bfloat16, Kernel("plain"), "SGD", 0.1), plain)
+    assert loss <= 0.01 and moved <= 0.2

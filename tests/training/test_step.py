@@ -24,6 +24,7 @@ from lorascope.training.trainer import Trainer
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
 R8 = Arm(name="r8", rank=8, alpha=16, lr=2e-3, seed=0)
 SECTION = TrainSection(batch_size=2, max_grad_norm=1.0, min_snr_gamma=5.0)
+SAME = 1e-6  # float64 inside: of fp32 losses and gradients a last bit may differ, 1.2e-7
 compiles = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning"
 )  # of the compiler about itself
@@ -81,7 +82,8 @@ def test_no_step_reads_anything_back(base: Base) -> None:
         step.losses.sum().item()
 
 
-def test_losses_and_gradients_of_several_batches_are_their_mean(base: Base) -> None:
+def test_losses_and_gradients_of_several_batches_are_their_mean(exact_base: Base) -> None:
+    base = exact_base
     one, batches = make_step(base), [make_batch(base, 1), make_batch(base, 2)]
     losses, gradients = [], []
     for batch in batches:
@@ -94,8 +96,10 @@ def test_losses_and_gradients_of_several_batches_are_their_mean(base: Base) -> N
     two.begin(torch.zeros(2))
     for batch in batches:
         two.add_batch(batch)
-    torch.testing.assert_close(two.losses, sum(losses) / 2)
-    torch.testing.assert_close(two.bank.gradients, sum(gradients) / 2)
+    torch.testing.assert_close(two.losses, sum(losses) / 2, rtol=SAME, atol=0)
+    # a sum of two that nearly cancel has the last bit of the larger: relative to the norm
+    error = two.bank.gradients - sum(gradients) / 2
+    assert error.norm() <= SAME * two.bank.gradients.norm()
 
 
 def test_a_scaled_loss_gives_the_same_step(base: Base) -> None:
@@ -215,16 +219,17 @@ def test_the_mode_says_how_steps_run(base: Base, changes: dict[str, Any], mode: 
 
 
 @compiles
-def test_a_compiled_step_equals_an_eager_one(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_equals_an_eager_one(exact_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiler's own tracing of both passes; generating machine code for it takes 40 s."""
+    base = exact_base
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     eager, batch = make_step(base), make_batch(base, 5)
     take(eager, batch)
     eager.bank.detach()
     compiled = make_step(base, SECTION.model_copy(update={"compile": True}))
     take(compiled, batch)
-    torch.testing.assert_close(compiled.losses, eager.losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(compiled.norms, eager.norms, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled.losses, eager.losses, rtol=SAME, atol=0)
+    torch.testing.assert_close(compiled.norms, eager.norms, rtol=SAME, atol=0)
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -251,6 +256,7 @@ def test_steps_from_a_cuda_graph_equal_eager_ones(
     results = []
     for graph in (True, False):
         own = load_base(BaseSection(model=str(pipeline_folder)), torch.device("cuda"), "fp32")
+        own.unet.double()  # 20 steps of AdamW in fp32 would make of another order of sums what they like
         bank = AdapterBank(own.components, resolve_targets(own.unet, REFERENCE_TARGETS), [R4, R8])
         section = SECTION.model_copy(
             update={"epochs": 4, "cuda_graph": graph, "gradient_checkpointing": checkpointing}
@@ -262,4 +268,4 @@ def test_steps_from_a_cuda_graph_equal_eager_ones(
     (losses, parameters, mode), (eager_losses, eager_parameters, eager_mode) = results
     assert mode.startswith("a CUDA graph") and eager_mode.startswith("eager")
     assert torch.allclose(torch.tensor(losses), torch.tensor(eager_losses), rtol=1e-4)
-    assert torch.allclose(parameters, eager_parameters, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(parameters, eager_parameters, rtol=1e-3, atol=1e-5)  # a hundredth of a step
