@@ -3,6 +3,7 @@ comes out.
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from lorascope.adapters.export import convert
 from lorascope.adapters.files import load_adapter
 from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
-from lorascope.base.loading import Base, load_base, save_ldm
+from lorascope.adapters.lowrank import Checkpoint, Target, extract, resize
+from lorascope.base.loading import Base, load_base, read_configs, save_ldm
 from lorascope.config import BaseSection
 from lorascope.errors import LorascopeError
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS
@@ -85,6 +87,7 @@ def all_of(path: Path, folder: Path) -> None:
     outcome(lambda: look(path))
     for layout in ("kohya", "diffusers", "peft"):
         outcome(lambda layout=layout: convert(path, folder / f"out-{layout}.safetensors", layout, force=True))
+    outcome(lambda: resize(load_adapter(path), Target(rank=1)))
 
 
 def tensor_of(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> torch.Tensor:
@@ -176,6 +179,39 @@ def test_damaged_headers(
     outcome(lambda: load_base(BaseSection(model=str(path)), torch.device("cpu")))
 
 
+SOUND = {
+    f"{FLAT}.lora_down.weight": torch.ones(2, 320),
+    f"{FLAT}.lora_up.weight": torch.ones(320, 2),
+    f"{FLAT}.alpha": torch.tensor(1.0),
+    f"base_model.model.{Q}.lora_A.weight": torch.ones(2, 320),
+}
+
+
+@settings(PLAIN, max_examples=100)
+@given(changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4))
+def test_adapters_with_any_bytes_changed(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
+    content = bytearray(safetensors.torch.save(SOUND, {"ss_network_dim": "2"}))
+    end = 8 + int.from_bytes(content[:8], "little")
+    for place, value in changes:
+        content[place % (end + 16)] = value
+    (path := tmp_path / "changed.safetensors").write_bytes(content)
+    all_of(path, tmp_path)
+
+
+@settings(PLAIN, max_examples=60)
+@given(name=st.text(max_size=12), middle=st.sampled_from([FLAT, f"unet.{Q}", "lora_unet_", "text_encoder."]))
+def test_adapters_with_any_names(tmp_path: Path, name: str, middle: str) -> None:
+    endings = (".lora_down.weight", ".lora_A.weight", ".alpha", ".lora.up.weight", ".lora_up.weight")
+    tensors = {
+        f"{part}{ending}": torch.ones(2, 2) for part in (name + middle, middle + name) for ending in endings
+    }
+    try:
+        safetensors.torch.save_file(tensors, path := tmp_path / "names.safetensors")
+    except UnicodeEncodeError:
+        return  # no file can have such a name
+    all_of(path, tmp_path)
+
+
 @pytest.fixture
 def checkpoint(base: Base, tmp_path: Path) -> Path:
     save_ldm(base, path := tmp_path / "sound.safetensors", torch.float16)
@@ -236,4 +272,25 @@ def test_checkpoints_with_any_configuration(
     ).encode()
     path = tmp_path / "base.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    outcome(lambda: extract(Checkpoint(path), Checkpoint(checkpoint), Target(rank=1)))
     outcome(lambda: load_base(BaseSection(model=str(path)), torch.device("cpu")).encode_text(["a cat"]))
+
+
+@settings(PLAIN, max_examples=25)
+@given(
+    change=st.sampled_from([(file, key) for file, keys in CONFIG_KEYS.items() for key in keys]),
+    value=VALUES | LARGE | st.sampled_from([320_000, [320_000, 320_000], ["DownBlock2D"], 2, 33]),
+    whole=st.none()
+    | VALUES.map(json.dumps)
+    | st.sampled_from([DEEP, "{", "\x00", '{"a": 1' + "0" * 5000 + "}"]),
+)
+def test_folders_with_any_configuration(
+    pipeline_folder: Path, tmp_path: Path, change: tuple[str, str], value: Any, whole: str | None
+) -> None:
+    folder, (file, key) = tmp_path / "base", change
+    shutil.copytree(pipeline_folder, folder, dirs_exist_ok=True)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, key: value}) if whole is None else whole)
+    outcome(lambda: load_base(BaseSection(model=str(folder)), torch.device("cpu")).encode_text(["a cat"]))
+    outcome(lambda: read_configs(BaseSection(model=str(folder))))
+    outcome(lambda: extract(Checkpoint(folder), Checkpoint(pipeline_folder), Target(rank=1)))
