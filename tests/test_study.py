@@ -54,6 +54,10 @@ def digests(run: Path) -> dict[str, str]:
     }
 
 
+# What rounding makes of AdamW's steps in fp32 is in weights that losses hardly feel: 1e-6 of a loss.
+SAME_LOSS = 1e-4
+
+
 def train_only(study: Study) -> Path:
     with study.working("test"):
         for stage in (study.prepare_data, study.encode, study.train):
@@ -390,7 +394,7 @@ def test_arms_of_several_batch_sizes_and_epochs_in_one_study(
         "r8-b4": (8, 4, 2),
     }
     assert [item["group"] for item in facts.values()] == [["r4-b4"], ["r4-b8"], ["r8-b4"]]
-    records = RunDir(tmp_path / "run").read_metrics([])
+    records = RunDir(tmp_path / "run").read_metrics(facts)
     assert [record["arm"] for record in records if record["kind"] == "train" and record["step"] == 7] == [
         "r4-b4",
         "r8-b4",
@@ -405,12 +409,12 @@ def test_arms_of_several_batch_sizes_and_epochs_in_one_study(
     }
     first = [
         record["loss"]
-        for record in RunDir(finished).read_metrics([])
+        for record in RunDir(finished).read_metrics(["r4", "r8"])
         if record["kind"] == "train" and record["arm"] == "r4"
     ]
-    assert losses["r4-b4"] == pytest.approx(first, rel=1e-4)
+    assert losses["r4-b4"] == pytest.approx(first, rel=SAME_LOSS)
     # From the same pictures and noise: the first batch of 8 is the first two of 4 (the adapter hardly moves
-    # in a step)
+    # in a step, whose 0.1 % of the loss is all that differs)
     assert losses["r4-b8"][0] == pytest.approx(sum(losses["r4-b4"][:2]) / 2, rel=1e-3)
     text = (tmp_path / "run" / "report.md").read_text()
     assert "batch size" in text and "r8-b4 8 steps of 4 pictures" in text
@@ -444,9 +448,10 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
         "train.epochs=2",
         "train.max_stacked_arms=8",
         "train.checkpoint_every_steps=2",
+        "train.optimizer=SGD",  # whose steps are the gradients, 1e-7 apart in fp32
     )
     run = tmp_path / "run"
-    train_only(make_study(study_file, run, *choices, "arms=[{rank=4, lr=1e-3, seed=[0,1,2,3,4,5,6,7]}]"))
+    train_only(make_study(study_file, run, *choices, "arms=[{rank=4, lr=1.0, seed=[0,1,2,3,4,5,6,7]}]"))
     log = (run / "lorascope.log").read_text()
     assert re.search(
         r"WARNING train    out of memory \(.+\): going on from the last checkpoint in passes of r4-s0, "
@@ -455,29 +460,29 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
     )
     assert "train    going on from step 2" in log and not list((run / "checkpoints").iterdir())
     groups = [group["arms"] for group in read_json(run / "groups.json")["groups"]]
-    assert len(groups) == 2 and sorted(arm for arms in groups for arm in arms) == [
-        f"r4-s{seed}" for seed in range(8)
-    ]
+    arms = [f"r4-s{seed}" for seed in range(8)]
+    assert len(groups) == 2 and sorted(itertools.chain(*groups)) == arms
     few = train_only(
-        make_study(study_file, tmp_path / "few", *choices, "arms=[{rank=4, lr=1e-3, seed=[0,7]}]")
+        make_study(study_file, tmp_path / "few", *choices, "arms=[{rank=4, lr=1.0, seed=[0,7]}]")
     )
     for arm in ("r4-s0", "r4-s7"):
         found, expected = (load_adapter(folder / "adapters" / arm) for folder in (run, few))
         for name, module in found.modules.items():
-            torch.testing.assert_close(module.up, expected.modules[name].up, rtol=1e-3, atol=1e-5)
+            up = expected.modules[name].up
+            assert (module.up - up).norm() <= 1e-3 * up.norm()  # fp32, 8 steps whose errors add up
         records = [
             [
                 (record["step"], record["loss"])
-                for record in RunDir(folder).read_metrics([])
+                for record in RunDir(folder).read_metrics(arms)
                 if record["arm"] == arm
             ]
             for folder in (run, few)
         ]
         assert (
-            records[0] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in records[1]]
+            records[0] == [(step, pytest.approx(loss, rel=SAME_LOSS)) for step, loss in records[1]]
             and len(records[0]) == 8 + 2 * 20
         )
-    assert {record["arm"] for record in RunDir(run).read_metrics([]) if record["step"] == 0} == {"base"}
+    assert {record["arm"] for record in RunDir(run).read_metrics(arms) if record["step"] == 0} == {"base"}
 
 
 def test_a_worker_that_dies_again_with_the_same_arm_ends_the_study(
@@ -559,7 +564,7 @@ def test_arms_trained_in_separate_groups_see_the_same_as_in_one(
         return [record["loss"] for record in records if record["kind"] == "train" and record["arm"] == arm]
 
     for arm in ("r4", "r8"):
-        assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=1e-4)
+        assert losses(tmp_path / "run", arm) == pytest.approx(losses(finished, arm), rel=SAME_LOSS)
 
 
 def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(

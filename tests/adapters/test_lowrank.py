@@ -43,6 +43,7 @@ def convolution(rank: int, tucker: bool = False) -> LoraModule:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> bool:
+    """Within some roundings of fp32, 1.2e-7 each; of a decomposition more, by the whole over what is left."""
     return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 

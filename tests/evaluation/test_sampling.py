@@ -29,6 +29,9 @@ from lorascope.evaluation.sampling import (
 
 PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]
 ARM = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
+# fp32: 1.2e-7 * sqrt(300) products summed in another order, through 12 layers, times guidance: 4e-5 of values
+# about 1.
+DRAWN = {"rtol": 1e-3, "atol": 1e-4}
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_the_base_row_equals_diffusers_own_pipeline(
         latents=latents,
         output_type="latent",
     ).images
-    torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours[0], theirs, **DRAWN)
     assert not torch.allclose(ours[1], theirs, rtol=1e-2, atol=1e-2)
 
 
@@ -144,7 +147,7 @@ def test_a_prefix_comes_before_every_prompt_that_is_drawn_and_leaves_the_noise_a
     text = base.encode_text(["", "sks, a rocket"])[None]
     expected = denoise(base, initial_noise(plan_jobs(PROMPTS[:1], [3])[0], shape)[None], text, prefixed)
     bank.detach()
-    torch.testing.assert_close(ours[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-5, atol=1e-6)  # the very same passes
     save_picture(
         tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), plan_jobs(PROMPTS, [3])[0], "r4", prefixed
     )
@@ -152,10 +155,11 @@ def test_a_prefix_comes_before_every_prompt_that_is_drawn_and_leaves_the_noise_a
         assert picture.text["prompt"] == "a rocket" and picture.text["prompt_prefix"] == "sks, "  # type: ignore[attr-defined]
 
 
-def test_a_trained_text_encoder_gives_each_slice_its_own_text(base: Base) -> None:
+def test_a_trained_text_encoder_gives_each_slice_its_own_text(exact_base: Base) -> None:
     """Strength 0 beside an adapter on the text encoder: the base's slice stays the base's, the other one
     differs.
     """
+    base = exact_base
     jobs, shape, section = plan_jobs(PROMPTS, [3]), latent_shape_of(base, 32), SampleSection(steps=3)
     plain = AdapterBank(base.components, resolve_targets(base.unet, ["to_q"]), [ARM]).attach()
     _, expected = draw_pictures(base, plain, [Slice(0, 0.0)], jobs, shape, section)
@@ -167,6 +171,7 @@ def test_a_trained_text_encoder_gives_each_slice_its_own_text(base: Base) -> Non
         layer.up.detach().normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     _, latents = draw_pictures(base, bank, [Slice(0, 0.0), Slice(0)], jobs, shape, section)
     bank.detach()
+    # between the passes in float64 the scheduler rounds to fp32, 1.2e-7, times guidance 7.5 and 3 steps
     torch.testing.assert_close(latents[0], expected[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(latents[1], expected[0], rtol=1e-2, atol=1e-2)
 
