@@ -7,16 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 from PIL import Image
 
 from conftest import make_pictures, make_pipeline_folder
-from lorascope.config import preset_text
 from lorascope.store import read_json
 from pretended_cuda import guard
 
@@ -92,16 +89,6 @@ def _check_waits(run: Path, seen: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def smoke(library: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The smoke study on fewer pictures: every pass is done by this CPU, operation by operation."""
-    study = tomllib.loads(preset_text("smoke"))
-    study["data"] |= {"num_train": 8, "num_heldout": 4}
-    study["train"] |= {"epochs": 1, "num_probe": 2}
-    study["sample"] |= {"num_prompts": 1, "steps": 2}
-    return _walk(library, tomli_w.dumps(study), tmp_path_factory.mktemp("smoke"))
-
-
-@pytest.fixture(scope="module")
 def broad(
     library: Path, scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
@@ -147,9 +134,8 @@ def broad(
     )
 
 
-@pytest.mark.parametrize("study", ["smoke", "broad"])
-def test_every_stage_passes_and_waits_only_beside_steps(study: str, request: pytest.FixtureRequest) -> None:
-    run, seen = request.getfixturevalue(study)
+def test_every_stage_passes_and_waits_only_beside_steps(broad: tuple[Path, dict[str, Any]]) -> None:
+    run, seen = broad
     _check_waits(run, seen)
     merged = read_json(run / "merge_check.json").values()
     # Where torch allows it, the device rounds convolutions to TF32, which the check would not forgive.
@@ -171,10 +157,9 @@ def test_the_broad_study_was_broad(broad: tuple[Path, dict[str, Any]]) -> None:
     assert all(math.isfinite(line["loss"]) for line in losses if line["arm"].startswith("r2"))
 
 
-@pytest.mark.parametrize("study", ["smoke", "broad"])
-def test_the_first_start_finds_every_fast_path_right(study: str, request: pytest.FixtureRequest) -> None:
-    """Recorded steps are replayed there, at the addresses of their recording; in bf16 and fp16."""
-    run, _ = request.getfixturevalue(study)
+def test_the_first_start_finds_every_fast_path_right(broad: tuple[Path, dict[str, Any]]) -> None:
+    """Recorded steps are replayed there, at the addresses of their recording."""
+    run, _ = broad
     [kept] = read_json(run.parent / "cache" / "lorascope" / "doctor.json").values()
     found = {finding["check"]: finding["status"] for finding in kept["findings"]}
     assert set(found.values()) == {"ok"}

@@ -244,7 +244,7 @@ class Recorded:
             try:
                 self.recordings[key] = self._record(arguments)
             except RuntimeError as error:
-                if torch.cuda.is_current_stream_capturing():
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise RunError(
                         f"a CUDA graph could be neither recorded nor given up ({first_line(error)}): set "
                         "train.cuda_graph = false and run the same command again"
