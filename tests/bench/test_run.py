@@ -20,6 +20,7 @@ from benchmarks.fetch_peers import fetch
 from benchmarks.update_docs import ROOT
 
 import lorascope.bench.run
+from conftest import needs_bf16_attention
 from lorascope.bench.entry import (
     Conditions,
     Entry,
@@ -119,7 +120,13 @@ def errors_of(entry: Entry, runner: Runner, references: Any) -> dict[str, float]
 # The gate ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", RIGHT, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=[needs_bf16_attention] * (entry.precision == "bf16"))
+        for entry in RIGHT
+    ],
+)
 def test_the_gate_lets_every_right_arm_through(
     entry: Entry, conditions: Conditions, workload: Path, references: Any
 ) -> None:

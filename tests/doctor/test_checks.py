@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import needs_bf16_attention
 from lorascope.adapters.bank import AdapterBank, StackedLinear
 from lorascope.base.attention import KERNELS, Kernel, Shape, attend
 from lorascope.base.autoencoder import Autoencoder
@@ -98,7 +99,7 @@ def by_kernel(findings: Sequence[Finding]) -> dict[str, Finding]:
     return {finding.check.removeprefix("attention "): finding for finding in findings}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16_attention)])
 @pytest.mark.parametrize(
     ("planted", "place"),
     [
@@ -114,6 +115,7 @@ def test_a_kernel_with_wrong_numbers_is_found(planted: Any, place: str, dtype: t
     assert {name for name, finding in found.items() if finding.status == "wrong"} == {"flash"}
 
 
+@needs_bf16_attention
 def test_right_kernels_are_far_from_their_tolerance() -> None:
     """In both dtypes and with three padded head dimensions."""
     found = by_kernel(check_attention(SHAPES, BOTH, CPU))

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from conftest import needs_bf16_attention
 from lorascope.adapters.bank import AdapterBank, Target, resolve_section
 from lorascope.base.attention import Kernel, Shape, set_kernels
 from lorascope.base.ldm import build_component
@@ -67,8 +68,15 @@ def own_section(base: Base, **choices: object) -> list[Target]:
     return resolve_section(base.components, AdapterSection.model_validate(choices))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    ("plain", "precision"),
+    [
+        pytest.param(True, "fp32", id="plain-fp32"),
+        pytest.param(True, "bf16", id="plain-bf16"),
+        pytest.param(False, "fp32", id="fused-fp32"),
+        pytest.param(False, "bf16", id="fused-bf16", marks=needs_bf16_attention),
+    ],
+)
 def test_activations_are_those_autograd_keeps_of_the_tiny_base(
     pipeline_folder: Path, precision: str, plain: bool
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_study
+from conftest import make_study, needs_bf16_attention
 from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attention_layers
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import SD15_DIR, Base, read_configs
@@ -241,7 +241,7 @@ def test_a_large_model_is_cut_before_it_is_timed() -> None:
     assert same == POCKET["unet"] and shape == (8, 4, 16, 16)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16_attention), "fp16"])
 def test_every_variant_of_a_pass_runs(base: Base, precision: str) -> None:
     """Forward and backward with adapters, in `channels_last` too; a GPU times these, here they only run."""
     for channels_last in (False, True):
