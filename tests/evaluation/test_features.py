@@ -14,6 +14,7 @@ from PIL import Image
 from torchmetrics.functional.multimodal import clip_score as reference_clip_score
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from lorascope.base.weights import save_tensors
 from lorascope.config import ScoreSection, StudyConfig
 from lorascope.errors import BaseModelError, HubError, RunError
 from lorascope.evaluation.features import CachedEncoder, ClipEncoder, load_encoder
@@ -260,6 +261,47 @@ def test_cache_of_another_encoder_or_damaged_is_recomputed(
     path.write_bytes(path.read_bytes()[:50])
     np.testing.assert_array_equal(CachedEncoder(encoder, path).encode_images(images), expected)
     assert counting.images == 6
+
+
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [-1, -2000, 200, 3])
+def test_a_flipped_bit_in_the_cache_is_told_and_features_are_computed_again(
+    encoder: ClipEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: int,
+) -> None:
+    images, path = draw(30), tmp_path / "features.safetensors"
+    expected = encoder.cached(path).encode_images(images)
+    content = path.read_bytes()
+    counting = Counting(encoder, monkeypatch)
+    flip_bit(path, place)
+    with caplog.at_level("WARNING", logger="lorascope"):
+        np.testing.assert_array_equal(encoder.cached(path).encode_images(images), expected)
+    assert counting.images == 30
+    assert f"{path}: damaged (" in caplog.text
+    assert path.read_bytes() == content
+
+
+def test_a_cache_of_0_1_0_without_a_digest_is_computed_again(
+    encoder: ClipEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, path = draw(2), tmp_path / "features.safetensors"
+    cached = encoder.cached(path)
+    expected = cached.encode_images(images)
+    facts = json.dumps({"key": cached._key, "scorer": encoder.identity})
+    wrong = {name: torch.from_numpy(-feature) for name, feature in cached._features.items()}
+    save_tensors(path, wrong, {"lorascope": facts})
+    counting = Counting(encoder, monkeypatch)
+    np.testing.assert_array_equal(encoder.cached(path).encode_images(images), expected)
+    assert counting.images == 2
+    assert not caplog.records
 
 
 PROMPTS = [Prompt("normal", n, text) for n, text in enumerate(["a cat", "a dog", "the sea"])]

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from lorascope.base.loading import resolve_model
+from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.config import ScoreSection
-from lorascope.errors import BaseModelError, RunError, first_line
+from lorascope.console import log
+from lorascope.errors import BaseModelError, RunError, WeightsError, first_line
 from lorascope.machine.arithmetic import full_fp32
-from lorascope.store import atomic_path, digest_bytes, digest_file, digest_folder, digest_json, kept_digest
+from lorascope.store import digest_bytes, digest_file, digest_folder, digest_json, kept_digest
 
 SCALE = "100 x cosine"
 _READERS = 4  # threads that decode pictures
@@ -147,7 +147,8 @@ class CachedEncoder:
 
     The unit is the whole list of a call: it is encoded afresh unless all of it is in the file, and what the
     file holds is never replaced. So a call gives the same bytes after an interruption as without one. A file
-    that is damaged, or made by another encoder, device type or batch size, is started anew.
+    that is damaged to a bit, which a warning tells, or made by another encoder, device type or batch size, is
+    started anew; so is one of 0.1.0, which holds no digest to tell damage by.
     """
 
     def __init__(self, encoder: ClipEncoder, path: Path) -> None:
@@ -193,21 +194,23 @@ class CachedEncoder:
         return np.stack([self._features[name] for name in names])
 
     def _read(self) -> dict[str, Features]:
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                facts = json.loads((file.metadata() or {}).get("lorascope", "{}"))
-                return (
-                    {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                    if facts.get("key") == self._key
-                    else {}
-                )
-        except (OSError, SafetensorError, ValueError):
+        if not self.path.exists():
             return {}
+        try:
+            tensors, metadata = load_sealed(self.path)
+        except WeightsError as error:
+            reason = str(error).removeprefix(f"{self.path}: ")
+            log.warning("score    %s: damaged (%s): features are computed again", self.path, reason)
+            return {}
+        if metadata.get("key") != self._key:
+            return {}
+        # copies: the file cannot be replaced on Windows while tensors are mapped from it
+        return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
 
     def _write(self) -> None:
-        facts = json.dumps({"key": self._key, "scorer": self.identity}, sort_keys=True, ensure_ascii=False)
-        with atomic_path(self.path) as partial:
-            save_file(self._features, partial, metadata={"lorascope": facts})
+        scorer = json.dumps(self.identity, sort_keys=True, ensure_ascii=False)
+        tensors = {name: torch.from_numpy(feature) for name, feature in self._features.items()}
+        save_sealed(self.path, tensors, {"key": self._key, "scorer": scorer})
 
 
 _REMEDY = "give a folder with a CLIPModel in safetensors, its tokenizer and its preprocessing"
