@@ -13,6 +13,7 @@ from lorascope.doctor import examination
 from lorascope.doctor.examination import Subject, examine, recall_or_examine, versions
 from lorascope.doctor.findings import Finding, kept_path
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, EXIT_RUN_FAILED
+from lorascope.machine.threads import limited_threads
 
 CPU = torch.device("cpu")
 CHECKS = [
@@ -96,6 +97,21 @@ def test_a_check_that_cannot_end_is_a_finding(
     found = examine(Subject(BaseSection(model=str(pipeline_folder)), CPU), quick=True)
     [finding] = [finding for finding in found.findings if finding.check == "channels_last"]
     assert finding.status == status and str(error) in finding.told
+
+
+def test_on_a_cpu_the_checks_take_one_thread(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def look(base: object, shape: object) -> Finding:
+        taken.append(torch.get_num_threads())
+        return Finding("channels_last", "ok", "")
+
+    monkeypatch.setattr(examination, "check_channels_last", look)
+    with limited_threads(2):
+        found = examine(Subject(BaseSection(model=str(pipeline_folder)), CPU), quick=True)
+        assert torch.get_num_threads() == 2
+    assert taken == [1]
+    assert found.versions["threads"] == "2; 1 during the checks"
 
 
 def test_what_was_found_is_kept_for_these_versions_and_models(

@@ -5,8 +5,10 @@ first start on a GPU.
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -42,6 +44,7 @@ from lorascope.doctor.findings import (
 from lorascope.errors import first_line
 from lorascope.machine.facts import device_name, driver_version, package_version
 from lorascope.machine.memory import free_cached, is_out_of_memory
+from lorascope.machine.threads import limited_threads
 from lorascope.store import digest_json
 from lorascope.training.tuning import build_workload, precisions_on, survey
 
@@ -73,10 +76,32 @@ def examine(subject: Subject, quick: bool = False) -> Examination:
     """Check every fast path on the device, and unless `quick` what else may be wrong with it; the result is
     kept.
 
-    Raises `BaseModelError` and `WeightsError` as `load_base` does.
+    On a CPU it takes one thread: no check looks at threads, and on a busy machine several of them wait for
+    each other at every small operation. Raises `BaseModelError` and `WeightsError` as `load_base` does.
     """
+    device, configs, facts = subject.device, read_configs(subject.section), versions(subject.device)
+    on_cpu = device.type == "cpu"
+    with limited_threads(1) if on_cpu else nullcontext():
+        shown, checks = _plan(subject, configs, quick)
+        findings: list[Finding] = []
+        with track("doctor", len(checks), "checks") as task:
+            for name, check in checks.items():
+                findings += _found(name, check)
+                if device.type == "cuda":  # looking for garbage takes a second
+                    free_cached(device)
+                task.advance(1, name)
+    if on_cpu:
+        facts["threads"] += "; 1 during the checks"
+    examination = Examination(shown, facts, tuple(findings))
+    remember(examination, digest_json(configs), subject.dtype)
+    return examination
+
+
+def _plan(
+    subject: Subject, configs: Mapping[str, Mapping[str, Any]], quick: bool
+) -> tuple[str, dict[str, Check]]:
+    """Load the base; what is examined, in words, and the checks by name."""
     section, device = subject.section, subject.device
-    configs = read_configs(section)
     base = load_base(section, device, subject.dtype)
     side = subject.resolution_px or int(configs["unet"].get("sample_size") or 64) * base.latent_factor
     workload = build_workload(configs, side, 1, 1)
@@ -99,17 +124,7 @@ def examine(subject: Subject, quick: bool = False) -> Examination:
             MEMORY: lambda: check_memory(device),
             WORKERS: lambda: check_workers(torch.cuda.device_count()),
         }
-    findings: list[Finding] = []
-    with track("doctor", len(checks), "checks") as task:
-        for name, check in checks.items():
-            findings += _found(name, check)
-            if device.type == "cuda":  # looking for garbage takes a second
-                free_cached(device)
-            task.advance(1, name)
-    shown = f"{section.model}, U-Net in {subject.dtype}, latents {'x'.join(map(str, shape))}"
-    examination = Examination(shown, versions(device), tuple(findings))
-    remember(examination, digest_json(configs), subject.dtype)
-    return examination
+    return f"{section.model}, U-Net in {subject.dtype}, latents {'x'.join(map(str, shape))}", checks
 
 
 def recall_or_examine(subject: Subject) -> Examination:
