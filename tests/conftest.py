@@ -33,9 +33,10 @@ from transformers import (
 )
 
 from lorascope.base.loading import Base, load_base
-from lorascope.config import BaseSection, load_study
+from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
 from lorascope.machine.facts import package_version
+from lorascope.schema import BaseSection
 from lorascope.seeding import seeded
 from lorascope.study import Study
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import webdataset
 from PIL import Image, ImageDraw
 
-from lorascope.config import DataSection
 from lorascope.data.dataset import Dataset, Example, prepare_data
+from lorascope.schema import DataSection
 
 SIDE = 16
 Row = tuple[Any, Any]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lorascope.config import Arm, StudyConfig
 from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
+from lorascope.schema import Arm, StudyConfig
 from lorascope.store import JsonLines, RunDir, digest_bytes, write_json, write_text
 
 NORMAL = (

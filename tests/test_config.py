@@ -1,66 +1,20 @@
 """Study files: layers, grids, names, and one line for every mistake."""
 
 import os
-import re
 import string
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
 
 import pytest
 import tomli_w
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from lorascope.config import (
-    Arm,
-    ArmGrid,
-    StudyConfig,
-    TargetGroup,
-    TrainSection,
-    _alternatives,
-    load_study,
-    preset_names,
-    preset_text,
-    reference_table,
-)
+from lorascope.config import load_study, preset_names, preset_text
 from lorascope.errors import ConfigError
-
-COUNTS = st.integers(1, 10_000)
-SHARES = st.floats(0, 1)
-POSITIVES = st.floats(1e-12, 1e6)
-
-
-def one_or_several(values: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
-    return values | st.lists(values, min_size=1, max_size=3, unique=True).map(tuple)
-
-
-@st.composite
-def grids(draw: st.DrawFn) -> ArmGrid:
-    scaling = draw(st.sampled_from(["alpha", "alpha_per_rank", None]))
-    return ArmGrid(
-        rank=draw(one_or_several(st.integers(1, 1024))),
-        lr=draw(one_or_several(POSITIVES)),
-        seed=draw(one_or_several(st.integers(0, 2**63 - 1))),
-        **({scaling: draw(one_or_several(POSITIVES))} if scaling else {}),
-    )
-
-
-def study(
-    *overrides: str, preset: str | None = None, path: Path | None = None, **environment: str
-) -> StudyConfig:
-    return load_study(path, preset, overrides, environment)
-
-
-def refusal(*overrides: str, preset: str | None = None, path: Path | None = None, **environment: str) -> str:
-    with pytest.raises(ConfigError) as error:
-        study(*overrides, preset=preset, path=path, **environment)
-    message = str(error.value)
-    assert "\n" not in message
-    assert "pydantic" not in message
-    return message
+from lorascope.schema import ArmGrid, StudyConfig
+from studies import COUNTS, SHARES, grids, refusal, study
 
 
 def write(folder: Path, text: str, name: str = "my.toml") -> Path:
@@ -197,126 +151,6 @@ def test_both_alphas_in_one_layer_are_refused(tmp_path: Path) -> None:
     assert both.startswith(
         "environment LORASCOPE_ARMS_0_ALPHA_PER_RANK: arms.0.alpha_per_rank = 1: excludes alpha"
     )
-
-
-# -- arms ----------------------------------------------------------------------------------------------------
-
-
-def arms_of(*grids: ArmGrid) -> tuple[Arm, ...]:
-    return StudyConfig(arms=grids).expand_arms()
-
-
-def test_a_grid_is_the_product_of_its_lists_in_order() -> None:
-    arms = arms_of(ArmGrid(rank=(4, 8), alpha=16.0, lr=(1e-4, 5e-4)))
-    assert [(arm.name, arm.rank, arm.alpha, arm.lr, arm.seed) for arm in arms] == [
-        ("r4-lr0.0001", 4, 16.0, 1e-4, 0),
-        ("r4-lr0.0005", 4, 16.0, 5e-4, 0),
-        ("r8-lr0.0001", 8, 16.0, 1e-4, 0),
-        ("r8-lr0.0005", 8, 16.0, 5e-4, 0),
-    ]
-    assert arms[0].scale == 4.0
-
-
-def test_alpha_per_rank_is_the_scale_and_alpha_defaults_to_the_rank() -> None:
-    assert [(arm.alpha, arm.scale) for arm in arms_of(ArmGrid(rank=(4, 8), alpha_per_rank=2.0))] == [
-        (8.0, 2.0),
-        (16.0, 2.0),
-    ]
-    assert [(arm.name, arm.alpha) for arm in arms_of(ArmGrid(rank=(4, 8)))] == [("r4", 4.0), ("r8", 8.0)]
-
-
-def test_names_say_what_varies_within_a_rank() -> None:
-    assert [arm.name for arm in arms_of(ArmGrid(rank=(4, 8), seed=(0, 12345678)))] == [
-        "r4-s0",
-        "r4-s12345678",
-        "r8-s0",
-        "r8-s12345678",
-    ]
-    assert [arm.name for arm in arms_of(ArmGrid(rank=4, alpha=(1.0, 2.5), lr=(1e-5, 1e-4), seed=(0, 1)))][
-        -1
-    ] == "r4-a2.5-lr0.0001-s1"
-    assert [arm.name for arm in arms_of(ArmGrid(rank=4), ArmGrid(rank=4, lr=1e-5))] == [
-        "r4-lr0.0001",
-        "r4-lr1e-05",
-    ]
-    assert [arm.name for arm in arms_of(ArmGrid(rank=4, lr=1e-5), ArmGrid(rank=8, lr=1e-4))] == ["r4", "r8"]
-    assert [arm.name for arm in arms_of(ArmGrid(rank=4, alpha=(1e7, 1.0)))] == ["r4-a1e07", "r4-a1"]
-    assert [arm.name for arm in arms_of(ArmGrid(name="small", rank=4), ArmGrid(rank=8))] == ["small", "r8"]
-
-
-def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
-    config = StudyConfig(
-        arms=(ArmGrid(rank=4, batch_size=(4, 8)), ArmGrid(rank=8, epochs=20, seed=(0, 1)), ArmGrid(rank=16))
-    )
-    assert [(arm.name, arm.batch_size, arm.epochs) for arm in config.expand_arms()] == [
-        ("r4-b4-s0", 4, 10),
-        ("r4-b8-s0", 8, 10),
-        ("r8-b4-s0", 4, 20),
-        ("r8-b4-s1", 4, 20),
-        ("r16-b4-s0", 4, 10),
-    ]
-    both = StudyConfig(
-        arms=(ArmGrid(rank=4), ArmGrid(rank=4, epochs=2)), train=TrainSection(epochs=3, batch_size=1)
-    )
-    assert [(arm.name, arm.batch_size, arm.epochs) for arm in both.expand_arms()] == [
-        ("r4-e3", 1, 3),
-        ("r4-e2", 1, 2),
-    ]
-    assert "arms.0.batch_size = 0: must be at least 1" in refusal("arms=[{batch_size=0}]")
-
-
-@pytest.mark.parametrize(
-    ("arms", "message"),
-    [
-        (
-            "[{rank=4}, {rank=4}]",
-            (
-                "two arms are called 'r4': give them names of their own, or vary rank, alpha, lr, seed, "
-                "batch_size or epochs"
-            ),
-        ),
-        ('[{name="a", rank=4}, {name="A", rank=8}]', "arm names differ only in case: 'a' and 'A'"),
-        (
-            '[{name="a", rank=4, epochs=10}, {name="b", rank=4, alpha=4, epochs=10}]',
-            "arms 'a' and 'b' have the same rank, alpha, lr, seed, batch size and epochs: leave one out",
-        ),
-        (
-            '[{name="base"}]',
-            "an arm is called 'base', which is kept for the unadapted model: choose another name",
-        ),
-        (
-            '[{name="Base"}]',
-            "an arm is called 'Base', which is kept for the unadapted model: choose another name",
-        ),
-        (
-            '[{name="a", rank=[4, 8]}]',
-            (
-                "arms.0: the name 'a' stands on a table that makes 2 arms: leave the name out, or give "
-                "single values"
-            ),
-        ),
-        (
-            '[{name="a/b"}]',
-            (
-                "arms.0.name = \"a/b\": must be 1 to 64 letters, digits, '.', '_' and '-', the first a "
-                "letter or digit"
-            ),
-        ),
-        (
-            "[{rank=[4, 4]}]",
-            "arms.0.rank = [4, 4]: must not repeat a value, but 4 stands there more than once",
-        ),
-        (
-            "[{lr=[1e-4, 0.0001]}]",
-            "arms.0.lr = [0.0001, 0.0001]: must not repeat a value, but 0.0001 stands there more than once",
-        ),
-        ("[]", "arms = []: must be a list with at least one item"),
-        ("3", "arms = 3: must be a list of tables"),
-        ("[3]", "arms.0 = 3: must be a table"),
-    ],
-)
-def test_arms_that_cannot_be_told_apart_or_stored_are_refused(arms: str, message: str) -> None:
-    assert refusal(f"arms={arms}").startswith(f"--set: {message}")
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------
@@ -543,45 +377,6 @@ def test_thirty_thousand_unknown_keys_are_answered_at_once_and_in_short(tmp_path
     assert f"{'k' * 77}...: unknown key" in long and len(long) < 500
 
 
-def test_more_arms_than_anyone_trains_are_refused_before_they_are_multiplied_out() -> None:
-    ranks, seeds = list(range(1, 1001)), list(range(100_000))
-    assert refusal(f"arms=[{{rank={ranks}, seed={seeds}, lr=[1e-3, 1e-4]}}]") == (
-        "--set: make 200,000,000 arms: at most 1,024: leave values out"
-    )
-    assert len(study(f"arms=[{{rank={ranks}}}]").expand_arms()) == 1000
-
-
-def number_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of everything in a study that takes a whole number."""
-    for name, field in section.model_fields.items():
-        kinds = _alternatives(field.annotation)
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        lists = [item for kind in kinds for item in get_args(kind) if get_origin(kind) is tuple]
-        inner += [item for item in lists if isinstance(item, type) and issubclass(item, BaseModel)]
-        for kind in inner:
-            yield from number_keys(kind, f"{prefix}{name}." + ("0." if kind in lists else ""))
-        if int in kinds:
-            yield f"{prefix}{name}"
-
-
-NUMBER_KEYS = list(number_keys(StudyConfig))
-
-
-@pytest.mark.parametrize("key", NUMBER_KEYS)
-@pytest.mark.parametrize("value", [10**19, -(10**19), 10**400])
-def test_every_whole_number_has_bounds(key: str, value: int) -> None:
-    message = refusal("adapter.groups=[{targets=['to_q']}]", f"{key}={value}")
-    assert f"{key} = " in message and re.search("must be (at (most|least)|less than)", message), message
-    assert len(message) < 300
-
-
-def test_bounds_are_found_for_lists_and_tables_too() -> None:
-    assert {"arms.0.rank", "adapter.groups.0.rank", "train.batch_size", "workers"} <= set(NUMBER_KEYS)
-    assert "train.batch_size = 1000000000000: must be at most 65536" in refusal(
-        "train.batch_size=1000000000000"
-    )
-
-
 def test_ends_of_lines_in_keys_and_names_do_not_end_the_message(tmp_path: Path) -> None:
     path = write(tmp_path, 'trackers = {"a\\nb\\u0085" = 1}', name="my\nstudy.toml")
     assert refusal(path=path).endswith(
@@ -726,48 +521,3 @@ def test_any_study_comes_back_from_its_frozen_file(
     back = read_back(config, tmp_path_factory.mktemp("frozen"))
     assert back == config
     assert back.expand_arms() == config.expand_arms()
-
-
-@given(arms=st.lists(grids(), min_size=1, max_size=3))
-def test_arm_names_are_distinct_folder_names(arms: list[ArmGrid]) -> None:
-    try:
-        expanded = StudyConfig(arms=tuple(arms)).expand_arms()
-    except ValidationError:
-        assume(False)
-    folders = [arm.name.casefold() for arm in expanded]
-    assert len(set(folders)) == len(folders)
-    assert all(ArmGrid(name=arm.name).name == arm.name for arm in expanded)
-
-
-def test_the_digest_covers_what_changes_a_result() -> None:
-    config = study()
-    assert config.digest() == study("name=other").digest()
-    assert config.digest() != study("train.epochs=5").digest()
-    assert config.digest("data", "base") == study("train.epochs=5").digest("data", "base")
-    assert config.digest("train") != study("train.epochs=5").digest("train")
-
-
-def test_the_reference_table_has_a_row_for_every_key() -> None:
-    rows = reference_table().splitlines()[2:]
-    keys = [row.split("`")[1] for row in rows]
-    tables = {"arms": ArmGrid, "adapter.groups": TargetGroup}
-
-    def leaves(key: str, kind: Any) -> list[str]:
-        fields = getattr(tables.get(key, kind), "model_fields", None)
-        return (
-            [key]
-            if fields is None
-            else [leaf for name in fields for leaf in leaves(f"{key}.{name}", fields[name].annotation)]
-        )
-
-    expected = [
-        leaf for name, field in StudyConfig.model_fields.items() for leaf in leaves(name, field.annotation)
-    ]
-    assert keys == expected
-    assert all(row.count("|") == 5 and not row.endswith("None |") for row in rows)
-    assert "| `trackers` | list of `tensorboard` or `wandb` or `mlflow` or `trackio` | `[]` | " in "\n".join(
-        rows
-    )
-    assert "| `train.betas` | list of 2 numbers | `[0.9, 0.999]` | AdamW's decay rates |" in rows
-    assert "| `arms.rank` | whole number or list of whole numbers | `16` | rank r of the adapter |" in rows
-    assert '| `export.dtype` | `fp32` or `fp16` or `bf16` | `"fp16"` | dtype of those files |' in rows

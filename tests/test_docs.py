@@ -17,9 +17,10 @@ import lorascope
 from lorascope.adapters.bank import resolve_section
 from lorascope.base.loading import read_configs
 from lorascope.cli.app import app
-from lorascope.config import AdapterSection, BaseSection, StudyConfig, preset_names
+from lorascope.config import preset_names
 from lorascope.data.captions import MAX_CAPTION_BYTES, SPECIAL_TOKENS
 from lorascope.data.sources import MAX_REPEATS
+from lorascope.schema import AdapterSection, BaseSection, StudyConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])

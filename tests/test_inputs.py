@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.config import StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.errors import ConfigError, StorageError
 from lorascope.inputs import (
     data_inputs,
@@ -19,6 +19,7 @@ from lorascope.inputs import (
     score_inputs,
     train_inputs,
 )
+from lorascope.schema import StudyConfig
 from lorascope.store import RunDir
 
 

@@ -8,9 +8,10 @@ import torch
 
 from lorascope.adapters.bank import count_parameters, resolve_targets
 from lorascope.base.loading import load_base
-from lorascope.config import MAX_ARMS, REFERENCE_TARGETS, StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.errors import ConfigError, DataError
 from lorascope.plan import Plan, plan_study
+from lorascope.schema import MAX_ARMS, REFERENCE_TARGETS, StudyConfig
 from lorascope.training.passes import count_models
 from samples import write_pictures
 

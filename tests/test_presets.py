@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.config import (
-    REFERENCE_TARGETS,
-    StudyConfig,
-    load_study,
-    preset_names,
-    preset_text,
-    reference_table,
-)
+from lorascope.config import load_study, preset_names, preset_text
+from lorascope.reference import reference_table
+from lorascope.schema import REFERENCE_TARGETS, StudyConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "study-file.md"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from conftest import make_vae
-from lorascope.config import DataSection
 from lorascope.data.dataset import prepare_data
 from lorascope.evaluation.prompts import load_prompts
+from lorascope.schema import DataSection
 
 pytest.importorskip(
     "resvg_py", reason="the recipe's drawing library is an extra: pip install 'lorascope[pocket]'"

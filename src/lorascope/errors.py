@@ -4,6 +4,9 @@ Every message names the value received, the constraint and the remedy. Anything 
 is a fault of ours and exits with code 1.
 """
 
+import json
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_INPUT = 2
@@ -62,3 +65,12 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's error, at most 200 characters, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A received value for an error message, as JSON, at most 80 characters."""
+    try:
+        text = "nothing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # Python writes no numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorascope.config import StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.errors import ConfigError, StorageError
+from lorascope.schema import StudyConfig
 from lorascope.store import RunDir, digest_json, write_text
 
 

@@ -7,12 +7,12 @@ import torch
 
 from lorascope.adapters.bank import count_parameters
 from lorascope.base.loading import choose_device
-from lorascope.config import StudyConfig
 from lorascope.console import duration, size
 from lorascope.data.sources import count_repeats
 from lorascope.evaluation.prompts import load_prompts
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
+from lorascope.schema import StudyConfig
 from lorascope.training.footprint import Estimate
 from lorascope.training.group import section_of
 from lorascope.training.optimizers import check_optimizer

@@ -19,7 +19,7 @@ from lorascope import __version__
 from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapters.files import load_adapter
 from lorascope.base.loading import Base, choose_device, count_tokens, load_base, load_tokenizer, read_configs
-from lorascope.config import Arm, StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
@@ -47,6 +47,7 @@ from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
+from lorascope.schema import Arm, StudyConfig
 from lorascope.store import RunDir, digest_json, read_table, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
 from lorascope.adapters.files import Adapter, LoraModule, load_adapter, save_adapter
 from lorascope.base.loading import Base
-from lorascope.config import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
 from lorascope.errors import AdapterError
+from lorascope.schema import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
 R8 = Arm(name="r8", rank=8, alpha=4, lr=1e-3, seed=0)

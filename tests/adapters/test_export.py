@@ -26,18 +26,11 @@ from lorascope.adapters.export import (
 from lorascope.adapters.files import Adapter, Layout, LoraModule, load_adapter, save_adapter
 from lorascope.base.loading import Base, load_base
 from lorascope.base.weights import read_header
-from lorascope.config import (
-    AdapterSection,
-    Arm,
-    BaseSection,
-    SampleSection,
-    StudyConfig,
-    TargetGroup,
-    load_study,
-)
+from lorascope.config import load_study
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, draw_pictures, initial_noise
+from lorascope.schema import AdapterSection, Arm, BaseSection, SampleSection, StudyConfig, TargetGroup
 from lorascope.store import RunDir, write_json
 from random_adapters import (
     ATTENTION,

@@ -21,8 +21,8 @@ from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
 from lorascope.adapters.lowrank import Checkpoint, Target, extract, resize
 from lorascope.base.loading import Base, load_base, read_configs, save_ldm
-from lorascope.config import BaseSection
 from lorascope.errors import LorascopeError
+from lorascope.schema import BaseSection
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -23,9 +23,9 @@ from conftest import make_pictures, write_parquet
 from hub_server import TOKEN, Fault, HubServer, Repo
 from lorascope.base.hub import fetch_snapshot
 from lorascope.base.loading import load_base
-from lorascope.config import BaseSection, DataSection
 from lorascope.data.dataset import prepare_data
 from lorascope.errors import HubError, StorageError
+from lorascope.schema import BaseSection, DataSection
 
 WHAT = "base.model = 'owner/tiny'"
 ROOT = Path(__file__).parents[2]

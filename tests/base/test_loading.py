@@ -34,11 +34,12 @@ from lorascope.base.loading import (
     save_ldm,
 )
 from lorascope.base.weights import load_tensors, read_header, save_tensors
-from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, SampleSection, TrainSection, load_study
+from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
 from lorascope.errors import BaseModelError, HubError, WeightsError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, draw_pictures, latent_shape_of
+from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, SampleSection, TrainSection
 from lorascope.store import digest_file
 from lorascope.training.trainer import Trainer
 

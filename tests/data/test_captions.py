@@ -10,7 +10,6 @@ import pytest
 
 import lorascope
 from lorascope.base.loading import count_tokens, load_tokenizer
-from lorascope.config import BaseSection
 from lorascope.data.captions import (
     MAX_CAPTION_BYTES,
     SPECIAL_TOKENS,
@@ -21,6 +20,7 @@ from lorascope.data.captions import (
     shuffled_caption,
 )
 from lorascope.data.pictures import RefusedError
+from lorascope.schema import BaseSection
 from samples import section
 
 TEXT = "ein Käse, 猫 🐈\n"

@@ -14,10 +14,10 @@ from conftest import make_pictures, make_pipeline_folder, write_parquet
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base, load_base
 from lorascope.base.weights import read_header
-from lorascope.config import BaseSection, DataSection
 from lorascope.data.dataset import Dataset, prepare_data
 from lorascope.data.encoding import Encoded, _gather, _Store, encode_dataset
 from lorascope.errors import CacheError, DataError
+from lorascope.schema import BaseSection, DataSection
 
 
 def dataset_of(path: Path, resolution_px: int = 32) -> Dataset:

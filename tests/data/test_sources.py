@@ -21,12 +21,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.config import DataSection
 from lorascope.data import pictures, sources
 from lorascope.data.dataset import Example, check_source, load_dataset, prepare_data
 from lorascope.data.pictures import RefusedError
 from lorascope.data.sources import count_repeats, open_source
 from lorascope.errors import DataError, HubError
+from lorascope.schema import DataSection
 from samples import (
     add_member,
     captions,

@@ -15,7 +15,6 @@ from lorascope.adapters.bank import AdapterBank, StackedLinear
 from lorascope.base.attention import KERNELS, Kernel, Shape, attend
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
-from lorascope.config import TrainSection
 from lorascope.doctor import checks
 from lorascope.doctor.checks import (
     check_attention,
@@ -31,6 +30,7 @@ from lorascope.doctor.checks import (
 )
 from lorascope.doctor.findings import Finding
 from lorascope.machine.memory import free_bytes, used_bytes
+from lorascope.schema import TrainSection
 from lorascope.training.step import Step
 
 CPU = torch.device("cpu")

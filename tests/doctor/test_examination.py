@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lorascope.cli.app import main
-from lorascope.config import BaseSection
 from lorascope.doctor import examination
 from lorascope.doctor.examination import Subject, examine, recall_or_examine, versions
 from lorascope.doctor.findings import Finding, kept_path
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, EXIT_RUN_FAILED
 from lorascope.machine.threads import limited_threads
+from lorascope.schema import BaseSection
 
 CPU = torch.device("cpu")
 CHECKS = [

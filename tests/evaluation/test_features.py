@@ -15,12 +15,12 @@ from torchmetrics.functional.multimodal import clip_score as reference_clip_scor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lorascope.base.weights import save_tensors
-from lorascope.config import ScoreSection, StudyConfig
 from lorascope.errors import BaseModelError, HubError, RunError
 from lorascope.evaluation.features import CachedEncoder, ClipEncoder, load_encoder
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import BASE, NOISE, REAL, SHUFFLED, Generated, read_scores
 from lorascope.evaluation.scoring import clip_score, score_run
+from lorascope.schema import ScoreSection, StudyConfig
 from lorascope.store import RunDir
 
 CPU = torch.device("cpu")

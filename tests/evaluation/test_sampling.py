@@ -10,7 +10,6 @@ from PIL import Image
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
 from lorascope.base.loading import Base
-from lorascope.config import REFERENCE_TARGETS, Arm, SampleSection
 from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import (
@@ -26,6 +25,7 @@ from lorascope.evaluation.sampling import (
     plan_jobs,
     save_picture,
 )
+from lorascope.schema import REFERENCE_TARGETS, Arm, SampleSection
 
 PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]
 ARM = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)

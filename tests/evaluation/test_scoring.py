@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorascope.config import Arm
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job
 from lorascope.evaluation.scoring import clip_score, derange, draw_noise, list_pictures
+from lorascope.schema import Arm
 from lorascope.store import RunDir
 
 

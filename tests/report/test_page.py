@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tomli_w
 
-from lorascope.config import SampleSection, load_study
+from lorascope.config import load_study
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, save_picture
@@ -36,6 +36,7 @@ from lorascope.report.evidence import NOT_MEASURED, Facts, list_warnings
 from lorascope.report.figures import build_figures, smooth, thin
 from lorascope.report.page import Album, Report, build_report, verdict_of
 from lorascope.report.tables import Column, build_arms_table, build_contrast_table
+from lorascope.schema import SampleSection
 from lorascope.store import JsonLines, RunDir, read_json, write_json
 from synthetic_run import ABSTRACT, NORMAL, make_run
 

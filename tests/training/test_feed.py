@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from lorascope.base.loading import Base
-from lorascope.config import Arm, DataSection, TrainSection
 from lorascope.data.encoding import Encoded
+from lorascope.schema import Arm, DataSection, TrainSection
 from lorascope.training.feed import Feed
 
 ARMS = [

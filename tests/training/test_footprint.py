@@ -15,7 +15,7 @@ from lorascope.adapters.bank import AdapterBank, Target, resolve_section
 from lorascope.base.attention import Kernel, Shape, set_kernels
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import SD15_DIR, Base, load_base, read_configs
-from lorascope.config import AdapterSection, Arm, BaseSection, TargetGroup, TrainSection
+from lorascope.schema import AdapterSection, Arm, BaseSection, TargetGroup, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.footprint import attend_as_on, estimate_pass, estimate_training, resolve_checkpointing
 

@@ -6,8 +6,8 @@ from diffusers.optimization import get_scheduler
 
 from lorascope.adapters.bank import AdapterBank, resolve_section, resolve_targets
 from lorascope.base.loading import Base
-from lorascope.config import AdapterSection, Arm, StudyConfig, TargetGroup, TrainSection
 from lorascope.errors import ConfigError
+from lorascope.schema import AdapterSection, Arm, StudyConfig, TargetGroup, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.optimizers import (
     AdamW,

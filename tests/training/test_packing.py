@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope.config import Arm, ArmGrid, StudyConfig, TrainSection
 from lorascope.errors import StorageError
+from lorascope.schema import Arm, ArmGrid, StudyConfig, TrainSection
 from lorascope.training.packing import (
     ArmGroup,
     Packing,

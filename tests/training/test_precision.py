@@ -11,8 +11,8 @@ import torch
 from lorascope.adapters.bank import AdapterBank, resolve_targets
 from lorascope.base.attention import Kernel, set_kernels
 from lorascope.base.loading import load_base
-from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.data.encoding import Encoded
+from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Workload, survey

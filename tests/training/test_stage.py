@@ -2,8 +2,8 @@
 
 import pytest
 
-from lorascope.config import StudyConfig
 from lorascope.errors import RunError
+from lorascope.schema import StudyConfig
 from lorascope.training.packing import ArmGroup
 from lorascope.training.stage import smaller
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
 from lorascope.base.loading import Base, load_base
-from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.data.encoding import Encoded
+from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.feed import Batch
 from lorascope.training.step import LossScale, Recorded, Step

@@ -8,7 +8,9 @@ import torch
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_section, resolve_targets
 from lorascope.base.loading import Base, load_base
-from lorascope.config import (
+from lorascope.data.encoding import Encoded
+from lorascope.errors import StorageError
+from lorascope.schema import (
     REFERENCE_TARGETS,
     AdapterSection,
     Arm,
@@ -17,8 +19,6 @@ from lorascope.config import (
     TargetGroup,
     TrainSection,
 )
-from lorascope.data.encoding import Encoded
-from lorascope.errors import StorageError
 from lorascope.seeding import seeded
 from lorascope.training.trainer import (
     CheckpointPart,

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from lorascope.adapters.files import Adapter, LoraModule
-from lorascope.config import AdapterSection, Arm, TargetGroup
 from lorascope.errors import AdapterError
+from lorascope.schema import AdapterSection, Arm, TargetGroup
 from lorascope.seeding import seeded
 
 # The bank's gradients are rows of one buffer, so their strides span it; autograd calls that layout unusual,

@@ -28,9 +28,9 @@ from lorascope.adapters.files import (
 )
 from lorascope.base.loading import Base, is_sd15, load_base, save_ldm
 from lorascope.base.weights import read_header
-from lorascope.config import Arm, BaseSection, StudyConfig
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError, StorageError
+from lorascope.schema import Arm, BaseSection, StudyConfig
 from lorascope.store import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,

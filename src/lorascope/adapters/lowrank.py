@@ -21,8 +21,8 @@ from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.ldm import PREFIXES, canonical_name, list_pairs
 from lorascope.base.loading import read_configs
 from lorascope.base.weights import PICKLE_SUFFIXES, load_tensors, read_header
-from lorascope.config import BaseSection
 from lorascope.errors import AdapterError
+from lorascope.schema import BaseSection
 
 _FOLDER_WEIGHTS = {  # a pipeline's weights; the first that is there
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),

@@ -45,11 +45,11 @@ from lorascope.base.ldm import (
     to_diffusers,
 )
 from lorascope.base.weights import PICKLE_SUFFIXES, load_tensors, read_header, require_finite, save_tensors
-from lorascope.config import BaseSection
 from lorascope.console import log, size
 from lorascope.errors import BaseModelError, first_line
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.transfer import send
+from lorascope.schema import BaseSection
 from lorascope.store import digest_folder, digest_json, kept_digest, read_regular, require_regular
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

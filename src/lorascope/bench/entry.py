@@ -20,7 +20,6 @@ from lorascope.adapters.bank import AdapterBank, resolve_targets
 from lorascope.base.loading import DTYPES, Base, build_random_base, load_base, read_configs
 from lorascope.base.weights import save_tensors
 from lorascope.bench.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
-from lorascope.config import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
 from lorascope.data.encoding import Encoded
 from lorascope.data.pictures import decode_picture
 from lorascope.data.sources import open_source
@@ -28,6 +27,7 @@ from lorascope.errors import first_line
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
+from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Tuning, build_workload, tune
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lorascope.cli.options import AsJson, set_level
-from lorascope.config import StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED
+from lorascope.schema import StudyConfig
 
 _PIPED_WIDTH = 200  # of the table in a file, where no line is to be broken
 

@@ -9,9 +9,10 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from lorascope.cli.options import AsJson, set_level
-from lorascope.config import preset_names, preset_text, reference_table
+from lorascope.config import preset_names, preset_text
 from lorascope.console import say
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError
+from lorascope.reference import reference_table
 
 
 def bench(

@@ -12,9 +12,10 @@ from cyclopts import Parameter
 
 from lorascope import __version__
 from lorascope.cli.options import AsJson, Overrides, Preset, Quiet, Run, Verbose, set_level
-from lorascope.config import StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.console import log, say
 from lorascope.errors import EXIT_DONE, ConfigError
+from lorascope.schema import StudyConfig
 
 if TYPE_CHECKING:
     from lorascope.study import Study

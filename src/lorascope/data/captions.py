@@ -10,8 +10,8 @@ import unicodedata
 
 import numpy as np
 
-from lorascope.config import DataSection
 from lorascope.data.pictures import RefusedError
+from lorascope.schema import DataSection
 
 MAX_CAPTION_BYTES = 2**16
 """Of a caption in a file of its own, and the characters of any other: a hundred times what CLIP takes."""

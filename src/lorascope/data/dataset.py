@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lorascope.config import DataSection
 from lorascope.console import log
 from lorascope.data.captions import SPECIAL_TOKENS, Caption, clean_caption, complete_caption
 from lorascope.data.duplicates import MOST_FOR_SECOND_LOOK, alike_pairs, join_groups, near_groups
@@ -36,6 +35,7 @@ from lorascope.data.pictures import (
 )
 from lorascope.data.sources import Row, Source, name_some, open_source
 from lorascope.errors import DataError
+from lorascope.schema import DataSection
 from lorascope.store import digest_json
 
 _PENDING_PER_THREAD = 4

@@ -27,11 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorascope.base.hub import fetch_snapshot
-from lorascope.config import DataSection
 from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, clean_caption, decode_text
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
 from lorascope.data.tars import Member, read_samples
 from lorascope.errors import DataError, first_line
+from lorascope.schema import DataSection
 from lorascope.store import open_regular, require_regular
 
 SPLITS = ("train", "test", "validation")

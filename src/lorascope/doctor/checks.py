@@ -24,7 +24,6 @@ from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
 from lorascope.base.attention import KERNELS, Kernel, Shape, attend, padded_head_dims
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
-from lorascope.config import REFERENCE_TARGETS, Arm, TrainSection
 from lorascope.console import size
 from lorascope.data.encoding import Encoded
 from lorascope.doctor.findings import (
@@ -42,6 +41,7 @@ from lorascope.errors import first_line
 from lorascope.machine.facts import device_facts
 from lorascope.machine.memory import free_bytes, is_out_of_memory, used_bytes
 from lorascope.machine.workers import worker_environments
+from lorascope.schema import REFERENCE_TARGETS, Arm, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.feed import Batch
 from lorascope.training.footprint import FREE_SHARE

@@ -14,7 +14,6 @@ import torch
 
 from lorascope import __version__
 from lorascope.base.loading import DTYPES, load_base, read_configs
-from lorascope.config import BaseSection
 from lorascope.console import log, track
 from lorascope.doctor.checks import (
     LatentShape,
@@ -45,6 +44,7 @@ from lorascope.errors import first_line
 from lorascope.machine.facts import device_name, driver_version, package_version
 from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.machine.threads import limited_threads
+from lorascope.schema import BaseSection
 from lorascope.store import digest_json
 from lorascope.training.tuning import build_workload, precisions_on, survey
 

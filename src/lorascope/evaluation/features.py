@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from lorascope.base.loading import resolve_model
 from lorascope.base.weights import load_sealed, save_sealed
-from lorascope.config import ScoreSection
 from lorascope.console import log
 from lorascope.errors import BaseModelError, RunError, WeightsError, first_line
 from lorascope.machine.arithmetic import full_fp32
+from lorascope.schema import ScoreSection
 from lorascope.store import digest_bytes, digest_file, digest_folder, digest_json, kept_digest
 
 SCALE = "100 x cosine"

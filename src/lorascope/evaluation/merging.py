@@ -8,8 +8,8 @@ from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.export import merged_into
 from lorascope.adapters.files import load_adapter
 from lorascope.base.loading import Base
-from lorascope.config import SampleSection
 from lorascope.evaluation.sampling import Job, draw_pictures
+from lorascope.schema import SampleSection
 
 MERGE_TOLERANCE = 1e-3  # relative l2 error of the final latents in fp32
 

@@ -17,13 +17,13 @@ from PIL.PngImagePlugin import PngInfo
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
-from lorascope.config import SampleSection
 from lorascope.console import log
 from lorascope.errors import RunError, first_line
 from lorascope.evaluation.inference import folded, text_projected_once
 from lorascope.evaluation.prompts import Prompt
 from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.machine.transfer import send
+from lorascope.schema import SampleSection
 from lorascope.seeding import seeded
 from lorascope.store import atomic_path
 

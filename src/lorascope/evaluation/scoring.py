@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lorascope.config import Arm, StudyConfig
 from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import (
@@ -27,6 +26,7 @@ from lorascope.evaluation.scores import (
     picture_order,
     write_scores,
 )
+from lorascope.schema import Arm, StudyConfig
 from lorascope.store import RunDir
 
 if TYPE_CHECKING:

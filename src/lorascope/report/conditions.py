@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lorascope.config import Arm
 from lorascope.evaluation.scores import ALL, BASE, NOISE, REAL, SHUFFLED
 from lorascope.report.evidence import NOT_MEASURED, Facts, count
+from lorascope.schema import Arm
 
 SIGNS = {"yes": "\N{CHECK MARK}", "caution": "!", "no": "\N{MULTIPLICATION X}", NOT_MEASURED: "?"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from lorascope.config import Arm, StudyConfig, load_study
+from lorascope.config import load_study
 from lorascope.errors import StorageError
 from lorascope.evaluation.scores import (
     ALL,
@@ -27,6 +27,7 @@ from lorascope.evaluation.scores import (
     summary_table,
 )
 from lorascope.evaluation.verdict import Style, Verdict, choose_arm, describe_difference, read_styles
+from lorascope.schema import Arm, StudyConfig
 from lorascope.store import RunDir, read_table
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst

@@ -15,7 +15,6 @@ from lorascope.adapters.bank import AdapterBank, Slice, Target, count_parameters
 from lorascope.adapters.files import save_adapter
 from lorascope.base.loading import Base
 from lorascope.base.weights import load_sealed, save_sealed
-from lorascope.config import StudyConfig, TrainSection
 from lorascope.console import Tally, duration, log, size
 from lorascope.data.encoding import Encoded
 from lorascope.errors import RunError, WeightsError, first_line
@@ -37,6 +36,7 @@ from lorascope.machine.memory import (
     used_bytes,
 )
 from lorascope.machine.workers import deferred_signals
+from lorascope.schema import StudyConfig, TrainSection
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.training.footprint import resolve_checkpointing
 from lorascope.training.packing import ArmGroup

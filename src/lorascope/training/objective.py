@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorascope.config import TrainSection
+from lorascope.schema import TrainSection
 from lorascope.seeding import seeded
 
 # Order ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from torch.optim.adamw import adamw
 
 from lorascope.adapters.bank import AdapterBank
-from lorascope.config import Arm, StudyConfig, TrainSection
 from lorascope.errors import ConfigError, first_line
+from lorascope.schema import Arm, StudyConfig, TrainSection
 
 _NOT_FOR_ADAPTERS = {
     "LBFGS": "needs several passes for a step",

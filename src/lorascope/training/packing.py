@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorascope.config import Arm, StudyConfig
 from lorascope.errors import StorageError
 from lorascope.machine.workers import num_cores, threads_per_worker
+from lorascope.schema import Arm, StudyConfig
 from lorascope.store import read_json, write_json
 
 # an arm's share of a step: 113 ms alone, 78 of 2, 68 of 4, 67 of 8 (docs/performance.md): more gain nothing

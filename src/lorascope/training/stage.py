@@ -16,13 +16,13 @@ from torch import nn
 from lorascope.adapters.bank import Target
 from lorascope.adapters.export import write_study_files
 from lorascope.base.loading import Base
-from lorascope.config import Arm, StudyConfig
 from lorascope.console import Tally, log, track
 from lorascope.data.encoding import Encoded
 from lorascope.errors import RunError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.machine.memory import parked
 from lorascope.machine.workers import Link, run_side_by_side, serve, worker_environments
+from lorascope.schema import Arm, StudyConfig
 from lorascope.store import RunDir
 from lorascope.training.group import Group, checkpoint_path, section_of, split_group, try_group
 from lorascope.training.packing import ArmGroup, Packing, describe_passes

@@ -17,10 +17,10 @@ from scipy import stats
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.base.loading import Base
 from lorascope.base.weights import load_sealed, save_sealed
-from lorascope.config import DataSection, TrainSection
 from lorascope.data.encoding import Encoded
 from lorascope.errors import StorageError, WeightsError
 from lorascope.machine.transfer import send
+from lorascope.schema import DataSection, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.feed import Feed
 from lorascope.training.objective import add_noise, prediction_target, sample_losses

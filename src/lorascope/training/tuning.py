@@ -30,12 +30,12 @@ from lorascope.base.attention import (
 )
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import DTYPES
-from lorascope.config import REFERENCE_TARGETS, Arm, StudyConfig
 from lorascope.console import log
 from lorascope.errors import StorageError, first_line
 from lorascope.machine.facts import cpu_has_bf16, device_name
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached
+from lorascope.schema import REFERENCE_TARGETS, Arm, StudyConfig
 from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
 _USUAL_STACK = 4  # arms in a pass, before they are packed into the memory that is free
