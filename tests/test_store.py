@@ -776,6 +776,33 @@ def test_an_adapter_that_changed_after_its_training_is_named(tmp_path: Path) -> 
         run.failure("r4")
 
 
+MERGED = {"relative_error": 1e-6, "tolerance": 1e-3, "mean_pixel_difference": 0.0, "ok": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([], "not a JSON object"),
+        ({"r8": MERGED}, "arm 'r8' is not of this study"),
+        ({"r4": [1]}, "r4: not a JSON object"),
+        ({"r4": {**MERGED, "relative_error": "1"}}, "r4: no relative_error, or not of its type"),
+        ({"r4": {**MERGED, "tolerance": True}}, "r4: no tolerance, or not of its type"),
+        ({"r4": {key: MERGED[key] for key in MERGED if key != "ok"}}, "r4: no ok, or not of its type"),
+    ],
+)
+def test_a_merge_check_that_is_none_is_named(content: object, reason: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.merges(["r4"]) == {}
+    write_json(run.merge_check_json, {"r4": MERGED})
+    assert run.merges(["r4", "r16"]) == {"r4": MERGED}
+    write_json(run.merge_check_json, content)
+    with pytest.raises(StorageError) as error:
+        run.merges(["r4", "r16"])
+    assert str(error.value) == (
+        f"{run.merge_check_json}: damaged ({reason}): delete it and run the same command again"
+    )
+
+
 @given(content=st.binary(max_size=40) | st.lists(JSON, max_size=3).map(
     lambda values: "".join(json.dumps(value) + "\n" for value in values).encode()
 ))  # fmt: skip

@@ -393,6 +393,27 @@ def _fault(record: Mapping[str, Any], arms: Collection[str]) -> str | None:
     return f"no {wrong[0]}, or not of its type" if wrong else None
 
 
+_MERGE_FIGURES = ("relative_error", "tolerance")
+
+
+def _merge_fault(results: Mapping[str, Any], arms: Collection[str]) -> str | None:
+    """What is wrong with the content of `merge_check.json`."""
+    for arm, result in results.items():
+        if arm not in arms:
+            return f"arm {arm[:80]!r} is not of this study"
+        if not isinstance(result, dict):
+            return f"{arm}: not a JSON object"
+        if wrong := [key for key in _MERGE_FIGURES if not _is_number(result.get(key))]:
+            return f"{arm}: no {wrong[0]}, or not of its type"
+        if not isinstance(result.get("ok"), bool):
+            return f"{arm}: no ok, or not of its type"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class RunDir:
     """Paths and manifest of one run folder. ARCHITECTURE.md lists what each file holds."""
 
@@ -452,6 +473,19 @@ class RunDir:
                     f"{self.adapters_dir / arm / name}: {state} after training: put the file back from a "
                     "copy, or train again in another run folder"
                 )
+
+    def merges(self, arms: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What the merge check found of each arm, empty before it; raises `StorageError` where the file is
+        damaged or names an arm that is not one of `arms`.
+        """
+        if not self.merge_check_json.exists():
+            return {}
+        results = read_table(self.merge_check_json)
+        if reason := _merge_fault(results, tuple(arms)):
+            raise StorageError(
+                f"{self.merge_check_json}: damaged ({reason}): delete it and run the same command again"
+            )
+        return results
 
     def metrics_part(self, arm: str) -> Path:
         """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called

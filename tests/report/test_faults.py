@@ -12,8 +12,8 @@ def test_failed_arms_and_wrong_merges_are_named(tmp_path: Path) -> None:
         write_json(run.adapters_dir / arm / "training.json", {"failed": failure})
     assert find_faults(run, ["r4"]) == []
     result = {"relative_error": 2e-6, "tolerance": 1e-3, "ok": True}
-    write_json(run.merge_check_json, {"r4": result, "r8": {**result, "relative_error": 0.25, "ok": False}})
+    write_json(run.merge_check_json, {"r4": result, "r16": {**result, "relative_error": 0.25, "ok": False}})
     assert find_faults(run, ["r4", "r16"]) == [
         "arm r16 failed: loss is not finite at step 3: lower its lr and run it in another folder",
-        "arm r8: merged output differs by 0.25, tolerance 0.001",
+        "arm r16: merged output differs by 0.25, tolerance 0.001",
     ]

@@ -569,6 +569,9 @@ def test_folder_without_trained_arm_is_refused(tmp_path: Path) -> None:
 def test_scores_of_another_study_are_refused(copied: RunDir) -> None:
     text = copied.study_toml.read_text()
     copied.study_toml.write_text(text.replace("64,", "32,"))
+    with pytest.raises(StorageError, match=r"merge_check.json: damaged \(arm 'r64' is not of this study\)"):
+        build_report(copied)
+    copied.merge_check_json.unlink()
     with pytest.raises(StorageError, match=r"line \d+ is damaged \(arm 'r64' is not of this study\): delete"):
         build_report(copied)
     copied.metrics_jsonl.unlink()

@@ -164,17 +164,44 @@ def test_a_plan_is_kept_and_a_halved_group_takes_its_place(tmp_path: Path) -> No
     assert [group.label for group in halved.groups] == ["a0 +1", "a2", "a3 +1"]
 
 
+WHOLE = {"arms": ["a0", "a1"], "gradient_checkpointing": False}
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"groups": [{"arms": ["a0"], "gradient_checkpointing": False}]}, {"groups": 3}, {"workers": None}],
+    ("change", "reason"),
+    [
+        ({"groups": [{**WHOLE, "arms": ["a0"]}]}, "it does not hold every arm of this study once"),
+        ({"groups": [{**WHOLE, "arms": ["a0", "a9"]}]}, "it does not hold every arm of this study once"),
+        ({"groups": 3}, "`groups` are no groups"),
+        ({"groups": [[]]}, "`groups` are no groups"),
+        ({"groups": [{**WHOLE, "arms": []}]}, "`groups` are no groups"),
+        ({"groups": [{**WHOLE, "arms": [[]]}]}, "`groups` are no groups"),
+        ({"groups": [{**WHOLE, "gradient_checkpointing": "false"}]}, "`groups` are no groups"),
+        ({"groups": [{"arms": ["a0", "a1"]}]}, "`groups` are no groups"),
+        ({"workers": None}, "`workers` is None, must be from 1 to 1"),
+        ({"workers": True}, "`workers` is True, must be from 1 to 1"),
+        ({"workers": 2}, "`workers` is 2, must be from 1 to 1"),
+    ],
 )
-def test_a_damaged_plan_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_damaged_plan_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
     arms, path = arms_of(2), tmp_path / "groups.json"
     Packing((ArmGroup(tuple(arms)),), 1).save(path, "x")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(
-        StorageError, match=r"groups.json: damaged \(.*\): delete it and run the same command again"
+        StorageError,
+        match=rf"groups.json: damaged \({reason}.*\): delete it and run the same command again",
     ):
+        Packing.load(path, "x", arms)
+
+
+def test_a_plan_of_arms_that_cannot_share_a_pass_or_without_a_key_is_refused(tmp_path: Path) -> None:
+    arms, path = arms_of(2), tmp_path / "groups.json"
+    Packing((ArmGroup(tuple(arms)),), 1).save(path, "x")
+    longer = [arms[0], arms[1].model_copy(update={"epochs": arms[0].epochs + 1})]
+    with pytest.raises(StorageError, match=r"\(arms of several batch sizes .* share a group\): delete it"):
+        Packing.load(path, "x", longer)
+    path.write_text('{"inputs": "x", "workers": 1}')
+    with pytest.raises(StorageError, match=r"\('groups' is missing\): delete it"):
         Packing.load(path, "x", arms)
 
 

@@ -94,9 +94,7 @@ class Facts:
         self.data: dict[str, Any] | None = (
             read_table(run.data_json, *_DATA_KEYS) if run.data_json.exists() else None
         )
-        self.merges: dict[str, dict[str, Any]] | None = (
-            read_table(run.merge_check_json) if run.merge_check_json.exists() else None
-        )
+        self.merges = run.merges(self.settings)
         self.metrics = run.read_metrics(self.settings)
         self.probes = [record for record in self.metrics if record.get("kind") == "probe"]
         self.styles: dict[str, Style] = read_styles(self.probes)
@@ -299,12 +297,11 @@ def list_warnings(facts: Facts) -> list[str]:
             f"Held-out loss was lowest before {last} in {shown}. Pictures and scores are of "
             "the last; the earlier adapters lie in adapters/<arm>/best."
         )
-    if facts.merges:
-        warnings += [
-            f"Arm {arm}: merged and unmerged outputs differ by {r['relative_error']:.2g}."
-            for arm, r in facts.merges.items()
-            if not r["ok"]
-        ]
+    warnings += [
+        f"Arm {arm}: merged and unmerged outputs differ by {r['relative_error']:.2g}."
+        for arm, r in facts.merges.items()
+        if not r["ok"]
+    ]
     return warnings
 
 

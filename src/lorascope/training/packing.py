@@ -5,14 +5,15 @@ the same groups.
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lorascope.errors import StorageError
 from lorascope.machine.workers import num_cores, threads_per_worker
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import read_json, write_json
+from lorascope.store import read_table, write_json
 
 # an arm's share of a step: 113 ms alone, 78 of 2, 68 of 4, 67 of 8 (docs/performance.md): more gain nothing
 MAX_STACKED_CPU = 4
@@ -85,24 +86,39 @@ class Packing:
         """
         if not path.exists():
             return None
-        known = read_json(path)
+        known = read_table(path, "inputs", "workers", "groups")
+        if known["inputs"] != inputs:
+            return None
+        if reason := _fault(known, arms):
+            raise StorageError(f"{path}: damaged ({reason}): delete it and run the same command again")
         by_name = {arm.name: arm for arm in arms}
-        try:
-            if known["inputs"] != inputs:
-                return None
-            groups = [
-                ArmGroup(
-                    tuple(by_name[name] for name in group["arms"]), bool(group["gradient_checkpointing"])
-                )
-                for group in known["groups"]
-            ]
-            if sorted(name for group in groups for name in group.names) != sorted(by_name):
-                raise ValueError("it does not hold every arm once")
-            return cls(tuple(groups), int(known["workers"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(
-                f"{path}: damaged ({error}): delete it and run the same command again"
-            ) from error
+        groups = [
+            ArmGroup(tuple(by_name[name] for name in group["arms"]), group["gradient_checkpointing"])
+            for group in known["groups"]
+        ]
+        return cls(tuple(groups), known["workers"])
+
+
+def _fault(known: Mapping[str, Any], arms: Sequence[Arm]) -> str | None:
+    """What is wrong with a kept plan for these arms."""
+    groups, workers = known["groups"], known["workers"]
+    if not isinstance(groups, list) or not all(map(_is_group, groups)):
+        return "`groups` are no groups"
+    if type(workers) is not int or not 1 <= workers <= len(groups):
+        return f"`workers` is {str(workers)[:20]}, must be from 1 to {len(groups)}, the number of groups"
+    if sorted(name for group in groups for name in group["arms"]) != sorted(arm.name for arm in arms):
+        return "it does not hold every arm of this study once"
+    kinds = {arm.name: (arm.batch_size, arm.epochs) for arm in arms}
+    if any(len({kinds[name] for name in group["arms"]}) > 1 for group in groups):
+        return "arms of several batch sizes or numbers of epochs share a group"
+    return None
+
+
+def _is_group(group: object) -> bool:
+    if not isinstance(group, dict) or type(group.get("gradient_checkpointing")) is not bool:
+        return False
+    names = group.get("arms")
+    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
 
 
 def describe_passes(passes: Sequence[Sequence[str]], num_workers: int) -> list[str]:
