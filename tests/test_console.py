@@ -137,20 +137,28 @@ log.info("after")
 """
 
 
-def on_terminal(level: str = "INFO", **environment: str) -> str:
-    """What a terminal receives on stderr."""
+TABLES = """
+from rich.table import Table
+from lorascope.console import cell, say_tables
+table = Table("check", "details", box=None)
+table.add_row(cell("right", "green"), cell("many words " * 15 + "[r16] \\x1b[2J"))
+say_tables(table)
+"""
+
+
+def bare_environment(**environment: str) -> dict[str, str]:
+    """This environment without what says how a terminal looks, and with `environment`."""
+    looks = ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "CI")
+    return {key: value for key, value in os.environ.items() if key not in looks} | environment
+
+
+def on_terminal(code: str = WORK.format(level="INFO"), stream: str = "stderr", **environment: str) -> str:
+    """What a terminal receives of a stream."""
     ours, theirs = pty.openpty()
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "CI")
-    }
-    command = [sys.executable, "-c", WORK.format(level=level)]
     process = subprocess.Popen(
-        command,
-        stderr=theirs,
-        stdout=subprocess.DEVNULL,
-        env={**kept, "TERM": "xterm", "COLUMNS": "120", **environment},
+        [sys.executable, "-c", code],
+        env=bare_environment(TERM="xterm", COLUMNS="120") | environment,
+        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs},
     )
     os.close(theirs)
     received = b""
@@ -184,7 +192,7 @@ def test_no_color_is_respected() -> None:
 
 @pytest.mark.parametrize(("level", "environment"), [("WARNING", {}), ("INFO", {"TERM": "dumb"})])
 def test_quiet_runs_and_dumb_terminals_get_no_bar(level: str, environment: dict[str, str]) -> None:
-    text = on_terminal(level, **environment)
+    text = on_terminal(WORK.format(level=level), **environment)
     assert "\x1b" not in text
     assert "20/20" not in text
 
@@ -199,6 +207,31 @@ def test_force_color_does_not_put_a_bar_into_a_file() -> None:
         check=True,
     )
     assert result.stderr == "a line in between\nafter\n"
+
+
+def test_tables_are_coloured_and_as_wide_as_the_terminal() -> None:
+    text = on_terminal(TABLES, "stdout")
+    assert "\x1b[32mright" in text
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 120
+    assert lines[-1].endswith("[r16] \\x1b[2J")  # no markup, and nothing that would clear the screen
+    text = on_terminal(TABLES, "stdout", NO_COLOR="1")
+    assert "right" in text and "\x1b[32m" not in text
+
+
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "COLUMNS": "40"}])
+def test_tables_in_a_file_have_no_colours_and_whole_lines(environment: dict[str, str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", TABLES],
+        env=bare_environment(**environment),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines() == [
+        "check  details",
+        "right  " + "many words " * 15 + "[r16] \\x1b[2J",
+    ]
 
 
 # -- figures -------------------------------------------------------------------------------------------------

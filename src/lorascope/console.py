@@ -23,10 +23,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from lorascope.store import require_regular, storage_errors
 
 PLAIN_LINE_EVERY_S = 5.0
+_UNBROKEN = 10_000  # columns of a table in a file, more than its longest line has
 log = logging.getLogger("lorascope")
 
 # What moves a terminal's cursor, colours it or turns the order of letters round, and halves of letters,
@@ -47,6 +50,24 @@ def say(*values: object, sep: str = "\n", end: str = "\n", file: TextIO | None =
     captions and metadata of others' files never reaches a terminal as it is.
     """
     print(plain(sep.join(map(str, values))), end=end, file=file)
+
+
+def cell(value: object, style: str = "") -> Text:
+    """A table's cell as `plain` text, whose square brackets are no markup."""
+    return Text(plain(value), style)
+
+
+def say_tables(*tables: Table) -> None:
+    """Print tables of `cell`s on stdout: on a terminal as wide as it is, elsewhere without a broken line or
+    a colour.
+    """
+    on_terminal = sys.stdout.isatty()
+    # FORCE_COLOR makes Rich call everything a terminal, but a bug report is no place for colours.
+    console = RichConsole(force_terminal=on_terminal, width=None if on_terminal else _UNBROKEN)
+    with console.capture() as capture:
+        console.print(*tables)
+    lines = [line.rstrip() for line in capture.get().splitlines()]  # Rich fills columns up with blanks
+    print("\n".join(lines).rstrip())
 
 
 class Tally(Protocol):

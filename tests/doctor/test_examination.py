@@ -60,8 +60,10 @@ def test_the_command_reads_run_folders_and_study_files_and_writes_json(
     file = tmp_path / "study.toml"
     file.write_text(f'base.model = "{pipeline_folder}"\ndata.resolution_px = 32\ndata.source = "nowhere"\n')
     for place in (file, tmp_path):
-        assert main(["doctor", "--base", str(place), "--quick", "--json"]) == EXIT_DONE
-        found = json.loads(capsys.readouterr().out)
+        assert main(["doctor", "--base", str(place), "--quick", "--json", "--quiet"]) == EXIT_DONE
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        found = json.loads(printed.out)
         assert [finding["check"] for finding in found["findings"]] == CHECKS[:8]
         assert found["base"] == f"{pipeline_folder}, U-Net in fp32, latents 4x8x8"
 

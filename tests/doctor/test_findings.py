@@ -1,9 +1,11 @@
 """What findings bar, and what is kept of them."""
 
+import re
 from typing import Any
 
 import pytest
 
+from lorascope.console import say_tables
 from lorascope.doctor.findings import Examination, Finding, kept_path, recall, remember
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.store import write_bytes
@@ -25,7 +27,8 @@ def examination(*findings: Finding) -> Examination:
         ("recorded step", "slower", FastPaths(recorded_step=False)),  # it was tried
         ("recorded step", "not checked", ALL_PATHS),
         ("half-precision VAE", "wrong", FastPaths(half_vae=False)),
-        ("half-precision VAE", "slower", FastPaths(half_vae=False)),  # it overflows
+        ("half-precision VAE", "overflow", FastPaths(half_vae=False)),
+        ("half-precision VAE", "slower", FastPaths(half_vae=False)),  # as overflows were kept before
         ("stacked arms", "wrong", ALL_PATHS),  # nothing to switch off
         ("channels_last", "ok", ALL_PATHS),
     ],
@@ -41,6 +44,15 @@ def test_a_finding_as_a_line() -> None:
     finding = Finding("channels_last", "wrong", "gradients", 0.25, 1e-3)
     assert finding.as_line() == "channels_last wrong: gradients (error 0.25, tolerance 0.001)"
     assert Finding("resume", "ok", "same bits").as_line() == "resume ok: same bits"
+
+
+def test_what_others_wrote_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name is no markup, and what a library said moves no cursor."""
+    found = Examination("my[bold]base", VERSIONS, (Finding("resume", "wrong", "[red] \x1b[2Jgone"),))
+    say_tables(*found.as_tables())
+    printed = capsys.readouterr().out
+    assert re.search(r"^base +my\[bold\]base$", printed, re.MULTILINE)
+    assert printed.rstrip().endswith("[red] \\x1b[2Jgone")
 
 
 def test_an_examination_is_kept_by_versions_models_and_dtype() -> None:

@@ -1,7 +1,6 @@
 """`lorascope doctor`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,10 +8,9 @@ from cyclopts import Parameter
 
 from lorascope.cli.options import AsJson, set_level
 from lorascope.config import load_study
+from lorascope.console import say, say_tables
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED
 from lorascope.schema import StudyConfig
-
-_PIPED_WIDTH = 200  # of the table in a file, where no line is to be broken
 
 
 def doctor(
@@ -25,6 +23,7 @@ def doctor(
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="what is examined")] = "auto",
     as_json: AsJson = False,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="no progress", negative="")] = False,
 ) -> int:
     """Check every fast path on this device against the plain one, and print what a bug report needs.
 
@@ -37,19 +36,17 @@ def doctor(
 
     lorascope doctor --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
-    from rich.console import Console
-
     from lorascope.base.loading import choose_device
     from lorascope.doctor.examination import Subject, examine
 
-    set_level(quiet=as_json, verbose=False)
+    set_level(quiet, False)
     config, resolution_px = _read(base)
     chosen = choose_device(config.device if device == "auto" else device)
     examination = examine(Subject(config.base, chosen, config.train.precision, resolution_px), quick)
     if as_json:
-        print(json.dumps(examination.as_dict(), indent=2))
+        say(json.dumps(examination.as_dict(), indent=2))
     else:
-        examination.show(Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH))
+        say_tables(*examination.as_tables())
     return EXIT_RUN_FAILED if examination.wrong else EXIT_DONE
 
 

@@ -484,8 +484,8 @@ def check_half_vae(base: Base, side_px: int, dtype: torch.dtype | None = None) -
         errors += [relative_error(found, expected), relative_error(*decoded)]
     told = f"posteriors and pictures in {half.precision} against float32"
     if half.num_overflows:
-        counts = f"{half.num_overflows} of {half.num_batches} batches overflow in {half.precision}"
-        return Finding(HALF_VAE, "slower", f"{counts}: float32 takes its place")
+        counts = f"{half.num_overflows} of {half.num_batches} batches are beyond {half.precision}"
+        return Finding(HALF_VAE, "overflow", f"half precision is not used: {counts}")
     return judge(HALF_VAE, max(errors), _vae_rounding(base.vae, half.dtype), told)
 
 

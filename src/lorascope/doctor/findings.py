@@ -6,23 +6,28 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from lorascope.console import log
+from lorascope.console import cell, log
 from lorascope.errors import StorageError, first_line
 from lorascope.machine.fast_paths import FastPaths
 from lorascope.store import digest_json, read_json, user_cache_path, write_json
 
-# `slower`: not used here, for a reason that the finding tells; `not checked`: there is nothing to check here.
-Status = Literal["ok", "slower", "wrong", "not checked"]
+# `slower`: there is no fast path here, for a reason that the finding tells; `overflow`: there is one, which
+# numbers of this base are too large for; `not checked`: there is nothing to check here.
+Status = Literal["ok", "slower", "overflow", "wrong", "not checked"]
 ATTENTION = "attention "  # and the kernel's name
 CHANNELS_LAST, RECORDED_STEP, HALF_VAE = "channels_last", "recorded step", "half-precision VAE"
 STACKED_ARMS, RESUME, MEMORY, WORKERS = "stacked arms", "resume", "free memory", "GPUs of workers"
 _SWITCHES = (CHANNELS_LAST, RECORDED_STEP, HALF_VAE)  # in the order of `FastPaths`
 _MAX_REMEMBERED = 100
-_STYLES: dict[Status, str] = {"ok": "green", "slower": "yellow", "wrong": "bold red", "not checked": "dim"}
+_STYLES: dict[Status, str] = {
+    "ok": "green",
+    "slower": "yellow",
+    "overflow": "yellow",
+    "wrong": "bold red",
+    "not checked": "dim",
+}
 _OF_THE_DAY = ("threads", "platform")  # versions that change no result of a GPU
 
 
@@ -68,7 +73,7 @@ class Examination:
             finding
             for finding in self.findings
             if (finding.check.startswith(ATTENTION) and finding.status == "wrong")
-            or (finding.check in _SWITCHES and finding.status in ("wrong", "slower"))
+            or (finding.check in _SWITCHES and finding.status in ("wrong", "overflow", "slower"))
         ]
 
     @property
@@ -92,11 +97,11 @@ class Examination:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no examination: {first_line(error)}") from error
 
-    def show(self, console: Console) -> None:
-        """Print the tables that a bug report holds."""
+    def as_tables(self) -> tuple[Table, Table]:
+        """The tables that a bug report holds: versions, findings."""
         facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, version in {"base": self.base, **self.versions}.items():
-            facts.add_row(name, version)
+            facts.add_row(cell(name), cell(version))
         table = Table(box=box.SIMPLE, padding=(0, 1))
         for column in ("check", "found", "error", "tolerance", "time"):
             table.add_column(
@@ -104,16 +109,13 @@ class Examination:
             )
         table.add_column("details")
         for finding in self.findings:
-            style = _STYLES[finding.status]
             figures = [
                 "" if value is None else f"{value:.2g}" for value in (finding.error, finding.tolerance)
             ]
             texts = (*figures, f"{finding.seconds:.1f} s", finding.told)
-            table.add_row(finding.check, Text(finding.status, style), *map(Text, texts))
-        with console.capture() as capture:
-            console.print(facts, table)
-        lines = [line.rstrip() for line in capture.get().splitlines()]  # Rich fills columns up with blanks
-        console.file.write("\n".join(lines).rstrip() + "\n")
+            found = cell(finding.status, _STYLES[finding.status])
+            table.add_row(cell(finding.check), found, *map(cell, texts))
+        return facts, table
 
 
 # -- what is kept --------------------------------------------------------------------------------------------
