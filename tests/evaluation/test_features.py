@@ -3,6 +3,7 @@ folder.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torchmetrics.functional.multimodal import clip_score as reference_clip_scor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lorascope.base.weights import save_tensors
-from lorascope.errors import BaseModelError, HubError, RunError
+from lorascope.errors import BaseModelError, HubError, RunError, StorageError
 from lorascope.evaluation.features import CachedEncoder, ClipEncoder, load_encoder
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import BASE, NOISE, REAL, SHUFFLED, Generated, read_scores
@@ -77,6 +78,12 @@ def encoder(folder: Path) -> ClipEncoder:
 def draw(count: int, seed: int = 0) -> list[Image.Image]:
     generator = np.random.default_rng(seed)
     return [Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 ROUNDING = 1e-6  # fp32: 1.2e-7 of numbers below 1, times some for the sums of a tiny CLIP
@@ -155,8 +162,12 @@ def test_identity_says_what_made_a_feature(encoder: ClipEncoder, folder: Path) -
 def test_unreadable_and_broken_pictures_are_named(folder: Path, tmp_path: Path) -> None:
     encoder = load_encoder(ScoreSection(model=str(folder), batch_size=2), CPU)
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(RunError, match=r"bad\.png: cannot be read as a picture .*: sample it again"):
+    with pytest.raises(RunError, match=r"bad\.png: cannot be read as a picture .*: delete it and run"):
         encoder.encode_images([*draw(2), tmp_path / "bad.png"])
+    draw(1)[0].save(tmp_path / "flipped.png")
+    flip_bit(tmp_path / "flipped.png", 2000)  # of the pixels: only the checksum tells
+    with pytest.raises(RunError, match=r"flipped\.png: cannot be read as a picture"):
+        encoder.encode_images([tmp_path / "flipped.png"])
     with torch.no_grad():
         encoder._model.visual_projection.weight.fill_(torch.nan)
     draw(1)[0].save(tmp_path / "third.png")
@@ -164,6 +175,22 @@ def test_unreadable_and_broken_pictures_are_named(folder: Path, tmp_path: Path) 
         encoder.encode_images([*draw(2), tmp_path / "third.png"])
     with pytest.raises(RunError, match=r"third\.png: its CLIP feature"):
         encoder.encode_images([tmp_path / "third.png"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_the_place_of_a_picture_or_of_the_cache_is_not_opened(
+    encoder: ClipEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(RunError, match=r"pipe\.png: is a named pipe, where a file is needed"):
+        encoder.encode_images([tmp_path / "pipe.png"])
+    with pytest.raises(StorageError, match=r"pipe\.png: is a named pipe, where a file is needed"):
+        encoder.digest_picture(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "features.safetensors")
+    with caplog.at_level("WARNING", logger="lorascope"):
+        encoder.cached(tmp_path / "features.safetensors").encode_images(draw(1))
+    assert "is a named pipe" in caplog.text
+    assert (tmp_path / "features.safetensors").is_file()
 
 
 def write_config(path: Path, **values: Any) -> Path:
@@ -261,12 +288,6 @@ def test_cache_of_another_encoder_or_damaged_is_recomputed(
     path.write_bytes(path.read_bytes()[:50])
     np.testing.assert_array_equal(CachedEncoder(encoder, path).encode_images(images), expected)
     assert counting.images == 6
-
-
-def flip_bit(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("place", [-1, -2000, 200, 3])

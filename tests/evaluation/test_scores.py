@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def test_scores_file_round_trips_in_the_contract_s_columns(tmp_path: Path) -> No
         "clip_score": pa.float64(),
         "training_seed": pa.int64(),
     }
-    assert json.loads(schema.metadata[b"lorascope"]) == {"scorer": SCORER, "num_truncated": 2}
+    facts = json.loads(schema.metadata[b"lorascope"])
+    assert len(facts.pop("digest")) == 64
+    assert facts == {"scorer": SCORER, "num_truncated": 2}
     assert [row.arm for row in scores.rows] == [BASE] * 6 + ["r16"] * 6 + [NOISE] * 3 + [SHUFFLED] * 3 + [
         REAL
     ] * 3
@@ -96,6 +99,61 @@ def test_files_that_are_no_scores_are_refused(
 ) -> None:
     damage(tmp_path / "scores.parquet")
     with pytest.raises(StorageError, match=message):
+        read_scores(RunDir(tmp_path))
+
+
+def rewrite(run: RunDir, change: Callable[[pa.Table], pa.Table] = lambda table: table, **facts: Any) -> None:
+    """Write the file of scores again with other rows or facts; None takes a fact out."""
+    table = pq.ParquetFile(run.scores_parquet).read()
+    known = json.loads(table.schema.metadata[b"lorascope"])
+    kept = {key: value for key, value in {**known, **facts}.items() if value is not None}
+    table = change(table).replace_schema_metadata({"lorascope": json.dumps(kept)})
+    pq.write_table(table, run.scores_parquet)
+
+
+def set_first(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        values = [value, *table[name].to_pylist()[1:]]
+        field = table.schema.field(name)
+        return table.set_column(table.schema.get_field_index(name), field, [pa.array(values, field.type)])
+
+    return change
+
+
+def test_scores_of_0_1_0_without_a_digest_are_read(tmp_path: Path) -> None:
+    run, scores = RunDir(tmp_path), make_scores({BASE: [10, 12], "r4": [1, 2]})
+    write_scores(run, scores)
+    rewrite(run, digest=None, num_truncated=None)
+    assert read_scores(run).rows == scores.rows
+
+
+@pytest.mark.parametrize(
+    ("change", "facts", "reason"),
+    [
+        (set_first("clip_score", 99.0), {}, "its content is not what was written, by its digest"),
+        (set_first("prompt", "other"), {}, "its content is not what was written, by its digest"),
+        (lambda table: table, {"num_truncated": 7}, "its content is not what was written, by its digest"),
+        (set_first("clip_score", None), {"digest": None}, "a row without clip_score"),
+        (set_first("arm", None), {"digest": None}, "a row without arm"),
+        (lambda table: table, {"scorer": [1]}, "no scorer"),
+        (lambda table: table, {"num_truncated": "1"}, "`num_truncated` is no number"),
+    ],
+)
+def test_scores_that_were_changed_are_refused(
+    change: Callable[[pa.Table], pa.Table], facts: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    write_scores(run, make_scores({BASE: [10, 12], "r4": [1, 2]}))
+    rewrite(run, change, **facts)
+    with pytest.raises(StorageError) as error:
+        read_scores(run)
+    assert str(error.value) == f"{run.scores_parquet}: damaged ({reason}): delete it and score this run again"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_the_place_of_the_scores_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "scores.parquet")
+    with pytest.raises(StorageError, match=r"scores\.parquet: is a named pipe, where a file is needed"):
         read_scores(RunDir(tmp_path))
 
 

@@ -5,6 +5,7 @@ import hashlib
 import html
 import itertools
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -593,6 +594,17 @@ def test_picture_outside_the_run_folder_is_not_embedded(
 def test_damaged_picture_is_refused(copied: RunDir) -> None:
     (copied.images_dir / "r16" / "normal-000-0.png").write_bytes(b"no picture")
     with pytest.raises(StorageError, match=r"normal-000-0\.png: not a readable picture"):
+        build_report(copied)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("place", ["images/r16/normal-000-0.png", "previews/r16/epoch-0001/normal-000-0.png"])
+def test_a_pipe_in_the_place_of_a_picture_is_not_opened(place: str, copied: RunDir) -> None:
+    copied.scores_parquet.unlink()  # pictures are then known by their files alone
+    (copied.path / place).parent.mkdir(parents=True, exist_ok=True)
+    (copied.path / place).unlink(missing_ok=True)
+    os.mkfifo(copied.path / place)
+    with pytest.raises(StorageError, match=r"normal-000-0\.png: is a named pipe, where a file is needed"):
         build_report(copied)
 
 

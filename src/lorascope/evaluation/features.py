@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from lorascope.base.loading import resolve_model
 from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.console import log
+from lorascope.data.pictures import RefusedError, open_picture
 from lorascope.errors import BaseModelError, RunError, WeightsError, first_line
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.schema import ScoreSection
-from lorascope.store import digest_bytes, digest_file, digest_folder, digest_json, kept_digest
+from lorascope.store import digest_bytes, digest_file, digest_folder, digest_json, kept_digest, read_regular
 
 SCALE = "100 x cosine"
 _READERS = 4  # threads that decode pictures
@@ -287,11 +288,11 @@ def _open(picture: Picture, position: int) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     try:
-        with Image.open(picture) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises each of these for damaged files
+        return open_picture(read_regular(picture, RunError))
+    except (FileNotFoundError, RefusedError) as error:
         raise RunError(
-            f"{_name(picture, position)}: cannot be read as a picture ({first_line(error)}): sample it again"
+            f"{_name(picture, position)}: cannot be read as a picture ({first_line(error)}): delete it and "
+            "run `lorascope sample` again"
         ) from error
 
 

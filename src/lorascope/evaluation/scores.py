@@ -22,7 +22,7 @@ from lorascope.evaluation.statistics import (
     sign_flip_p,
     smallest_detectable_effect,
 )
-from lorascope.store import RunDir, atomic_path
+from lorascope.store import RunDir, atomic_path, digest_json, require_regular
 
 BASE = "base"
 ALL = "all"
@@ -32,6 +32,7 @@ REAL = "real held-out"
 CAPTIONS = "captions"  # the category of `real held-out`
 _CATEGORIES = ("normal", "abstract")
 _CALIBRATION = (NOISE, SHUFFLED, REAL)
+_OPTIONAL = ("rank", "alpha", "lr", "training_seed")  # null for the base or for calibration rows
 _SCHEMA = pa.schema(
     [
         pa.field("kind", pa.string()),
@@ -206,33 +207,38 @@ class Contrast:
 
 
 def write_scores(run: RunDir, scores: Scores) -> None:
-    """Write `scores.parquet`; equal scores give equal bytes."""
-    facts = json.dumps(
-        {"scorer": scores.scorer, "num_truncated": scores.num_truncated}, sort_keys=True, ensure_ascii=False
-    )
-    schema = _SCHEMA.with_metadata({"lorascope": facts})
-    table = pa.Table.from_pylist(
-        [asdict(row) for row in Scores.from_rows(scores.rows, scores.scorer).rows], schema=schema
-    )
+    """Write `scores.parquet` with a digest of what it holds; equal scores give equal bytes."""
+    rows = [asdict(row) for row in Scores.from_rows(scores.rows, scores.scorer).rows]
+    facts = {"scorer": scores.scorer, "num_truncated": scores.num_truncated}
+    sealed = json.dumps({**facts, "digest": _digest(rows, facts)}, sort_keys=True, ensure_ascii=False)
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"lorascope": sealed}))
     with atomic_path(run.scores_parquet) as partial:
         pq.write_table(
             table, partial, compression="zstd", version="2.6", row_group_size=1 << 20, data_page_version="1.0"
         )
 
 
+def _digest(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+    return digest_json([list(rows), {key: facts.get(key) for key in ("scorer", "num_truncated")}])
+
+
 def read_scores(run: RunDir) -> Scores:
-    """Read `scores.parquet`; raise `StorageError` if it is missing, damaged or has other columns."""
+    """Read `scores.parquet`; raise `StorageError` if it is missing, damaged to a bit or has other columns.
+
+    A file without a digest, as 0.1.0 wrote it, passes if it is whole.
+    """
     path = run.scores_parquet
+    remedy = "delete it and score this run again"
     try:
-        table = pq.ParquetFile(path).read()
+        require_regular(path)
+        with pq.ParquetFile(path) as file:
+            table = file.read()
         facts = json.loads((table.schema.metadata or {})[b"lorascope"])
-        scorer = facts["scorer"]
+        rows = table.to_pylist()
     except FileNotFoundError as error:
         raise StorageError(f"{path}: not there: score this run first") from error
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise StorageError(
-            f"{path}: not a readable score file: delete it and score this run again"
-        ) from error
+    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: not a readable score file: {remedy}") from error
     if [(field.name, field.type) for field in table.schema] != [
         (field.name, field.type) for field in _SCHEMA
     ]:
@@ -240,9 +246,22 @@ def read_scores(run: RunDir) -> Scores:
             f"{path}: columns are {', '.join(table.schema.names)}, must be {', '.join(_SCHEMA.names)}: "
             "score this run again"
         )
-    return Scores.from_rows(
-        (ScoreRow(**row) for row in table.to_pylist()), scorer, facts.get("num_truncated", 0)
-    )
+    if reason := _fault(rows, facts):
+        raise StorageError(f"{path}: damaged ({reason}): {remedy}")
+    return Scores.from_rows((ScoreRow(**row) for row in rows), facts["scorer"], facts.get("num_truncated", 0))
+
+
+def _fault(rows: Sequence[Mapping[str, Any]], facts: Any) -> str | None:
+    """What is wrong with the content of a score file that has the right columns."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("scorer"), dict):
+        return "no scorer"
+    if type(facts.get("num_truncated", 0)) is not int:
+        return "`num_truncated` is no number"
+    if empty := [key for row in rows for key in _SCHEMA.names if row[key] is None and key not in _OPTIONAL]:
+        return f"a row without {empty[0]}"
+    if "digest" in facts and facts["digest"] != _digest(rows, facts):
+        return "its content is not what was written, by its digest"
+    return None
 
 
 def summary_table(scores: Scores, resamples: int = 10_000) -> list[SummaryRow]:

@@ -5,6 +5,7 @@ and reads "not measured" in the report.
 """
 
 import functools
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from lorascope.config import load_study
-from lorascope.errors import StorageError
+from lorascope.errors import StorageError, first_line
 from lorascope.evaluation.scores import (
     ALL,
     BASE,
@@ -28,7 +29,7 @@ from lorascope.evaluation.scores import (
 )
 from lorascope.evaluation.verdict import Style, Verdict, choose_arm, describe_difference, read_styles
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, read_table
+from lorascope.store import RunDir, read_regular, read_table
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
@@ -166,7 +167,7 @@ class Facts:
             for path in sorted((self.run.previews_dir / arm).glob("epoch-*/*.png")):
                 category, index, seed = [*path.stem.split("-"), "", ""][:3]
                 epoch = path.parent.name.removeprefix("epoch-")
-                if epoch.isdigit() and index.isdigit() and seed.isdigit():
+                if epoch.isdecimal() and index.isdecimal() and seed.isdecimal():
                     prompt = str(open_picture(path).info.get("prompt", path.stem))
                     relative = path.relative_to(self.run.path).as_posix()
                     found.append(
@@ -187,7 +188,7 @@ class Facts:
         for arm in (BASE, *self.arms):
             for path in sorted((self.run.images_dir / arm).glob("*.png")):
                 category, index, seed = [*path.stem.split("-"), "", ""][:3]
-                if index.isdigit() and seed.isdigit():
+                if index.isdecimal() and seed.isdecimal():
                     prompt = str(open_picture(path).info.get("prompt", path.stem))
                     pictures.append(
                         Picture(
@@ -204,14 +205,20 @@ class Facts:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A decoded picture; raises `StorageError` for a damaged file."""
+    """A decoded picture; raises `StorageError` for a damaged file and for what is none."""
     try:
-        image = Image.open(path)
+        content = read_regular(path)
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()  # of a PNG the checksums, which loading does not look at
+        image = Image.open(io.BytesIO(content))
         image.load()
         return image
-    except OSError as error:
+    except StorageError:
+        raise
+    except Exception as error:  # decoders raise errors of any type on damaged files
         raise StorageError(
-            f"{path}: not a readable picture ({error}): delete it and run `lorascope sample` again"
+            f"{path}: not a readable picture ({first_line(error)}): delete it and run `lorascope sample` "
+            "again"
         ) from error
 
 
