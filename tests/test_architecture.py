@@ -137,6 +137,13 @@ def test_the_rule_of_imports_can_fail() -> None:
         "adapters.bank",
         "data.check",
     }
+    assert wrong_imports("training.stage", {"diagnosis.weights", "report.page"}) == {
+        "diagnosis.weights",
+        "report.page",
+    }
+    seen = {"training.stage", "evaluation.scores", "report.page"}
+    assert wrong_imports("diagnosis.weights", seen) == {"report.page"}
+    assert wrong_imports("report.page", {"diagnosis.layers", "study"}) == {"study"}
 
 
 @pytest.mark.parametrize(
