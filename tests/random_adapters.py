@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lorascope.adapters.files import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.base.layers import stable_diffusion_layers
 
 RANK = 4
@@ -64,3 +64,11 @@ def plain_lora_modules() -> dict[str, tuple[int, ...]]:
         for path, shape in stable_diffusion_layers().items()
         if ".attentions." in path or path.startswith("text_encoder.")
     }
+
+
+def sd15_adapter() -> Adapter:
+    """An adapter of rank 2 and alpha 4 on a few layers of Stable Diffusion v1.5's shapes."""
+    wanted = (f"unet.{ATTENTION}.to_q", "unet.mid_block.attentions.0.proj_in")
+    return random_adapter(
+        {path: shape for path, shape in plain_lora_modules().items() if path in wanted}, alpha=4.0, rank=2
+    )

@@ -23,8 +23,9 @@ import torch
 from safetensors import safe_open
 
 from conftest import make_pictures, make_study, write_parquet
-from lorascope.adapters.export import merged_into
-from lorascope.adapters.files import Adapter, load_adapter
+from lorascope.adapters.adapter import Adapter
+from lorascope.adapters.files import load_adapter
+from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
 from lorascope.config import load_study
 from lorascope.console import log

@@ -10,8 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
-from lorascope.adapters.files import Adapter, LoraModule, load_adapter, save_adapter
+from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.schema import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup

@@ -3,11 +3,8 @@ named.
 """
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,21 +13,14 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from lorascope.adapters.files import (
-    Adapter,
-    Layout,
-    LoraModule,
-    foreign_kind,
-    kohya_name,
-    load_adapter,
-    parse_adapter,
-    save_adapter,
-)
+from adapter_files import KOHYA_ATTENTION, kohya, write
+from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.files import Layout, load_adapter, save_adapter
+from lorascope.adapters.names import kohya_name
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.errors import AdapterError, WeightsError
 from random_adapters import (
@@ -38,13 +28,10 @@ from random_adapters import (
     RANK,
     layers_of,
     load_pipeline,
-    plain_lora_modules,
     random_adapter,
     random_module,
     shapes_of,
 )
-
-Tensors = dict[str, torch.Tensor]
 
 
 def same(a: Adapter, b: Adapter) -> bool:
@@ -188,66 +175,6 @@ def test_alphas_of_each_modules_own_are_right_in_the_diffusers_file_and_told_in_
     assert not torch.allclose(misread, expected, rtol=1e-2, atol=1e-2)
 
 
-# -- names ---------------------------------------------------------------------------------------------------
-
-
-def small_tensors(paths: list[str]) -> Tensors:
-    """kohya tensors of rank 1 for these modules, of one channel."""
-    tensors = {}
-    for path in paths:
-        name = kohya_name(path)
-        tensors |= {
-            f"{name}.lora_down.weight": torch.ones(1, 1),
-            f"{name}.lora_up.weight": torch.ones(1, 1),
-            f"{name}.alpha": torch.tensor(2.0),
-        }
-    return tensors
-
-
-def test_stable_diffusion_has_192_and_72_modules() -> None:
-    paths = list(plain_lora_modules())
-    assert sum(path.startswith("unet.") for path in paths) == 192
-    assert sum(path.startswith("text_encoder.") for path in paths) == 72
-    kinds = {
-        part: sum(f".{part}" in path for path in paths)
-        for part in ("attn1.", "attn2.", "ff.", "proj_in", "proj_out")
-    }
-    assert kinds == {"attn1.": 64, "attn2.": 64, "ff.": 32, "proj_in": 16, "proj_out": 16}
-    assert kohya_name("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0") == (
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    )
-    assert kohya_name("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj") == (
-        "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
-    )
-
-
-def test_every_name_comes_back_and_diffusers_reads_each_as_we_do() -> None:
-    """Our names of all layers, LoCon's too, through our parser and through diffusers' converter of kohya
-    files.
-    """
-    paths = list(stable_diffusion_layers())
-    assert len(paths) == len({kohya_name(path) for path in paths})
-    adapter = parse_adapter(small_tensors(paths), {})
-    assert set(adapter.modules) == set(paths) and not adapter.leftover and not adapter.faults
-    converted, alphas = _convert_non_diffusers_lora_to_diffusers(small_tensors(paths))
-    theirs = {
-        name.replace(".processor.", ".").replace(".to_out_lora", ".to_out.0_lora").replace("_lora.", ".lora.")
-        for name in converted
-    }
-    text = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out.0": "out_proj"}
-    read = set()
-    for name in theirs:
-        path = name.split(".lora")[0]
-        for short, full in text.items():
-            if path.startswith("text_encoder."):
-                path = path.removesuffix(f".to_{short}") + (
-                    f".{full}" if path.endswith(f".to_{short}") else ""
-                )
-        read.add(path)
-    assert read == set(paths)
-    assert len(alphas) == len(paths)
-
-
 def test_what_diffusers_cannot_tell_the_kind_of_is_noted(pipeline_folder: Path, tmp_path: Path) -> None:
     """diffusers knows a file with text-encoder modules by some of their names alone: the note stands exactly
     where it refuses.
@@ -275,16 +202,6 @@ def test_what_diffusers_cannot_tell_the_kind_of_is_noted(pipeline_folder: Path, 
             layout,
             written.notes,
         )
-
-
-def test_a_layer_without_a_kohya_name_is_refused(tmp_path: Path) -> None:
-    adapter = Adapter(
-        {"unet.class_embedding.linear_1": LoraModule(torch.ones(1, 2), torch.ones(2, 1), None)}, "peft", {}
-    )
-    with pytest.raises(
-        AdapterError, match="no layer of a Stable Diffusion v1 model.*write peft or diffusers"
-    ):
-        save_adapter(adapter, tmp_path / "a.safetensors", "kohya")
 
 
 # -- round trips ---------------------------------------------------------------------------------------------
@@ -373,357 +290,7 @@ def test_a_product_beyond_half_precision_is_refused_where_its_factors_are_not(tm
                 save_adapter(large, tmp_path / "fp16.safetensors", "kohya", "fp16")
 
 
-# -- hashes --------------------------------------------------------------------------------------------------
-
-
-def test_hashes_are_those_that_the_programs_compute(tmp_path: Path) -> None:
-    """sd-scripts' definition, from the file: the legacy hash is taken where the header has the `ss_` metadata
-    alone.
-    """
-    metadata = {"ss_v2": "False", "ss_output_name": "größe", "modelspec.title": "style", "note": "x" * 5000}
-    paths = [path for path, shape in stable_diffusion_layers().items() if "attn1.to_q" in path]
-    adapter = random_adapter(
-        dict.fromkeys(paths, (320, 320)), rank=32
-    )  # 1.3 MB: beyond where the legacy hash begins
-    save_adapter(adapter, tmp_path / "a.safetensors", "kohya", "fp32", metadata)
-    content = (tmp_path / "a.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    found = json.loads(content[8 : 8 + length])["__metadata__"]
-    assert {key: found[key] for key in metadata} == metadata
-    assert found["sshs_model_hash"] == hashlib.sha256(content[8 + length :]).hexdigest()
-    assert found["modelspec.hash_sha256"] == "0x" + found["sshs_model_hash"]
-    training = {key: value for key, value in found.items() if key.startswith("ss_")}
-    plain = safetensors.torch.save(safetensors.torch.load_file(tmp_path / "a.safetensors"), training)
-    assert len(plain) > 0x110000
-    assert found["sshs_legacy_hash"] == hashlib.sha256(plain[0x100000:0x110000]).hexdigest()[:8]
-
-
 # -- strangers' files ----------------------------------------------------------------------------------------
-
-KOHYA_ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
-
-
-def pair(down: str, up: str, rank: int = 2, channels: int = 6) -> Tensors:
-    generator = torch.Generator().manual_seed(len(down))
-    return {
-        down: torch.randn(rank, channels, generator=generator),
-        up: torch.randn(channels, rank, generator=generator),
-    }
-
-
-def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    safetensors.torch.save_file(tensors, path, metadata)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("down", "up", "path", "layout"),
-    [
-        (
-            f"{KOHYA_ATTENTION}_to_q.lora_down.weight",
-            f"{KOHYA_ATTENTION}_to_q.lora_up.weight",
-            f"unet.{ATTENTION}.to_q",
-            "kohya",
-        ),
-        (
-            f"{KOHYA_ATTENTION}_to_out.lora_down.weight",
-            f"{KOHYA_ATTENTION}_to_out.lora_up.weight",
-            f"unet.{ATTENTION}.to_out.0",
-            "kohya",
-        ),
-        (
-            f"unet.{ATTENTION}.to_q.lora_A.weight",
-            f"unet.{ATTENTION}.to_q.lora_B.weight",
-            f"unet.{ATTENTION}.to_q",
-            "diffusers",
-        ),
-        (
-            f"unet.{ATTENTION}.to_q.lora.down.weight",
-            f"unet.{ATTENTION}.to_q.lora.up.weight",
-            f"unet.{ATTENTION}.to_q",
-            "diffusers lora.down/up",
-        ),
-        (
-            f"{ATTENTION}.processor.to_out_lora.down.weight",
-            f"{ATTENTION}.processor.to_out_lora.up.weight",
-            f"unet.{ATTENTION}.to_out.0",
-            "diffusers attention processors",
-        ),
-        (
-            "text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.down.weight",
-            "text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.up.weight",
-            "text_encoder.text_model.encoder.layers.3.self_attn.q_proj",
-            "diffusers lora.down/up",
-        ),
-        (
-            "text_encoder.encoder.layers.3.mlp.fc1.lora_linear_layer.down.weight",
-            "text_encoder.encoder.layers.3.mlp.fc1.lora_linear_layer.up.weight",
-            "text_encoder.text_model.encoder.layers.3.mlp.fc1",
-            "diffusers lora.down/up",
-        ),
-        (
-            "lora_te1_text_model_encoder_layers_3_mlp_fc1.lora_down.weight",
-            "lora_te1_text_model_encoder_layers_3_mlp_fc1.lora_up.weight",
-            "text_encoder.text_model.encoder.layers.3.mlp.fc1",
-            "kohya",
-        ),
-        (
-            f"base_model.model.{ATTENTION}.to_q.lora_A.default.weight",
-            f"base_model.model.{ATTENTION}.to_q.lora_B.default.weight",
-            f"unet.{ATTENTION}.to_q",
-            "peft",
-        ),
-    ],
-)
-def test_every_spelling_is_read(tmp_path: Path, down: str, up: str, path: str, layout: str) -> None:
-    tensors = pair(down, up)
-    adapter = load_adapter(write(tmp_path / "a.safetensors", tensors))
-    assert list(adapter.modules) == [path] and adapter.layout == layout and not adapter.leftover
-    module = adapter.modules[path]
-    assert torch.equal(module.down, tensors[down]) and torch.equal(module.up, tensors[up])
-    assert module.alpha is None and module.scale == 1.0
-
-
-def test_diffusers_mixed_save_is_read_whole(tmp_path: Path) -> None:
-    """Attention processors beside `lora.down/up` layers, of which diffusers 0.42 itself loads only a part."""
-    tensors = {
-        **pair(
-            f"unet.{ATTENTION}.processor.to_q_lora.down.weight",
-            f"unet.{ATTENTION}.processor.to_q_lora.up.weight",
-        ),
-        **pair(
-            "unet.mid_block.attentions.0.proj_in.lora.down.weight",
-            "unet.mid_block.attentions.0.proj_in.lora.up.weight",
-        ),
-    }
-    adapter = load_adapter(write(tmp_path / "a.safetensors", tensors))
-    assert set(adapter.modules) == {f"unet.{ATTENTION}.to_q", "unet.mid_block.attentions.0.proj_in"}
-    assert adapter.layout == "diffusers attention processors + diffusers lora.down/up"
-    assert adapter.modules["unet.mid_block.attentions.0.proj_in"].down.shape == (2, 6, 1, 1)
-
-
-def peft_folder(folder: Path, tensors: Tensors, **config: Any) -> Path:
-    folder.mkdir()
-    write(folder / "adapter_model.safetensors", tensors)
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8, **config})
-    )
-    return folder
-
-
-def peft_pairs() -> Tensors:
-    return {
-        **pair(
-            f"base_model.model.{ATTENTION}.to_q.lora_A.weight",
-            f"base_model.model.{ATTENTION}.to_q.lora_B.weight",
-        ),
-        **pair(
-            f"base_model.model.{ATTENTION}.to_k.lora_A.weight",
-            f"base_model.model.{ATTENTION}.to_k.lora_B.weight",
-            rank=3,
-        ),
-    }
-
-
-def test_a_peft_configuration_says_alpha(tmp_path: Path) -> None:
-    config = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {r"^.*": 1}, "use_rslora": True}
-    with pytest.raises(AdapterError, match="alpha_pattern must map plain module names to numbers"):
-        load_adapter(peft_folder(tmp_path / "regex", peft_pairs(), **config))
-    adapter = load_adapter(
-        peft_folder(tmp_path / "rs", peft_pairs(), **{**config, "alpha_pattern": {"attn1.to_k": 6}})
-    )
-    scales = {path.rpartition(".")[2]: module.scale for path, module in adapter.modules.items()}
-    assert scales == pytest.approx({"to_q": 8 / 2**0.5, "to_k": 6 / 3**0.5})
-    save_adapter(adapter, tmp_path / "plain", "peft", "fp32")  # the same strength without rsLoRA
-    again = load_adapter(tmp_path / "plain")
-    assert {path.rpartition(".")[2]: module.scale for path, module in again.modules.items()} == pytest.approx(
-        scales
-    )
-
-
-def test_a_real_peft_adapter_with_patterns_is_read(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
-    """PEFT's own save, with rank and alpha patterns and rsLoRA, gives the updates that PEFT merges."""
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["to_q", "proj_in"],
-        rank_pattern={"proj_in": 2},
-        alpha_pattern={"proj_in": 3},
-        use_rslora=True,
-        init_lora_weights=False,
-    )
-    model = peft.get_peft_model(copy.deepcopy(pipeline.unet), config)
-    model.save_pretrained(str(tmp_path / "folder"))
-    adapter = load_adapter(tmp_path / "folder")
-    merged = model.merge_and_unload()
-    assert len(adapter.modules) == sum(
-        path.endswith(("to_q", "proj_in")) for path, _ in pipeline.unet.named_modules()
-    )
-    for path, module in adapter.modules.items():
-        name = path.removeprefix("unet.")
-        difference = merged.get_submodule(name).weight - pipeline.unet.get_submodule(name).weight
-        # fp32: the difference of two weights about 1, each rounded at 6e-8
-        torch.testing.assert_close(module.update(), difference.detach(), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"peft_type": "LOHA"}, "peft_type = 'LOHA': only LORA can be converted"),
-        (
-            {"init_lora_weights": "pissa"},
-            "'pissa' changes the base's weights: .*path_initial_model_for_weight_conversion",
-        ),
-        ({"lora_alpha": "eight"}, "is not a finite number"),
-        ({"alpha_pattern": ["to_q"]}, "alpha_pattern must map"),
-        ({"rank_pattern": ["to_q"]}, "rank_pattern is .'to_q'.: must map"),
-        ({}, r"to_k: its configuration states rank 2, its tensors have rank 3: correct r or rank_pattern"),
-        (
-            {"r": 0, "rank_pattern": {"to_k": 3}},
-            "to_q: its configuration states rank 0, its tensors have rank 2",
-        ),
-        ({"r": 3}, "to_q: its configuration states rank 3"),
-        ({"rank_pattern": {"to_k": 3, "to_q": "2"}}, "to_q: its configuration states rank '2'"),
-    ],
-)
-def test_a_peft_configuration_that_means_something_else_is_refused(
-    tmp_path: Path, config: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(AdapterError, match=message):
-        load_adapter(peft_folder(tmp_path / "folder", peft_pairs(), **config))
-
-
-def test_alpha_that_a_peft_configuration_does_not_state_is_that_of_peft(
-    pipeline: StableDiffusionPipeline, tmp_path: Path
-) -> None:
-    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
-    peft.get_peft_model(copy.deepcopy(pipeline.unet), config).save_pretrained(str(tmp_path))
-    text = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert text.pop("lora_alpha") == 8
-    (tmp_path / "adapter_config.json").write_text(json.dumps(text))
-    merged = peft.PeftModel.from_pretrained(copy.deepcopy(pipeline.unet), str(tmp_path)).merge_and_unload()
-    path, module = next(iter(load_adapter(tmp_path).modules.items()))
-    assert module.alpha == 8
-    name = path.removeprefix("unet.")
-    difference = merged.get_submodule(name).weight - pipeline.unet.get_submodule(name).weight
-    torch.testing.assert_close(module.update(), difference.detach(), rtol=1e-3, atol=1e-5)
-
-
-def test_what_a_peft_configuration_promises_and_the_file_does_not_hold_is_noted(tmp_path: Path) -> None:
-    config = {"rank_pattern": {"to_k": 3, "gone": 4}, "use_dora": True, "bias": "all"}
-    adapter = load_adapter(peft_folder(tmp_path / "folder", peft_pairs(), **config))
-    assert adapter.notes == (
-        "use_dora is set but there are no magnitudes: it is taken for plain LoRA, "
-        "and PEFT takes the base's own",
-        "bias = 'all' but there are no biases: those trained with it are lost",
-        "rank_pattern names 1 modules that the file does not have, such as gone",
-    )
-    assert save_adapter(adapter, tmp_path / "out.safetensors", "kohya").notes[:3] == adapter.notes
-
-
-def test_a_peft_folder_without_its_configuration_is_refused_unless_the_file_says_alpha(
-    tmp_path: Path,
-) -> None:
-    folder = peft_folder(tmp_path / "folder", peft_pairs())
-    (folder / "adapter_config.json").unlink()
-    with pytest.raises(
-        AdapterError, match=r"has no adapter_config.json, so alpha is unknown: put it there, or name"
-    ):
-        load_adapter(folder)
-    adapter = load_adapter(folder / "adapter_model.safetensors")
-    assert {module.alpha for module in adapter.modules.values()} == {None}
-    save_adapter(
-        replace(
-            adapter, modules={path: replace(module, alpha=6.0) for path, module in adapter.modules.items()}
-        ),
-        own := tmp_path / "own",
-        "peft",
-    )
-    (own / "adapter_config.json").unlink()
-    assert {module.alpha for module in load_adapter(own).modules.values()} == {6.0}
-
-
-@pytest.mark.parametrize(
-    "alpha", [torch.tensor(3), torch.tensor([3]), torch.tensor([3.0]), torch.tensor(3).to(torch.uint8)]
-)
-def test_an_alpha_of_any_number_is_read(tmp_path: Path, alpha: torch.Tensor) -> None:
-    (module,) = load_adapter(write(tmp_path / "a.safetensors", kohya(alpha=alpha))).modules.values()
-    assert module.alpha == 3.0
-
-
-def test_a_peft_folder_with_a_broken_configuration_is_refused(tmp_path: Path) -> None:
-    folder = peft_folder(tmp_path / "folder", peft_pairs())
-    (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(
-        AdapterError, match="adapter_config.json: cannot be read .*without it alpha is unknown"
-    ):
-        load_adapter(folder)
-    (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(AdapterError, match="must be a JSON object, is a list"):
-        load_adapter(folder)
-    with pytest.raises(AdapterError, match="holds no adapter_model.safetensors"):
-        load_adapter(tmp_path)
-
-
-def kohya(name: str = f"{KOHYA_ATTENTION}_to_q", rank: int = 2, **extra: torch.Tensor) -> Tensors:
-    return {
-        **pair(f"{name}.lora_down.weight", f"{name}.lora_up.weight", rank),
-        **{f"{name}.{key}": value for key, value in extra.items()},
-    }
-
-
-def without(tensors: Tensors, ending: str) -> Tensors:
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(ending)}
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        (without(kohya(), "lora_up.weight"), r"has down without up: the file is incomplete"),
-        (without(kohya(alpha=torch.tensor(1.0)), "lora_down.weight"), r"has alpha, up without down"),
-        (
-            {**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_up.weight": torch.ones(6, 5)},
-            r"down \[2, 6\] and up \[6, 5\] do not fit together",
-        ),
-        ({**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_up.weight": torch.ones(6)}, r"up is \[6\]: expected"),
-        ({**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_down.weight": torch.ones(0, 6)}, r"down is \[0, 6\]"),
-        (
-            {**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_mid.weight": torch.ones(4, 4)},
-            r"the core lora_mid is \[4, 4\] and down \[2, 6\]: expected \[r, r, kh, kw\]",
-        ),
-        (
-            kohya(dora_scale=torch.ones(7)),
-            r"dora_scale is \[7\]: expected one number for each of 6 outputs or 6 inputs",
-        ),
-        (
-            {key: tensor.to(torch.int8) for key, tensor in kohya().items()},
-            r"down holds int8, not floating-point weights",
-        ),
-        (kohya(alpha=torch.ones(2)), r"alpha must be one finite number, is of shape \[2\]"),
-        (
-            {**kohya(), **kohya(f"{KOHYA_ATTENTION}_to_out"), **kohya(f"{KOHYA_ATTENTION}_to_out_0")},
-            r"two modules of one name: '.*to_out",
-        ),
-        (
-            {
-                **kohya(),
-                **pair(f"unet.{ATTENTION}.to_q.lora_A.weight", f"unet.{ATTENTION}.to_q.lora_B.weight"),
-            },
-            rf"two modules of one name: .* are both unet.{ATTENTION}.to_q \(and 1 more\)",
-        ),
-        (
-            kohya("lora_unet_down_blocks_0_nowhere"),
-            r"none of its 2 keys names a module, the first is 'lora_unet_down_blocks_0_nowhere",
-        ),
-        (
-            pair("unet.../../etc.lora_A.weight", "unet.../../etc.lora_B.weight"),
-            r"none of its 2 keys names a module",
-        ),
-    ],
-)
-def test_faults_are_named(tmp_path: Path, tensors: Tensors, message: str) -> None:
-    with pytest.raises(AdapterError, match=message):
-        load_adapter(write(tmp_path / "a.safetensors", tensors))
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:
@@ -734,86 +301,6 @@ def test_nan_is_refused(tmp_path: Path) -> None:
                 {**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_up.weight": torch.full((6, 2), math.nan)},
             )
         )
-
-
-def test_damaged_alpha_metadata_is_a_fault(tmp_path: Path) -> None:
-    tensors = pair(f"unet.{ATTENTION}.to_q.lora_A.weight", f"unet.{ATTENTION}.to_q.lora_B.weight")
-    with pytest.raises(AdapterError, match="lora_adapter_metadata is not a JSON object, so alpha is unknown"):
-        load_adapter(write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": "[1"}))
-
-
-def test_parsing_never_raises_and_keeps_what_it_can() -> None:
-    """For `inspect`: half a pair and unknown keys are left over, the rest is read."""
-    tensors = {
-        **kohya(),
-        **without(kohya(f"{KOHYA_ATTENTION}_to_k"), "lora_up.weight"),
-        "weird": torch.ones(1),
-    }
-    adapter = parse_adapter(tensors, {})
-    assert list(adapter.modules) == [f"unet.{ATTENTION}.to_q"] and len(adapter.faults) == 1
-    assert adapter.leftover == (f"{KOHYA_ATTENTION}_to_k.lora_down.weight", "weird")
-
-
-def test_leftover_keys_are_told(tmp_path: Path) -> None:
-    adapter = load_adapter(
-        write(
-            tmp_path / "a.safetensors",
-            {**kohya(), "lora_unet_up_blocks_9_odd.lora_down.weight": torch.ones(1, 1)},
-        )
-    )
-    written = save_adapter(adapter, tmp_path / "b.safetensors", "kohya", "fp32")
-    assert (
-        "1 keys belong to no module and are left out, the first is "
-        "'lora_unet_up_blocks_9_odd.lora_down.weight'" in written.notes
-    )
-
-
-@pytest.mark.parametrize(
-    ("keys", "kind"),
-    [
-        ({f"{KOHYA_ATTENTION}_to_q.hada_w1_a": (2, 2)}, "a LoHa adapter (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.lokr_w1": (2, 2)}, "a LoKr adapter (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.on_input": (1,)}, "an IA3 adapter (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.oft_blocks": (2, 2, 2)}, "an OFT adapter (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.diff": (2, 2)}, "an adapter of full weight differences (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.a1.weight": (2, 2)}, "a GLoRA adapter (LyCORIS)"),
-        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (2, 2)}, "an adapter for SDXL"),
-        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 2)}, "an adapter for SDXL"),
-        (
-            {f"{KOHYA_ATTENTION}_to_q.lora_down.weight".replace("attn1_to_q", "attn2_to_k"): (2, 2048)},
-            "an adapter for SDXL",
-        ),
-        (
-            {f"unet.{ATTENTION}.to_k.lora_A.weight".replace("attn1", "attn2"): (2, 1024)},
-            "an adapter for Stable Diffusion 2.x",
-        ),
-        (
-            {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (2, 1024)},
-            "an adapter for Stable Diffusion 2.x",
-        ),
-        ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 2)}, "an adapter for Flux"),
-        ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (2, 2)}, "an adapter for Flux"),
-        ({"lora_unet_joint_blocks_0_x.lora_down.weight": (2, 2)}, "an adapter for Stable Diffusion 3"),
-        (
-            {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
-            "a full checkpoint, not an adapter",
-        ),
-        ({"emb_params": (4, 768)}, "a textual inversion embedding"),
-        ({"control_model.input_hint_block.0.weight": (2, 2)}, "a ControlNet or Control-LoRA"),
-        (
-            {"conv_in.weight": (320, 4, 3, 3)},
-            "weights without LoRA's pairs of matrices: part of a model, or a file of another kind",
-        ),
-    ],
-)
-def test_other_kinds_of_files_are_named(tmp_path: Path, keys: dict[str, tuple[int, ...]], kind: str) -> None:
-    assert foreign_kind(keys) == kind
-    tensors = {key: torch.zeros(shape) for key, shape in keys.items()}
-    with pytest.raises(AdapterError, match=f"is {kind}".replace("(", r"\(").replace(")", r"\)")):
-        load_adapter(write(tmp_path / "a.safetensors", tensors))
-    torch.save(tensors, tmp_path / "a.pt")
-    with pytest.raises(AdapterError, match="only LoRA for Stable Diffusion v1 can be read"):
-        load_adapter(tmp_path / "a.pt")
 
 
 def test_a_pickled_lora_is_read(tmp_path: Path) -> None:
@@ -837,18 +324,11 @@ def tucker(path: str = CONV) -> Adapter:
     return Adapter({path: module}, "kohya", {})
 
 
-def test_a_tucker_core_is_three_convolutions(tmp_path: Path) -> None:
-    """The update equals down, core and up applied one after the other; without a core in the layout it is
-    folded in.
-    """
+def test_a_tucker_core_is_kept_or_folded_in(tmp_path: Path) -> None:
+    """Without a core in the layout the update is the same."""
     adapter = tucker()
     module = adapter.modules[CONV]
     assert module.mid is not None and module.weight_shape == (7, 5, 3, 3)
-    x = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(0))
-    conv = torch.nn.functional.conv2d
-    expected = conv(conv(conv(x, module.down), module.mid, padding=1), module.up) * 0.5
-    # fp32: 1.2e-7 * sqrt(5 * 9 * 3 * 3) products of normal numbers, up to 10 together, 2e-5
-    torch.testing.assert_close(conv(x, module.update(), padding=1), expected, rtol=1e-4, atol=1e-4)
     written = save_adapter(adapter, tmp_path / "k.safetensors", "kohya", "fp32")
     assert any("diffusers refuses" in note for note in written.notes)
     assert same(load_adapter(tmp_path / "k.safetensors"), adapter)
@@ -997,21 +477,6 @@ def test_ranks_of_their_own_without_alpha_are_written_with_one(
     save_adapter(Adapter(modules, "kohya", {}), tmp_path / "k.safetensors", "kohya", "fp32")
     tensors = safetensors.torch.load_file(tmp_path / "k.safetensors")
     assert all(tensors[f"{kohya_name(path)}.alpha"] == module.rank for path, module in modules.items())
-
-
-def test_text_encoder_names_of_transformers_5_get_the_names_that_files_have(tmp_path: Path) -> None:
-    """huggingface/diffusers #13984: transformers 5 dropped `text_model` from module names, and keys made from
-    them match nothing.
-    """
-    name = "text_encoder.encoder.layers.0.self_attn.q_proj"
-    adapter = load_adapter(
-        write(tmp_path / "a.safetensors", pair(f"{name}.lora_A.weight", f"{name}.lora_B.weight"))
-    )
-    save_adapter(adapter, tmp_path / "k.safetensors", "kohya", "fp32")
-    assert (
-        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
-        in safetensors.torch.load_file(tmp_path / "k.safetensors")
-    )
 
 
 def test_weights_that_half_precision_makes_nothing_of_are_told(tmp_path: Path) -> None:

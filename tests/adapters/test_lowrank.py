@@ -8,9 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from conftest import make_pipeline_folder
-from lorascope.adapters.export import kohya_metadata
-from lorascope.adapters.files import Adapter, LoraModule, load_adapter, save_adapter
+from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
+from lorascope.adapters.metadata import kohya_metadata
 from lorascope.base.layers import ldm_path, stable_diffusion_layers
 from lorascope.base.loading import Base, save_ldm
 from lorascope.cli.app import main

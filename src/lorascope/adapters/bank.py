@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lorascope.adapters.files import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.errors import AdapterError
 from lorascope.schema import AdapterSection, Arm, TargetGroup
 from lorascope.seeding import seeded

@@ -1,132 +1,20 @@
-"""What leaves a run: adapter files with the metadata that their readers show, and whole models with an
-adapter merged in.
-"""
+"""What leaves a run: adapter files with the run's metadata, conversion, names that are taken or free."""
 
 import datetime
-import json
-import math
 import re
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
-
-from lorascope.adapters.files import (
-    DTYPES,
-    Adapter,
-    Layout,
-    LoraModule,
-    Written,
-    load_adapter,
-    misfits,
-    save_adapter,
-)
-from lorascope.base.loading import Base, is_sd15, load_base, save_ldm
-from lorascope.base.weights import read_header
+from lorascope.adapters.adapter import Adapter, misfits
+from lorascope.adapters.files import Dtype, Layout, Written, load_adapter, save_adapter
+from lorascope.adapters.merge import MergedFormat, write_merged
+from lorascope.adapters.metadata import kohya_metadata, tag_frequency
 from lorascope.console import log
-from lorascope.errors import AdapterError, ConfigError, StorageError
+from lorascope.errors import AdapterError, ConfigError
 from lorascope.schema import Arm, BaseSection, StudyConfig
-from lorascope.store import (
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    RunDir,
-    digest_bytes,
-    export_name,
-    read_regular,
-    read_table,
-    storage_errors,
-    write_json,
-)
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, export_name, read_table
 
-Format = Literal["kohya", "peft", "diffusers", "merged-diffusers", "merged-ldm"]
-Dtype = Literal["fp32", "fp16", "bf16"]
-_LAYOUTS: dict[str, Layout] = {
-    layout: layout for layout in get_args(Layout)
-}  # the formats that are adapter files
-# the commonest ones: a caption that is a sentence is a tag of its own, and all of them would be megabytes
-_MAX_TAGS = 1000
-_MERGED_JSON = "lorascope.json"  # in a merged pipeline folder: the digests of what was merged
-
-
-# -- metadata ------------------------------------------------------------------------------------------------
-
-
-def kohya_metadata(
-    adapter: Adapter,
-    name: str,
-    training: Mapping[str, Any] | None = None,
-    *,
-    started: datetime.datetime | None = None,
-    resolution_px: int = 512,
-    prediction_type: str = "epsilon",
-) -> dict[str, str]:
-    """The metadata of a kohya file, all strings: what WebUI, Forge and ComfyUI read, in the words of
-    sd-scripts and ModelSpec 1.0.0.
-
-    `name` becomes `ss_output_name`, the alias in WebUI's prompts: keep it unique. `training` are further
-    `ss_` keys, of which mappings are written as JSON and None as "None"; `started` is the time training
-    began. An adapter whose layers are not Stable Diffusion v1.5's is not declared as such. The hashes are
-    added by `save_adapter`.
-    """
-    fits = not misfits(adapter)
-    dims = {module.rank for module in adapter.modules.values()}
-    alphas = {module.effective_alpha for module in adapter.modules.values()}
-    facts: dict[str, Any] = {
-        "ss_output_name": name,
-        "ss_v2": False,
-        "ss_base_model_version": "sd_v1" if fits else "other",
-        **_network(adapter),
-        "ss_network_dim": dims.pop() if len(dims) == 1 else "Dynamic",
-        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
-        "ss_resolution": f"({resolution_px}, {resolution_px})",
-        **(training or {}),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora" if fits else "other/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{resolution_px}x{resolution_px}",
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-    }
-    if started is not None:
-        facts["ss_training_started_at"] = started.timestamp()
-        facts["modelspec.date"] = started.astimezone(datetime.UTC).isoformat(timespec="seconds")
-    return {
-        key: json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
-        for key, value in facts.items()
-    }
-
-
-def _network(adapter: Adapter) -> dict[str, Any]:
-    """Which of its readers' network kinds an adapter is, with that kind's arguments."""
-    modules = adapter.modules.values()
-    kernels = [module for module in modules if math.prod(module.weight_shape[2:]) > 1]
-    has_core, is_dora = (
-        any(getattr(module, name) is not None for module in modules) for name in ("mid", "dora_scale")
-    )
-    arguments: dict[str, str] = {}
-    if kernels:
-        arguments |= {"conv_dim": str(kernels[0].rank), "conv_alpha": f"{kernels[0].effective_alpha:g}"}
-    if has_core or is_dora:
-        arguments |= {"algo": "locon", "use_tucker": str(has_core), "dora_wd": str(is_dora)}
-    return {
-        "ss_network_module": "lycoris.kohya" if has_core or is_dora else "networks.lora",
-        "ss_network_args": arguments,
-    }
-
-
-def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
-    """How often each comma-separated tag stands in the captions: the commonest thousand, those of one count
-    by name.
-    """
-    counts = Counter(
-        tag for caption in captions for tag in (part.strip() for part in caption.split(",")) if tag
-    )
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MAX_TAGS])
+Format = Literal[Layout, MergedFormat]
 
 
 def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str, Any]:
@@ -161,9 +49,6 @@ def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str,
         },
         "ss_training_comment": f"lorascope study {config.name}, arm {arm.name}",
     }
-
-
-# -- adapter files -------------------------------------------------------------------------------------------
 
 
 def default_dtype(layout: Format) -> Dtype:
@@ -231,9 +116,11 @@ def export_arm(
     out, dtype = out or Path(export_name(name, layout)), dtype or default_dtype(layout)
     require_free(out, force)
     run_dir.require_unchanged(arm_name)
-    if layout in _LAYOUTS:
-        return _write_layout(run_dir, config, arms[arm_name], folder, _LAYOUTS[layout], out, dtype, name)
-    return write_merged(config.base, load_adapter(folder), out, layout, dtype, name)
+    match layout:
+        case "merged-diffusers" | "merged-ldm":
+            return write_merged(config.base, load_adapter(folder), out, layout, dtype, name)
+        case _:
+            return _write_layout(run_dir, config, arms[arm_name], folder, layout, out, dtype, name)
 
 
 def _write_layout(
@@ -280,11 +167,13 @@ def convert(
     dtype = dtype or default_dtype(layout)
     adapter = load_adapter(source)
     name = plain_name(name) if name else made_plain(adapter.metadata.get("ss_output_name") or out.stem)
-    if layout not in _LAYOUTS:
-        if base is None:
-            raise ConfigError(f"--format {layout}: needs the model to merge into: give --base")
-        return write_merged(BaseSection(model=base), adapter, out, layout, dtype, name)
-    return write_adapter(adapter, out, _LAYOUTS[layout], dtype, name)
+    match layout:
+        case "merged-diffusers" | "merged-ldm":
+            if base is None:
+                raise ConfigError(f"--format {layout}: needs the model to merge into: give --base")
+            return write_merged(BaseSection(model=base), adapter, out, layout, dtype, name)
+        case _:
+            return write_adapter(adapter, out, layout, dtype, name)
 
 
 def write_adapter(adapter: Adapter, out: Path, layout: Layout, dtype: Dtype, name: str) -> Written:
@@ -346,198 +235,3 @@ def require_free(path: Path, force: bool) -> None:
             f"{path}: is a folder without a model or an adapter in it, which --force does not replace: "
             "name another path"
         )
-
-
-# -- merging -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging changed."""
-
-    num_modules: int
-    rounding: float  # l2 of what the output dtype cost the merged weights, over that of the update
-
-
-@torch.no_grad()
-def merge_weights(
-    state: Mapping[str, torch.Tensor],
-    adapter: Adapter,
-    strength: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> tuple[dict[str, torch.Tensor], MergeReport]:
-    """The weights of a model with an adapter added: W + strength * scale * up @ down, in float32, then in
-    `dtype`.
-
-    `state` maps `unet.<parameter>` and `text_encoder.<parameter>` to weights, and is left alone; tensors that
-    no module names are passed on as they are. `dtype` None keeps each weight's own. DoRA's weights are W' = m
-    (W + U) / ||W + U||, at other strengths W + strength (W' - W) (Liu et al. 2024). Raises `AdapterError` for
-    modules that `state` lacks, shapes that differ, and results beyond the range of the dtype.
-    """
-    merged = dict(state)
-    error = norm = 0.0
-    places = {path: _weight_key(path, state) for path in adapter.modules}
-    if missing := [path for path, key in places.items() if key is None]:
-        raise AdapterError(
-            f"the base lacks {len(missing)} of {len(places)} adapted layers, the first is {missing[0]}: "
-            "another base model"
-        )
-    for path, module in adapter.modules.items():
-        key = str(places[path])
-        exact, update = _merged(state[key].float(), module, strength, path)
-        merged[key] = exact.to(dtype or state[key].dtype)
-        if not merged[key].isfinite().all():
-            raise AdapterError(
-                f"{path}: the merged weight is beyond the range of {merged[key].dtype}: choose bf16 or fp32"
-            )
-        error += float((merged[key].double() - exact.double()).square().sum())
-        norm += float(update.double().square().sum())
-    return merged, MergeReport(len(places), math.sqrt(error / norm) if norm else 0.0)
-
-
-def _weight_key(path: str, state: Mapping[str, torch.Tensor]) -> str | None:
-    """The name of a module's weight, with or without the `text_model.` that transformers 5 dropped."""
-    names = (f"{path}.weight", f"{path}.weight".replace("text_encoder.text_model.", "text_encoder.", 1))
-    return next((name for name in names if name in state), None)
-
-
-def _merged(
-    weight: torch.Tensor, module: LoraModule, strength: float, path: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The merged weight in float32, and what it adds to `weight`."""
-    update = module.update().to(weight.device)
-    if update.numel() != weight.numel() or module.weight_shape[:2] != weight.shape[:2]:
-        raise AdapterError(
-            f"{path}: the adapter is for a weight of shape {list(module.weight_shape)}, the base's is "
-            f"{list(weight.shape)}"
-        )
-    update = update.reshape(weight.shape)
-    if module.dora_scale is not None:
-        adapted = weight + update
-        other_axes = [axis for axis, extent in enumerate(module.dora_scale.shape) if extent == 1]
-        magnitudes = module.dora_scale.to(weight.device, torch.float32)
-        scale = magnitudes / torch.linalg.vector_norm(adapted, dim=other_axes, keepdim=True)
-        update = adapted * scale - weight
-    return weight + strength * update, strength * update
-
-
-@contextmanager
-def merged_into(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) -> Iterator[MergeReport]:
-    """Within, the layers of `base` that an adapter adapts hold it merged in, as `merge_weights` does;
-    afterwards their own tensors again.
-
-    Beside the base only the merged weights take memory: the layers point at these for the while, and nothing
-    is written into the base's tensors.
-    """
-    parts = {name: part for name, part in base.components.items() if name in adapter.components()}
-    weights = {
-        f"{name}.{key}": weight for name, part in parts.items() for key, weight in part.named_parameters()
-    }
-    state = {key: weight.data for key, weight in weights.items()}
-    merged, report = merge_weights(state, adapter, dtype=dtype)
-    own = {
-        key: tensor for key, tensor in state.items() if merged[key] is not tensor
-    }  # of the layers that change
-    try:
-        for key in own:
-            weights[key].data = merged[key]
-        yield report
-    finally:
-        for key, tensor in own.items():
-            weights[key].data = tensor
-
-
-def write_merged(
-    section: BaseSection, adapter: Adapter, out: Path, layout: Format, dtype: Dtype, name: str
-) -> Written:
-    """Write a whole model with an adapter merged in: a diffusers folder, or one file in the original LDM
-    layout.
-
-    Merging is done in float32. Raises `AdapterError` where the base had this very adapter merged in before.
-    """
-    base = load_base(section, torch.device("cpu"), "fp32")
-    digest = adapter_digest(adapter)
-    before = _merged_before(section, base)
-    if digest in before:
-        raise AdapterError(
-            f"{section.model}: has this adapter merged in already: merge into the model it was trained on"
-        )
-    save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
-    with merged_into(base, adapter, DTYPES[dtype]) as report:
-        for part in (*base.components.values(), base.vae):
-            part.to(DTYPES[dtype])
-        num_bytes = save(base, out, name, [*before, digest])
-    notes = [
-        (
-            f"{report.num_modules} modules merged in float32; the rounding error is relative to the update, "
-            "not to the weights"
-        )
-    ]
-    if layout == "merged-ldm" and not is_sd15(base):
-        notes.append(
-            "the base is not of Stable Diffusion v1.5's sizes, so only lorascope reads this file: for "
-            "diffusers write merged-diffusers"
-        )
-    if adapter.leftover:
-        notes.append(
-            f"{len(adapter.leftover)} keys belong to no module and are left out, the first is "
-            f"{adapter.leftover[0][:200]!r}"
-        )
-    return Written(out, num_bytes, report.rounding, tuple(notes))
-
-
-def adapter_digest(adapter: Adapter) -> str:
-    """SHA-256 over names, alphas and weights rounded to fp16: the same for every layout of one adapter, in
-    fp32 and fp16.
-    """
-    parts = []
-    for path, module in sorted(adapter.modules.items()):
-        parts += [path.encode(), repr(torch.tensor(module.effective_alpha).item()).encode()]
-        parts += [tensor.half().contiguous().numpy().tobytes() for tensor in module.tensors().values()]
-    return digest_bytes(*parts)
-
-
-def _merged_before(section: BaseSection, base: Base) -> list[str]:
-    """The digests of the adapters that a base written by us has merged in; none where it does not say so
-    legibly.
-    """
-    file = Path(section.model).expanduser()
-    try:
-        if base.folder is None:
-            merged = (
-                json.loads(read_header(file).metadata.get("lorascope_merged", "[]"))
-                if file.suffix == ".safetensors"
-                else []
-            )
-        else:
-            merged = json.loads(read_regular(base.folder / _MERGED_JSON))["merged"]
-    except (OSError, StorageError, ValueError, RecursionError, KeyError, TypeError):
-        return []
-    return [str(digest) for digest in merged] if isinstance(merged, list) else []
-
-
-def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str]) -> int:
-    """Write a complete diffusers pipeline folder; returns its size in bytes."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    with storage_errors(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        base.build_pipeline().save_pretrained(partial, safe_serialization=True)
-        write_json(partial / _MERGED_JSON, {"name": name, "merged": merged})
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _save_checkpoint(base: Base, path: Path, name: str, merged: list[str]) -> int:
-    """Write one checkpoint file in the original layout; returns its size in bytes."""
-    metadata = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1" if is_sd15(base) else "other",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": name,
-        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
-        "lorascope_merged": json.dumps(merged),
-    }
-    save_ldm(base, path, base.unet.dtype, metadata)
-    return path.stat().st_size

@@ -2,7 +2,6 @@
 module at a time.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -14,9 +13,14 @@ from typing import Any
 
 import torch
 
-from lorascope.adapters.files import LoraModule, configuration_notes, foreign_kind, parse_adapter
+from lorascope.adapters.adapter import LoraModule
+from lorascope.adapters.file_modules import FileModule, file_modules
+from lorascope.adapters.foreign import foreign_kind
+from lorascope.adapters.hashes import check_hashes
 from lorascope.adapters.lowrank import effective_rank, singular_values
-from lorascope.adapters.readers import FileModule, Reading, file_modules, listed_version, read_by_all
+from lorascope.adapters.parsing import parse_adapter
+from lorascope.adapters.peft_config import configuration_notes
+from lorascope.adapters.readers import Reading, listed_version, read_by_all
 from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.layers import Shape, stable_diffusion_layers
 from lorascope.base.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
@@ -29,7 +33,6 @@ from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, open_regular, read_regula
 NEAR_ZERO_RMS = 1e-6
 _NUMBERS_AT_ONCE = 2**25  # in memory; a full matrix of Stable Diffusion v1.5's largest layer has 2.9e7
 _MAX_MODULES = 4000  # SDXL's adapters have at most some 2,000
-_HASHED_BYTES = 4 * 2**30  # larger files are not read through to check a hash
 _SD1_WIDTH = 768
 _FAMILY_BY_WIDTH = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "SDXL"}
 _DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
@@ -297,7 +300,7 @@ def _inspect_content(content: _Content, path: Path) -> Inspection:
         readings=tuple(readings),
         leftover=(*leftover, *(name + ending for name in incomplete for ending in found[name].parts)),
         metadata=dict(content.metadata),
-        hashes=_check_hashes(content),
+        hashes=check_hashes(content.path, content.data_start, content.metadata),
         remarks=(
             *_remarks(modules, incomplete, leftover),
             *configuration_notes(content.shapes, content.metadata, content.config),
@@ -620,53 +623,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _check_hashes(content: _Content) -> dict[str, str]:
-    """The hashes in the metadata against those of the file's bytes."""
-    stated = {
-        key: content.metadata[key]
-        for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-        if key in content.metadata
-    }
-    if not stated or not content.data_start:
-        return {}
-    if content.path.stat().st_size > _HASHED_BYTES:
-        return dict.fromkeys(stated, "not checked: the file is too large")
-    whole = _digest(content.path, content.data_start)
-    start = 0x100000 - _header_length(content)
-    legacy = _digest(content.path, content.data_start + start, 0x10000)[:8] if start >= 0 else None
-    actual = {"sshs_model_hash": whole, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{whole}"}
-    return {key: _compared(value, actual[key]) for key, value in stated.items()}
-
-
-def _compared(stated: str, actual: str | None) -> str:
-    if actual is None:
-        return "not checked: the header is too long"
-    return (
-        "matches"
-        if stated.lower().removeprefix("0x") == actual.removeprefix("0x")
-        else f"does not match: the weights give {actual[:18]}"
-    )
-
-
-def _digest(path: Path, start: int, length: int | None = None) -> str:
-    digest, left = hashlib.sha256(), length if length is not None else path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(start)
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
-def _header_length(content: _Content) -> int:
-    """Bytes before the data in a file whose metadata are the `ss_` keys alone: sd-scripts hashes that one."""
-    with content.path.open("rb") as file:
-        header = json.loads(file.read(content.data_start)[8:])
-    header["__metadata__"] = {key: value for key, value in content.metadata.items() if key.startswith("ss_")}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + length + -length % 8
 
 
 def clean(text: str, limit: int = 200) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from lorascope.adapters.inspection import NEAR_ZERO_RMS, Inspection, ModuleFacts, clean
-from lorascope.adapters.readers import SAYS, Reading, adapter_metadata
+from lorascope.adapters.peft_config import adapter_metadata
+from lorascope.adapters.readers import SAYS, Reading
 from lorascope.console import size
 
 _WIDTH = 100  # columns

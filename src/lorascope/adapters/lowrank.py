@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lorascope.adapters.files import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.ldm import PREFIXES, canonical_name, list_pairs
 from lorascope.base.loading import read_configs

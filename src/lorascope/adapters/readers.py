@@ -25,10 +25,21 @@ and ComfyUI not of the text of one release:
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from lorascope.adapters.file_modules import (
+    DIFFUSERS,
+    KOHYA,
+    PEFT,
+    PROCESSOR,
+    SPELLINGS,
+    TRANSFORMERS,
+    FileModule,
+    file_modules,
+    num_elements,
+)
 from lorascope.base.layers import Layers, Shape, ldm_path, stable_diffusion_layers
 from lorascope.store import PEFT_RANK
 
@@ -41,131 +52,6 @@ SAYS = {  # what a user sees of a module that is passed over
     "PEFT": "without a word",
     "sd-scripts": "with a line in its console",
 }
-
-
-# How a file may spell the two factors of a module: the ends of their keys, A (down) before B (up).
-_KOHYA = (".lora_down.weight", ".lora_up.weight")
-_PROCESSOR = ("_lora.down.weight", "_lora.up.weight")  # diffusers before 0.25
-_PEFT = (".lora_A.weight", ".lora_B.weight")
-_DIFFUSERS = (".lora.down.weight", ".lora.up.weight")
-_PEFT_BARE = (".lora_A", ".lora_B")
-_PEFT_DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
-_TRANSFORMERS = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
-_SPELLINGS = (_KOHYA, _PROCESSOR, _PEFT, _DIFFUSERS, _PEFT_BARE, _PEFT_DEFAULT, _TRANSFORMERS)
-_DORA = (".dora_scale", ".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-# Adapters other than LoRA: without one of these sets of keys there is none.
-_OTHER_KINDS: dict[str, list[tuple[str, ...]]] = {
-    "LoHa": [(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")],
-    "LoKr": [
-        (first, second) for first in (".lokr_w1", ".lokr_w1_a") for second in (".lokr_w2", ".lokr_w2_a")
-    ],
-    "OFT": [(".oft_blocks",), (".oft_diag",)],
-    "GLoRA": [(".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")],
-    "IA3": [(".on_input",)],
-    "full difference": [(".diff",)],
-    "norm difference": [(".w_norm",)],
-}
-_ENDINGS = sorted(
-    {
-        *(ending for pair in _SPELLINGS for ending in pair),
-        *(ending for sets in _OTHER_KINDS.values() for keys in sets for ending in keys),
-        *_DORA,
-        *(
-            ".alpha",
-            ".lora_mid.weight",
-            ".hada_t1",
-            ".hada_t2",
-            ".lokr_w1_b",
-            ".lokr_w2_b",
-            ".lokr_t2",
-            ".diff_b",
-            ".b_norm",
-            ".rescale",
-        ),
-    },
-    key=len,
-    reverse=True,
-)
-
-
-@dataclass
-class FileModule:
-    """The keys of one adapted layer, under the name that the file gives it."""
-
-    name: str
-    parts: dict[str, Shape] = field(default_factory=dict)  # by the end of the key
-
-    @property
-    def spelling(self) -> tuple[str, str] | None:
-        """The ends of the keys of a LoRA's factors, if both are there."""
-        return next((pair for pair in _SPELLINGS if pair[0] in self.parts and pair[1] in self.parts), None)
-
-    @property
-    def kind(self) -> str | None:
-        """`LoRA`, `LoHa`, `LoKr`, ..., or None where the parts make no whole adapter."""
-        if self.spelling:
-            return "LoRA"
-        return next(
-            (
-                kind
-                for kind, sets in _OTHER_KINDS.items()
-                if any(all(key in self.parts for key in keys) for keys in sets)
-            ),
-            None,
-        )
-
-    @property
-    def is_dora(self) -> bool:
-        """Whether the update is normalised by a trained magnitude."""
-        return any(ending in self.parts for ending in _DORA)
-
-    @property
-    def factors(self) -> tuple[Shape, Shape] | None:
-        """Shapes of A and B of a LoRA."""
-        return (self.parts[self.spelling[0]], self.parts[self.spelling[1]]) if self.spelling else None
-
-    def fits(self, layer: Shape, strict: bool) -> bool:
-        """Whether a LoRA's factors belong to a layer's weight. `strict`: their shapes must be the layer's
-        own, not only of its size.
-
-        Other kinds than LoRA always pass: their programs rebuild the shape.
-        """
-        if self.factors is None:
-            return True
-        down, up = self.factors
-        if len(down) < 2 or len(up) < 2 or down[0] == 0:
-            return False
-        if strict:
-            return down == (down[0], *layer[1:]) and up == (layer[0], down[0], *(1 for _ in layer[2:]))
-        inside = _size(down[1:]) * (
-            _size(self.parts[".lora_mid.weight"][2:]) if ".lora_mid.weight" in self.parts else 1
-        )
-        return inside == _size(layer[1:]) and up[0] == layer[0] and _size(up[1:]) == down[0]
-
-
-def _size(shape: Shape) -> int:
-    product = 1
-    for extent in shape:
-        product *= extent
-    return product
-
-
-def file_modules(shapes: Mapping[str, Shape]) -> tuple[dict[str, FileModule], tuple[str, ...]]:
-    """The modules of an adapter file by their names in it, and the keys that belong to none."""
-    modules: dict[str, FileModule] = {}
-    leftover = []
-    for key, shape in shapes.items():
-        ending = next(
-            (ending for ending in _ENDINGS if key.endswith(ending) and len(key) > len(ending)), None
-        )
-        if ending is None and key.endswith(".weight") and key.removesuffix("weight") + "on_input" in shapes:
-            ending = ".weight"
-        if ending is None:
-            leftover.append(key)
-            continue
-        name = key.removesuffix(ending)
-        modules.setdefault(name, FileModule(name)).parts[ending] = shape
-    return modules, tuple(leftover)
 
 
 @dataclass(frozen=True)
@@ -242,7 +128,7 @@ def _read(name: str, rule: Any, file: _File, layers: Layers) -> Reading:
 
 def _require_one_alpha(module: FileModule) -> None:
     """All programs read alpha by `item()`, or an `if` of its array, before they look at anything else."""
-    if (count := _size(module.parts.get(".alpha", ()))) != 1:
+    if (count := num_elements(module.parts.get(".alpha", ()))) != 1:
         raise _Refusal(f"RuntimeError: {module.name}.alpha has {count} numbers, where one is needed")
 
 
@@ -300,7 +186,7 @@ def _webui(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
                 f"AssertionError: {module.name} matched a layer with unsupported "
                 f"type{_missing_index(module.name)}"
             )
-        if module.kind is None or (module.spelling and module.spelling not in (_KOHYA, _PEFT)):
+        if module.kind is None or (module.spelling and module.spelling not in (KOHYA, PEFT)):
             raise _Refusal(
                 "AssertionError: could not find a module type for the keys "
                 f"{', '.join(sorted(module.parts))} of {module.name}"
@@ -354,7 +240,7 @@ def _comfyui(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
 def _comfyui_lookup(file: _File, layers: Layers, *, forge: bool) -> tuple[dict[str, str], set[str]]:
     """Modules by name with the layers' paths, and the keys that were found a use for."""
     names = _comfyui_names(tuple(layers), forge)
-    spellings = (_KOHYA, _PROCESSOR, _PEFT, _DIFFUSERS, _TRANSFORMERS) if forge else _SPELLINGS
+    spellings = (KOHYA, PROCESSOR, PEFT, DIFFUSERS, TRANSFORMERS) if forge else SPELLINGS
     taken, used = {}, set()
     for module in file.modules.values():
         if module.name not in names:
@@ -429,7 +315,7 @@ def _sd_scripts(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]
     taken = {
         module.name: names[module.name]
         for module in file.modules.values()
-        if module.spelling == _KOHYA and module.name in names
+        if module.spelling == KOHYA and module.name in names
     }
     for name, path in taken.items():
         _require_one_alpha(file.modules[name])
@@ -543,15 +429,12 @@ def _stated_rank(path: str, config: Mapping[str, Any]) -> int:
 
 def _refuse_kohya(file: _File, keys: list[str]) -> None:
     for module in file.modules.values():
-        if _KOHYA[0] in module.parts:
-            if _KOHYA[1] not in module.parts:
-                raise _Refusal(f"KeyError: {module.name}{_KOHYA[1]}")
+        if KOHYA[0] in module.parts:
+            if KOHYA[1] not in module.parts:
+                raise _Refusal(f"KeyError: {module.name}{KOHYA[1]}")
             _require_one_alpha(module)
     used = {
-        m.name + ending
-        for m in file.modules.values()
-        if m.spelling == _KOHYA
-        for ending in (*_KOHYA, ".alpha")
+        m.name + ending for m in file.modules.values() if m.spelling == KOHYA for ending in (*KOHYA, ".alpha")
     }
     if left := [key for key in keys if key not in used]:
         raise _Refusal(
@@ -597,7 +480,7 @@ def _diffusers_unet(file: _File, keys: list[str], layers: Layers) -> dict[str, s
     if first is None:
         return {}
     old_spellings = "lora_A" not in first
-    accepted = (_PEFT, _DIFFUSERS, _PROCESSOR) if old_spellings else (_PEFT,)
+    accepted = (PEFT, DIFFUSERS, PROCESSOR) if old_spellings else (PEFT,)
     modules = [m for m in file.modules.values() if m.name.startswith("unet.") and m.spelling in accepted]
     if not modules and not any("lora_B" in key for key in keys):
         raise _Refusal(
@@ -607,7 +490,7 @@ def _diffusers_unet(file: _File, keys: list[str], layers: Layers) -> dict[str, s
     taken = {}
     for module in modules:
         name = module.name.replace(".processor.", ".") if old_spellings else module.name
-        if module.spelling == _PROCESSOR and name.endswith(".to_out"):
+        if module.spelling == PROCESSOR and name.endswith(".to_out"):
             name += ".0"
         if name in containers:
             raise _Refusal(f"ValueError: target module {name} is not supported{_missing_index(name)}")
@@ -628,7 +511,7 @@ def _diffusers_text(file: _File, layers: Layers) -> dict[str, str]:
         return {}
     spelled = {module.spelling for module in modules}
     attention = any(".self_attn." in module.name for module in modules)
-    if _TRANSFORMERS not in spelled and _PROCESSOR not in spelled and not (_PEFT in spelled and attention):
+    if TRANSFORMERS not in spelled and PROCESSOR not in spelled and not (PEFT in spelled and attention):
         raise _Refusal("ValueError: could not automatically infer state dict type")
     names = {
         f"text_encoder.{name}": path
@@ -645,11 +528,7 @@ def _diffusers_text(file: _File, layers: Layers) -> dict[str, str]:
     taken = {}
     for module in modules:
         known = (
-            old
-            if module.spelling == _PROCESSOR
-            else names
-            if module.spelling in (_PEFT, _TRANSFORMERS)
-            else {}
+            old if module.spelling == PROCESSOR else names if module.spelling in (PEFT, TRANSFORMERS) else {}
         )
         if module.name in known:
             taken[module.name] = known[module.name]
@@ -682,7 +561,7 @@ def _peft(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
         path = names.get(module.name)
         if (
             path
-            and module.spelling == _PEFT
+            and module.spelling == PEFT
             and _is_target(module.name.removeprefix("base_model.model."), file.config)
         ):
             taken[module.name] = path
@@ -704,12 +583,3 @@ def _is_target(path: str, config: Mapping[str, Any]) -> bool:
     return isinstance(targets, str) or (
         isinstance(targets, list) and any(path == target or path.endswith(f".{target}") for target in targets)
     )
-
-
-def adapter_metadata(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """diffusers' `lora_adapter_metadata` of a file, empty where there is none or it cannot be parsed."""
-    try:
-        content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

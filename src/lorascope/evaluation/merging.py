@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.adapters.bank import AdapterBank, Slice
-from lorascope.adapters.export import merged_into
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
 from lorascope.evaluation.sampling import Job, draw_pictures
 from lorascope.schema import SampleSection

@@ -1,0 +1,123 @@
+"""Merging: the weights are those of the base beside its adapter, and the base is left alone."""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.bank import AdapterBank, resolve_section
+from lorascope.adapters.files import load_adapter
+from lorascope.adapters.merge import merge_weights, merged_into
+from lorascope.base.loading import Base
+from lorascope.errors import AdapterError
+from lorascope.schema import AdapterSection, Arm, TargetGroup
+from random_adapters import random_adapter
+
+
+def bank_on(base: Base, section: AdapterSection) -> AdapterBank:
+    bank = AdapterBank(
+        base.components,
+        resolve_section(base.components, section),
+        [Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)],
+    )
+    bank.parameters.normal_(generator=torch.Generator().manual_seed(3)).mul_(0.1)
+    return bank
+
+
+def unet_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.randint(1000, (2,), generator=generator)
+
+
+def test_merged_equals_unmerged_and_the_base_is_left_alone(base: Base) -> None:
+    """Convolutions and the text encoder too."""
+    group = TargetGroup(component="text_encoder", targets=("fc1",))
+    bank = bank_on(base, AdapterSection(targets=("to_q", "ff.net.2", "conv1", "proj_in"), groups=(group,)))
+    before = {
+        name: {key: tensor.clone() for key, tensor in part.state_dict().items()}
+        for name, part in base.components.items()
+    }
+    places = {
+        key: weight.data_ptr() for part in base.components.values() for key, weight in part.named_parameters()
+    }
+    tokens, (noisy, timesteps) = base.tokenize(["a rocket", "a snail"]), unet_inputs()
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt), merged_into(base, bank.adapter(0)) as report:
+        merged_text = base.text_states(tokens)
+        merged = base.unet(noisy, timesteps, merged_text).sample
+        raise KeyboardInterrupt
+    assert report.num_modules == len(bank.targets) and report.rounding < 1e-6
+    for name, part in base.components.items():
+        assert all(torch.equal(tensor, before[name][key]) for key, tensor in part.state_dict().items())
+        assert all(weight.data_ptr() == places[key] for key, weight in part.named_parameters()), (
+            "the very same tensors"
+        )
+    with torch.no_grad():
+        bank.attach()
+        text = base.text_states(tokens)
+        unmerged = base.unet(noisy, timesteps, text).sample
+        bank.detach()
+        # merging is in fp32: 1.2e-7 * sqrt(300) products, through 2 layers of text, 3e-6, or 12 of U-Net
+        torch.testing.assert_close(merged_text, text, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(base.unet(noisy, timesteps, text).sample, unmerged, rtol=1e-2, atol=1e-2)
+
+
+def test_a_merge_that_does_not_fit_is_refused(base: Base) -> None:
+    state = {f"unet.{key}": value for key, value in base.unet.state_dict().items()}
+    missing = random_adapter({"unet.down_blocks.7.proj_in": (4, 4, 1, 1)})
+    with pytest.raises(
+        AdapterError, match=r"the base lacks 1 of 1 adapted layers, the first is unet.down_blocks.7.proj_in"
+    ):
+        merge_weights(state, missing)
+    with pytest.raises(
+        AdapterError,
+        match=(
+            r"unet.conv_in: the adapter is for a weight of shape \[8, 4, 3, 3\], the base's is \[16, "
+            r"4, 3, "
+            r"3\]"
+        ),
+    ):
+        merge_weights(state, random_adapter({"unet.conv_in": (8, 4, 3, 3)}))
+    huge = {"unet.conv_in": LoraModule(torch.full((1, 4, 3, 3), 1e5), torch.ones(16, 1, 1, 1), None)}
+    with pytest.raises(AdapterError, match="beyond the range of torch.float16: choose bf16 or fp32"):
+        merge_weights(state, Adapter(huge, "kohya", {}), dtype=torch.float16)
+    with pytest.raises(AdapterError, match="the base lacks"):
+        bank = bank_on(base, AdapterSection()).attach()
+        with merged_into(base, bank.adapter(0)):
+            pass
+
+
+def test_dora_merges_as_peft_merges_it(base: Base, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["to_q", "conv1"], use_dora=True, init_lora_weights=False
+    )
+    model = peft.get_peft_model(copy.deepcopy(base.unet), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.1)
+    model.save_pretrained(str(tmp_path / "dora"))
+    expected: UNet2DConditionModel = model.merge_and_unload()
+    with merged_into(base, load_adapter(tmp_path / "dora")):
+        for key, tensor in base.unet.state_dict().items():
+            # fp32: 1.2e-7 * sqrt(300) products in the norm that divides
+            torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+def test_strength_scales_the_update_and_half_precision_tells_its_cost() -> None:
+    state = {"unet.conv_in.weight": torch.randn(8, 4, 3, 3), "unet.conv_in.bias": torch.ones(8)}
+    adapter = random_adapter({"unet.conv_in": (8, 4, 3, 3)})
+    update = adapter.modules["unet.conv_in"].update()
+    merged, report = merge_weights(state, adapter, strength=-0.5)
+    torch.testing.assert_close(merged["unet.conv_in.weight"], state["unet.conv_in.weight"] - 0.5 * update)
+    assert merged["unet.conv_in.bias"] is state["unet.conv_in.bias"] and report.rounding == 0
+    merged, report = merge_weights(state, adapter, dtype=torch.float16)
+    exact = state["unet.conv_in.weight"] + update
+    assert merged["unet.conv_in.weight"].dtype == torch.float16
+    assert report.rounding == pytest.approx(
+        float((exact.half().float() - exact).norm() / update.norm()), rel=1e-3
+    )
