@@ -1,5 +1,8 @@
-"""Statistics over arrays of per-prompt values: bootstrap intervals, sign flips, Holm's adjustment, power."""
+"""Statistics over arrays of values per prompt, or per training seed and prompt: bootstrap intervals, sign
+flips, Holm's adjustment, spreads and power.
+"""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,6 +15,22 @@ POWER_FORMULA = "2.8 x sd / sqrt(n): 80 % power, two-sided 5 %, sd of the per-pr
 # With five prompts even a difference of one sign throughout has a sign-flip p of 2 / 2^5 = 0.06: no 95 %
 # statement is possible.
 MIN_PROMPTS = 6
+# Plans stop here: nobody draws more prompts or trains more seeds to tell two arms apart.
+MAX_PROMPTS = 10_000
+MAX_SEEDS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class VarianceComponents:
+    """Standard deviations of values over training seeds and prompts: mean + seed + prompt + residual.
+
+    `seed_std` is None with one seed. `prompt_std` then holds all that differs between prompts, and
+    `residual_std` is 0.
+    """
+
+    seed_std: float | None
+    prompt_std: float
+    residual_std: float
 
 
 def bootstrap_interval(
@@ -49,9 +68,176 @@ def expanded_tail(count: int, level: float) -> float:
     return float(stats.norm.sf(quantile))
 
 
-def smallest_detectable_effect(std: float, num_prompts: int) -> float:
-    """The difference that would be seen with 80 % power at two-sided 5 %: 2.8 x std / sqrt(num_prompts)."""
-    return POWER_FACTOR * std / math.sqrt(num_prompts)
+def nested_interval(
+    values: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """Bootstrap interval of the mean of `values` [num_training_seeds, num_prompts] over seeds and prompts.
+
+    A third axis, of draws, is averaged first. For the difference of two arms give the paired differences,
+    first minus second at equal seed and prompt. Seeds and prompts are resampled independently, the prompts
+    alike in all seeds (Owen 2007), so the interval speaks of other seeds and other prompts. Its width is then
+    stretched to Student's with Satterthwaite's degrees of freedom: left as it is, a bootstrap of 2 or 3
+    seeds misses the mean in a third or a quarter of all cases where seeds differ. With 2 seeds it is wide,
+    and still covers only some 90 %. With one seed it is `bootstrap_interval` over the prompts and says
+    nothing of other seeds. None for fewer than `MIN_PROMPTS` prompts. Raises ValueError where `values` are
+    empty, not finite or of another shape.
+    """
+    table = _table(values)
+    num_seeds, num_prompts = table.shape
+    if num_seeds == 1 or num_prompts < MIN_PROMPTS:
+        return bootstrap_interval(table[0], resamples, level, seed)
+    mean = float(table.mean())
+    if np.all(table == table[0, 0]):
+        return mean, mean
+    generator = np.random.default_rng(seed)
+    seed_counts = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), resamples)
+    prompt_counts = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), resamples)
+    deviations = ((seed_counts @ (table - mean)) * prompt_counts).sum(axis=1) / table.size
+    tail = expanded_tail(num_prompts, level)
+    low, high = np.quantile(deviations, [tail, 1 - tail])
+    reach = _students_reach(table, level) / (stats.norm.isf(tail) * _bootstrap_std(table))
+    return mean + float(low) * reach, mean + float(high) * reach
+
+
+def variance_components(values: ArrayLike) -> VarianceComponents:
+    """How much `values` [num_training_seeds, num_prompts] differ between seeds, prompts, and beyond both.
+
+    A third axis, of draws, is averaged first. Components are those of the two-way analysis of variance; one
+    that would be negative is 0. Raises ValueError for fewer than 2 prompts and as `nested_interval` does.
+    """
+    table = _table(values)
+    num_seeds, num_prompts = table.shape
+    if num_prompts < 2:
+        raise ValueError("1 prompt: its spread needs at least 2, draw more prompts")
+    if num_seeds == 1:
+        return VarianceComponents(None, float(table[0].std(ddof=1)), 0.0)
+    seeds, prompts, residual = _mean_squares(table)
+    return VarianceComponents(
+        seed_std=math.sqrt(max(0.0, seeds - residual) / num_prompts),
+        prompt_std=math.sqrt(max(0.0, prompts - residual) / num_seeds),
+        residual_std=math.sqrt(residual),
+    )
+
+
+def _table(values: ArrayLike) -> NDArray[np.float64]:
+    table = np.asarray(values, np.float64)
+    if table.ndim not in (2, 3) or not table.size:
+        raise ValueError(
+            f"values of shape {table.shape}: expected seeds x prompts, or seeds x prompts x draws"
+        )
+    if not np.isfinite(table).all():
+        raise ValueError("values must be finite")
+    return np.asarray(table.mean(axis=2)) if table.ndim == 3 else table
+
+
+def _effects(
+    table: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """What each seed [s, 1] and prompt [1, p] adds to the mean, and what is left of each value [s, p]."""
+    of_seeds = table.mean(axis=1, keepdims=True) - table.mean()
+    of_prompts = table.mean(axis=0, keepdims=True) - table.mean()
+    return of_seeds, of_prompts, table - table.mean() - of_seeds - of_prompts
+
+
+def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The mean squares of seeds, prompts and residual, for at least 2 of each."""
+    num_seeds, num_prompts = table.shape
+    of_seeds, of_prompts, rest = (float(np.square(part).sum()) for part in _effects(table))
+    return (
+        of_seeds * num_prompts / (num_seeds - 1),
+        of_prompts * num_seeds / (num_prompts - 1),
+        rest / ((num_seeds - 1) * (num_prompts - 1)),
+    )
+
+
+def _bootstrap_std(table: NDArray[np.float64]) -> float:
+    """The standard deviation of means under independent resampling of rows and columns, in closed form."""
+    num_seeds, num_prompts = table.shape
+    of_seeds, of_prompts, rest = (float(np.square(part).sum()) for part in _effects(table))
+    return math.sqrt(of_seeds / num_seeds**2 + of_prompts / num_prompts**2 + rest / table.size**2)
+
+
+def _students_reach(table: NDArray[np.float64], level: float) -> float:
+    """Half the width of Student's interval of the mean, its degrees of freedom Satterthwaite's."""
+    num_seeds, num_prompts = table.shape
+    seeds, prompts, residual = _mean_squares(table)
+    # Prompts alone, and what seeds add; where they add nothing their few degrees of freedom don't count.
+    variance, uncertainty = prompts, prompts**2 / (num_prompts - 1)
+    if seeds > residual:
+        variance += seeds - residual
+        uncertainty += seeds**2 / (num_seeds - 1)
+        uncertainty += residual**2 / ((num_seeds - 1) * (num_prompts - 1))
+    if variance == 0:
+        return 0.0
+    quantile = stats.t.ppf((1 + level) / 2, variance**2 / uncertainty)
+    return float(quantile) * math.sqrt(variance / table.size)
+
+
+def smallest_detectable_effect(
+    std: float, num_prompts: int, seed_std: float = 0.0, num_seeds: int = 1, residual_std: float = 0.0
+) -> float:
+    """The difference that would be seen with 80 % power at two-sided 5 %: 2.8 x std / sqrt(num_prompts).
+
+    `std` is that of the per-prompt differences. Where training seeds count, `seed_std` is that between them
+    and `residual_std` what prompts and seeds don't explain (`variance_components` gives all three): the
+    standard error is then sqrt(seed_std^2 / num_seeds + std^2 / num_prompts + residual_std^2 / (num_seeds x
+    num_prompts)), and the factor grows for few seeds as Student's quantiles do. Infinite for one seed with
+    `seed_std` above 0: it says nothing of others.
+    """
+    effects = _detectable_effects(std, np.array([num_prompts]), seed_std, np.array([num_seeds]), residual_std)
+    return float(effects[0])
+
+
+def prompts_needed(
+    effect: float, std: float, seed_std: float = 0.0, num_seeds: int = 1, residual_std: float = 0.0
+) -> int | None:
+    """The fewest prompts, at least `MIN_PROMPTS`, with which a difference of `effect` would be seen.
+
+    The spreads are those of `smallest_detectable_effect`. None where no number up to `MAX_PROMPTS` would
+    do, as when the seeds alone differ by too much. Raises ValueError for an `effect` not above 0.
+    """
+    numbers = np.arange(MIN_PROMPTS, MAX_PROMPTS + 1)
+    found = _detectable_effects(std, numbers, seed_std, np.full_like(numbers, num_seeds), residual_std)
+    return _first_within(numbers, found, effect)
+
+
+def seeds_needed(
+    effect: float, std: float, num_prompts: int, seed_std: float, residual_std: float = 0.0
+) -> int | None:
+    """The fewest training seeds with which a difference of `effect` would be seen in `num_prompts` prompts.
+
+    The spreads are those of `smallest_detectable_effect`. None where no number up to `MAX_SEEDS` would do,
+    as when the prompts are too few. Raises ValueError for an `effect` not above 0.
+    """
+    numbers = np.arange(1, MAX_SEEDS + 1)
+    found = _detectable_effects(std, np.full_like(numbers, num_prompts), seed_std, numbers, residual_std)
+    return _first_within(numbers, found, effect)
+
+
+def _detectable_effects(
+    std: float,
+    num_prompts: NDArray[np.int64],
+    seed_std: float,
+    num_seeds: NDArray[np.int64],
+    residual_std: float,
+) -> NDArray[np.float64]:
+    of_seeds = seed_std / np.sqrt(num_seeds)
+    of_rest = residual_std / np.sqrt(num_seeds * num_prompts)
+    error = np.hypot(np.hypot(std / np.sqrt(num_prompts), of_rest), of_seeds)
+    if seed_std == 0:
+        return np.asarray(POWER_FACTOR * error)
+    # Satterthwaite, with the spread between prompts taken as known, as everywhere in this formula.
+    freedom = np.maximum(num_seeds - 1, 1) * (error / of_seeds) ** 4
+    students = stats.t.ppf(0.975, freedom) + stats.t.ppf(0.8, freedom)
+    normal = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    return np.where(num_seeds > 1, POWER_FACTOR * students / normal * error, np.inf)
+
+
+def _first_within(numbers: NDArray[np.int64], found: NDArray[np.float64], effect: float) -> int | None:
+    if not effect > 0:
+        raise ValueError(f"a difference of {effect}: no number decides it, it must be above 0")
+    within = np.flatnonzero(found <= effect * (1 + 1e-12))
+    return int(numbers[within[0]]) if len(within) else None
 
 
 def sign_flip_p(differences: ArrayLike, resamples: int = 10_000) -> float:
