@@ -73,6 +73,13 @@ def write_pictures(folder: Path, names: Sequence[str]) -> None:
         )
 
 
+def with_captions(folder: Path, names: Sequence[str]) -> None:
+    """Pictures with their names as captions beside them."""
+    write_pictures(folder, names)
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text(name)
+
+
 def write_shard(path: Path, samples: Sequence[dict[str, Any]]) -> Path:
     """A tar file as the webdataset package writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)

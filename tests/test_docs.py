@@ -19,7 +19,7 @@ from lorascope.base.loading import read_configs
 from lorascope.cli.app import app
 from lorascope.config import preset_names
 from lorascope.data.captions import MAX_CAPTION_BYTES, SPECIAL_TOKENS
-from lorascope.data.sources import MAX_REPEATS
+from lorascope.data.repeats import MAX_REPEATS
 from lorascope.schema import AdapterSection, BaseSection, StudyConfig
 
 ROOT = Path(__file__).parents[1]

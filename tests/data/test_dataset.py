@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw
 
 from lorascope.console import log
 from lorascope.data import dataset as data
-from lorascope.data import sources
+from lorascope.data import parquet
 from lorascope.data.dataset import Example, load_dataset, prepare_data
+from lorascope.data.parquet import ParquetSource
 from lorascope.data.pictures import examine_picture
-from lorascope.data.sources import ParquetSource
 from lorascope.errors import DataError
 from samples import (
     SIDE,
@@ -587,7 +587,7 @@ def grouped(tmp_path: Path) -> Path:
 
 
 def test_memory_is_bounded_by_the_row_groups(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_ROW_GROUP_CACHE_BYTES", grouped.stat().st_size // 16)
+    monkeypatch.setattr(parquet, "_ROW_GROUP_CACHE_BYTES", grouped.stat().st_size // 16)
     before = pa.total_allocated_bytes()
     peak = 0
 
@@ -604,7 +604,7 @@ def test_memory_is_bounded_by_the_row_groups(grouped: Path, monkeypatch: pytest.
 
 def test_each_row_group_is_read_once_in_storage_order(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = prepare(grouped)
-    monkeypatch.setattr(sources, "_ROW_GROUP_CACHE_BYTES", 0)
+    monkeypatch.setattr(parquet, "_ROW_GROUP_CACHE_BYTES", 0)
     read_group = ParquetSource._read_group
     groups: list[int] = []
 
@@ -623,7 +623,7 @@ def test_each_row_group_is_read_once_in_storage_order(grouped: Path, monkeypatch
 
 def test_pixels_can_be_loaded_from_several_threads(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = prepare(grouped)
-    monkeypatch.setattr(sources, "_ROW_GROUP_CACHE_BYTES", 0)
+    monkeypatch.setattr(parquet, "_ROW_GROUP_CACHE_BYTES", 0)
     failures: list[Exception] = []
 
     def load(examples: Sequence[Example]) -> None:

@@ -26,7 +26,8 @@ from lorascope.data.captioning import caption_folder
 from lorascope.data.captions import clean_caption, decode_text
 from lorascope.data.dataset import check_source
 from lorascope.data.pictures import RefusedError, examine_picture
-from lorascope.data.sources import MAX_REPEATS, count_repeats
+from lorascope.data.repeats import MAX_REPEATS
+from lorascope.data.sources import count_repeats
 from lorascope.errors import LorascopeError
 from samples import (
     SIDE,

@@ -1,14 +1,212 @@
-"""Tar files: the samples that WebDataset finds, and archives that are damaged or mean harm."""
+"""Tar files: their rows, the samples that WebDataset finds, and archives that are damaged or mean harm."""
 
 import os
+import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from lorascope.data import tars
+from lorascope.data.dataset import Example, load_dataset
+from lorascope.data.sources import open_source
 from lorascope.data.tars import Member, read_samples
-from samples import add_member, encode, pixels, shard_of, write_shard
+from lorascope.errors import DataError
+from samples import (
+    add_member,
+    captions,
+    encode,
+    pixels,
+    prepare,
+    section,
+    shard_of,
+    write_shard,
+)
+
+
+def test_a_tar_file(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0, 6, json={"caption": "not this", "seed": 1}))
+    dataset = prepare(path)
+    examples = (*dataset.train, *dataset.heldout)
+    assert captions(examples) == {f"picture {seed}" for seed in range(6)}
+    for example in examples:
+        assert re.fullmatch(r"a.tar/0000\d.png@\d+\+\d+", example.id)
+        np.testing.assert_array_equal(dataset.load_pixels(example), pixels(int(example.caption.split()[1])))
+    assert [example.caption for example in dataset.in_storage_order(examples)] == [
+        f"picture {seed}" for seed in range(6)
+    ]
+
+
+def test_pixels_of_a_tar_file_are_found_without_reading_its_headers_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    dataset = prepare(path)
+    monkeypatch.setattr(tars, "read_samples", None)
+    again = load_dataset(section(path), dataset.summary)
+    for example in again.train:
+        np.testing.assert_array_equal(again.load_pixels(example), dataset.load_pixels(example))
+    assert again.in_storage_order(again.train) == dataset.in_storage_order(dataset.train)
+
+
+def test_a_folder_of_tar_files_with_splits(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data/train-000.tar", shard_of(0))
+    write_shard(tmp_path / "data/train-001.tar", shard_of(10))
+    write_shard(tmp_path / "data/test-000.tar", shard_of(20, 2))
+    dataset = prepare(tmp_path)
+    assert (len(dataset.train), captions(dataset.heldout)) == (8, {"picture 20", "picture 21"})
+
+
+def test_captions_in_json(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": f"{seed}", "jpg": encode(pixels(seed), "JPEG"), "json": {"caption": f"picture {seed}"}}
+        for seed in range(4)
+    ]
+    samples += [
+        {"__key__": "8", "jpg": b"a", "json": b"{oops"},
+        {"__key__": "9", "jpg": b"a", "json": {"url": "x"}},
+    ]
+    dataset = prepare(write_shard(tmp_path / "a.tar", samples))
+    assert captions((*dataset.train, *dataset.heldout)) == {f"picture {seed}" for seed in range(4)}
+    assert [entry["reason"] for entry in dataset.summary["refused"]] == [
+        "its .json file is not JSON",
+        "no caption",
+    ]
+
+
+def test_endings_that_are_set_and_endings_that_may_each_be_meant(tmp_path: Path) -> None:
+    samples = [
+        {
+            "__key__": f"{seed}",
+            "left.png": encode(pixels(seed)),
+            "right.png": encode(pixels(seed + 9)),
+            "txt": "a",
+            "prompt": f"{seed}",
+        }
+        for seed in range(4)
+    ]
+    path = write_shard(
+        tmp_path / "a.tar", [{**sample, "prompt": str(sample["prompt"]).encode()} for sample in samples]
+    )
+    with pytest.raises(
+        DataError, match=r"a.tar: 0: left.png, right.png may each be meant: set data.image_column"
+    ):
+        prepare(path)
+    with pytest.raises(DataError, match=r"a.tar: 0: prompt, txt may each be meant: set data.caption_column"):
+        prepare(path, image_column="right.png")
+    dataset = prepare(path, image_column="right.png", caption_column="prompt")
+    [example] = dataset.heldout
+    np.testing.assert_array_equal(dataset.load_pixels(example), pixels(int(example.caption) + 9))
+
+
+def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
+    samples = [
+        *shard_of(0),
+        {"__key__": "a", "txt": "no picture"},
+        {"__key__": "b", "png": encode(pixels(50))},
+    ]
+    samples += [{"__key__": "c", "png": encode(pixels(51)), "txt": b"caf\xe9"}]
+    path = write_shard(tmp_path / "a.tar", samples)
+    assert [
+        (entry["id"].partition("@")[0], entry["reason"]) for entry in prepare(path).summary["refused"]
+    ] == [
+        ("a.tar/a", "no picture: txt"),
+        ("a.tar/b.png", "no caption"),
+        ("a.tar/c.png", "its .txt file: not UTF-8 (unexpected end of data at byte 3): save it as UTF-8"),
+    ]
+
+
+def test_members_that_no_archive_of_pictures_should_hold(tmp_path: Path) -> None:
+    picture = encode(pixels(60))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for seed in range(4):
+            add_member(archive, f"{seed}.png", encode(pixels(seed)))
+            add_member(archive, f"{seed}.txt", b"fine")
+        add_member(archive, "folder.d", type=tarfile.DIRTYPE)
+        add_member(archive, "no-ending", picture)
+        add_member(archive, "__meta__/a.png", picture)
+        for number, name in enumerate(
+            ("../../up.png", "/etc/absolute.png", "a/../../b.png", "caf\udce9.png")
+        ):
+            add_member(archive, name, picture + bytes(number))
+        add_member(archive, "symbolic.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="0.png")
+        for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)):
+            add_member(archive, f"device{number}.png", type=kind)
+        add_member(archive, "twice.png", picture)
+        add_member(archive, "twice.PNG", picture)
+    refused = prepare(tmp_path / "a.tar").summary["refused"]
+    assert [(entry["id"], entry["reason"]) for entry in refused] == [
+        ("a.tar/../../up", "its name leads out of the archive"),
+        ("a.tar//etc/absolute", "its name leads out of the archive"),
+        ("a.tar/a/../../b", "its name leads out of the archive"),
+        ("a.tar/caf\\xe9", "the file name is not UTF-8"),
+        ("a.tar/symbolic.png", "a link, which is not followed"),
+        ("a.tar/hard.png", "a link, which is not followed"),
+        *((f"a.tar/device{number}.png", "a device, not a file") for number in range(3)),
+        ("a.tar/twice", "two files of one name"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "cache"}
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write_shard(
+        tmp_path / "a.tar", [*shard_of(0), {"__key__": "00001", "png": encode(pixels(9)), "txt": "9"}]
+    )
+    [entry] = prepare(path).summary["refused"]
+    assert entry["id"].startswith("a.tar/00001.png@")
+    assert entry["reason"] == "00001 was there before: the files of a sample must stand together, once"
+
+
+def test_a_member_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(
+        tmp_path / "a.tar", [*shard_of(0), {"__key__": "large", "png": b"a" * 3000, "txt": "large"}]
+    )
+    monkeypatch.setattr(tars, "MAX_FILE_BYTES", 2000)
+    reason = "the image file has 3000 bytes, more than the limit of 2000"
+    assert prepare(path).summary["refused"] == [{"id": "a.tar/large.png", "reason": reason}]
+
+
+def test_a_tar_file_that_is_none(tmp_path: Path) -> None:
+    for content in (b"", b"not a tar file" * 100):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(
+            DataError,
+            match=(
+                r"a.tar: cannot be read as an uncompressed tar file \(.*\): unpack it, or download it "
+                r"again"
+            ),
+        ):
+            prepare(tmp_path / "a.tar")
+
+
+def test_pictures_of_a_tar_file_that_went_away(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    dataset = prepare(path)
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match=r"a.tar ends before this picture does: put it back"):
+        dataset.load_pixels(dataset.train[0])
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.tar cannot be read \(No such file or directory\)"):
+        dataset.load_pixels(dataset.train[0])
+    with pytest.raises(DataError, match=r"no such row in .*a.tar'"):
+        dataset.load_pixels(Example("elsewhere.tar/1.png@0+5", "a", "b", 1, 8, 8))
+
+
+def test_a_tar_file_that_goes_away_after_it_was_listed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", shard_of(0))
+    source = open_source(section(path))
+    assert source.num_rows == 4
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"a.tar: cannot be read any more \(No such file or directory\): put it back$"
+    ):
+        list(source.rows())
+
+
+# Headers ----------------------------------------------------------------------------------------------------
 
 
 def samples_of(path: Path) -> dict[str, list[Member]]:

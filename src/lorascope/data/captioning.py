@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageP
 
 from lorascope.base.hub import fetch_snapshot
 from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text, has_words
+from lorascope.data.metadata import MAX_METADATA_BYTES
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError, open_picture
-from lorascope.data.sources import MAX_METADATA_BYTES
 from lorascope.errors import BaseModelError, DataError, first_line
 from lorascope.store import open_regular, read_regular, write_text
 

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from lorascope.data.dataset import Checked, Dataset, Picture, count_reasons, split_pictures
+from lorascope.data.names import name_some
 from lorascope.data.pictures import RefusedError, decode_picture
-from lorascope.data.sources import name_some
 from lorascope.errors import DataError
 from lorascope.store import atomic_path
 

@@ -25,6 +25,7 @@ from lorascope.console import log
 from lorascope.data.captions import SPECIAL_TOKENS, Caption, clean_caption, complete_caption
 from lorascope.data.duplicates import MOST_FOR_SECOND_LOOK, alike_pairs, join_groups, near_groups
 from lorascope.data.index import Outcome, PictureIndex, default_index_dir
+from lorascope.data.names import name_some
 from lorascope.data.pictures import (
     PictureFacts,
     RefusedError,
@@ -33,7 +34,8 @@ from lorascope.data.pictures import (
     examine_picture,
     plan_buckets,
 )
-from lorascope.data.sources import Row, Source, name_some, open_source
+from lorascope.data.rows import Row
+from lorascope.data.sources import Source, open_source
 from lorascope.errors import DataError
 from lorascope.schema import DataSection
 from lorascope.store import digest_json

@@ -18,7 +18,7 @@ import PIL
 
 from lorascope.console import log
 from lorascope.data.pictures import PictureFacts, RefusedError
-from lorascope.data.sources import Stamp
+from lorascope.data.rows import Stamp
 from lorascope.store import digest_bytes, user_cache_path
 
 _VERSION = f"3, Pillow {PIL.__version__}"  # decoders differ between versions, and what they refuse
