@@ -17,7 +17,6 @@ from lorascope.adapters.export import merged_into
 from lorascope.adapters.files import Adapter, LoraModule
 from lorascope.adapters.lowrank import Target, resize
 from lorascope.base.loading import Base
-from lorascope.config import Arm
 from lorascope.diagnosis.weights import (
     decompose,
     leading_directions,
@@ -26,6 +25,7 @@ from lorascope.diagnosis.weights import (
     scale_intruders,
 )
 from lorascope.errors import AdapterError
+from lorascope.schema import Arm
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 # Of a few hundred products float64 leaves 1e-14, of a Gram matrix the same of the largest value's square.
