@@ -15,6 +15,7 @@ from lorascope.base.attention import (
     Shape,
     attend,
     attention_layers,
+    barred_kernels,
     default_kernel,
     set_kernels,
 )
@@ -192,4 +193,6 @@ def test_a_barred_kernel_is_never_taken(base: Base) -> None:
         assert processor.kernel(shape, "cuda", torch.bfloat16) == Kernel("plain")
     set_kernels(base.unet, {}, {"sdpa"})
     [own] = set(base.unet.attn_processors.values())
-    assert isinstance(own, AttentionProcessor) and own.barred == {"sdpa"}
+    assert isinstance(own, AttentionProcessor) and own.barred == {"sdpa"} == barred_kernels(base.unet)
+    base.unet.set_attn_processor(AttnProcessor2_0())  # diffusers' own, which nothing is barred from
+    assert barred_kernels(base.unet) == frozenset()

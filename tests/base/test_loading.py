@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 
 import lorascope
 from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_targets
+from lorascope.base.attention import barred_kernels, set_kernels
 from lorascope.base.ldm import from_diffusers, list_pairs
 from lorascope.base.loading import (
     Base,
@@ -780,7 +781,9 @@ def test_sd15_in_full_size_trains_and_samples_one_step_at_64_px() -> None:
 
 def test_a_base_in_fp32_has_the_same_weights_widened(pipeline_folder: Path, base: Base) -> None:
     half = load_base(BaseSection(model=str(pipeline_folder)), torch.device("cpu"), "bf16")
+    set_kernels(half.unet, {}, {"flash"})
     wide = half.in_fp32()
+    assert barred_kernels(wide.unet) == {"flash"}
     for narrow, widened in zip(half.unet.parameters(), wide.unet.parameters(), strict=True):
         assert (narrow.dtype, widened.dtype) == (torch.bfloat16, torch.float32) and torch.equal(
             narrow.float(), widened

@@ -21,6 +21,8 @@ from benchmarks.update_docs import ROOT
 
 import lorascope.bench.run
 from conftest import needs_bf16_attention
+from lorascope.base.attention import barred_kernels
+from lorascope.base.loading import read_configs
 from lorascope.bench.entry import (
     Conditions,
     Entry,
@@ -45,8 +47,12 @@ from lorascope.bench.run import (
 )
 from lorascope.bench.table import as_markdown, draw_scaling, update_document
 from lorascope.cli.app import main
+from lorascope.cli.more import _fast_paths
+from lorascope.doctor.findings import Examination, Finding, remember
 from lorascope.errors import ConfigError, HubError, RunError
-from lorascope.store import read_json
+from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
+from lorascope.schema import BaseSection
+from lorascope.store import digest_json, read_json
 
 CPU = torch.device("cpu")
 PEERS_DIR = ROOT / "benchmarks" / "peers"
@@ -183,6 +189,58 @@ def test_the_gate_stops_what_is_not_finite() -> None:
         verdict(compare([true], [start], true._replace(losses=np.full((20, 1), np.nan))), "bf16 adapters")
         is not None
     )
+
+
+# What is wrong on the device ------------------------------------------------------------------------------
+
+
+def test_our_entries_do_without_what_is_barred() -> None:
+    entries = {entry.name: entry for entry in plan_entries("sd15", torch.device("cuda"), True)}
+    wrong = FastPaths(frozenset({"cudnn", "sdpa"}), channels_last=False, recorded_step=False)
+    assert [entry.within(ALL_PATHS) for entry in entries.values()] == list(entries.values())
+    assert entries["P4"].within(wrong) == entries["P4"]
+    assert entries["O1"].within(wrong).barred == ("attention sdpa",)
+    graph = entries["O4"].within(wrong)
+    assert graph.barred == ("attention sdpa", "attention cudnn", "channels_last", "CUDA graph")
+    assert not graph.channels_last and not graph.cuda_graph and graph.key == entries["O4"].key
+
+
+@pytest.mark.parametrize("entry", [RIGHT[6], replace(RIGHT[6], name="O3", best_attention=True)])
+def test_barred_kernels_are_barred_in_the_benchmark(
+    entry: Entry, conditions: Conditions, workload: Path
+) -> None:
+    barred = replace(conditions, fast_paths=FastPaths(frozenset({"sdpa"})))
+    runner: Any = build_runner(entry, barred, workload)
+    assert barred_kernels(runner.trainer.base.unet) == {"sdpa"}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_row_says_what_was_barred_and_is_measured_again_when_that_changes(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    run = partial(run_bench, str(pipeline_folder), "cpu", names=["O1"], protocol=SHORT, out=tmp_path)
+    free, again = run()["entries"]["O1-r4"], run()["entries"]["O1-r4"]
+    assert free == again and free["barred"] == []
+    barred = run(fast_paths=FastPaths(frozenset({"sdpa"})))["entries"]["O1-r4"]
+    assert barred["status"] == "measured" and barred["barred"] == ["attention sdpa"]
+    assert barred["block_ms"] != free["block_ms"]
+    assert "| ours (not used here: attention sdpa) |" in (tmp_path / "bench.md").read_text()
+
+
+def test_the_command_asks_what_the_doctor_found(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lorascope.base.loading.choose_device", torch.device)
+    monkeypatch.setattr("lorascope.doctor.examination.versions", lambda device: {"device": str(device)})
+    caplog.set_level("INFO", "lorascope")
+    base, models = str(pipeline_folder), digest_json(read_configs(BaseSection(model=str(pipeline_folder))))
+    assert _fast_paths(base, "cpu") == _fast_paths(base, "cuda") == ALL_PATHS
+    assert caplog.text.count("fast paths were not checked here") == 1
+    wrong = Finding("attention cudnn", "wrong", "gradient of key", 0.3, 0.02)
+    remember(Examination(base, {"device": "cuda"}, (wrong,)), models, "bf16")
+    assert _fast_paths(base, "cuda") == FastPaths(frozenset({"cudnn"}))
+    assert f"{wrong.as_line()}: not used in this benchmark" in caplog.text
+    assert _fast_paths("sd15", "cuda") == ALL_PATHS  # of other models
 
 
 # The whole --------------------------------------------------------------------------------------------------

@@ -149,6 +149,12 @@ def set_kernels(
         layer.set_processor(processor)
 
 
+def barred_kernels(unet: UNet2DConditionModel) -> frozenset[str]:
+    """The names of kernels that `set_kernels` barred from a U-Net."""
+    own = (item for item in unet.attn_processors.values() if isinstance(item, AttentionProcessor))
+    return frozenset().union(*(processor.barred for processor in own))
+
+
 def attention_layers(unet: UNet2DConditionModel) -> list[Attention]:
     """The attention layers of a U-Net that are as SD v1's: to_q, to_k, to_v, softmax, to_out, and nothing
     else.

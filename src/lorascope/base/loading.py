@@ -33,7 +33,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lorascope.base.attention import set_kernels
+from lorascope.base.attention import barred_kernels, set_kernels
 from lorascope.base.family import family_of_folder, family_of_tensors, family_of_unet
 from lorascope.base.hub import fetch_snapshot
 from lorascope.base.ldm import (
@@ -159,15 +159,15 @@ class Base:
         """The same base with a U-Net in fp32, a copy whose weights are these ones exactly; itself where it is
         in fp32.
 
-        Where a GPU has no room for the copy, its merged weights and a picture, all parts are copied to the
-        CPU.
+        Kernels of attention that are barred stay so. Where a GPU has no room for the copy, its merged weights
+        and a picture, all parts are copied to the CPU, where none is.
         """
         if self.unet.dtype == torch.float32:
             return self
         wanted = 2 * sum(4 * weight.numel() for weight in self.unet.parameters()) + _PICTURE_BYTES
         if self.device.type == "cpu" or free_bytes(self.device) >= wanted:
             unet = _copied(self.unet, self.device, torch.float32)
-            set_kernels(unet, {})
+            set_kernels(unet, {}, barred_kernels(self.unet))
             return replace(self, unet=unet)
         log.info(
             "base     %s are not free on the GPU for the U-Net in fp32: it goes to the CPU", size(wanted)

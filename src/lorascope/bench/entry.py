@@ -6,7 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.base.attention import KERNELS, set_kernels
 from lorascope.base.loading import DTYPES, Base, build_random_base, load_base, read_configs
 from lorascope.base.weights import save_tensors
 from lorascope.bench.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
@@ -25,6 +26,7 @@ from lorascope.data.pictures import decode_picture
 from lorascope.data.sources import open_source
 from lorascope.errors import first_line
 from lorascope.machine.arithmetic import full_fp32
+from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
 from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
@@ -58,11 +60,27 @@ class Entry:
     cuda_graph: bool = False
     compiled: bool = False
     max_grad_norm: float = 1.0
+    barred: tuple[str, ...] = ()  # what it would use if that were right on this device
 
     @property
     def key(self) -> str:
         """What tells it from all others: `P4-r16`, `O6x2-r16+r64`."""
         return f"{self.name}-{'+'.join(f'r{rank}' for rank in dict.fromkeys(self.ranks))}"
+
+    def within(self, fast_paths: FastPaths) -> "Entry":
+        """The same without what is barred; peers keep what they use, right or wrong: the gate judges it."""
+        if self.kind != "ours":
+            return self
+        kernels = KERNELS if self.best_attention else ("sdpa",)
+        used = {f"attention {name}": name not in fast_paths.barred_kernels for name in kernels}
+        used |= {"channels_last": fast_paths.channels_last} if self.channels_last else {}
+        used |= {"CUDA graph": fast_paths.recorded_step} if self.cuda_graph else {}
+        return replace(
+            self,
+            channels_last=self.channels_last and fast_paths.channels_last,
+            cuda_graph=self.cuda_graph and fast_paths.recorded_step,
+            barred=tuple(name for name, is_right in used.items() if not is_right),
+        )
 
     def section(self, batch_size: int) -> TrainSection:
         """The settings of its training, with steps enough for any benchmark."""
@@ -85,6 +103,7 @@ class Conditions:
     device: str  # `cpu` or `cuda:0`
     num_threads: int
     peers_dir: str  # with kohya's modules
+    fast_paths: FastPaths = ALL_PATHS  # what our own entries may use
 
     def base_section(self, folder: Path) -> BaseSection:
         """Where the base lies: in the work folder, if it was made at random."""
@@ -192,6 +211,8 @@ def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
         base.unet.to(memory_format=torch.channels_last)
     if tuning and entry.best_attention:
         tuning.apply(base.unet)
+    elif entry.kind == "ours":
+        set_kernels(base.unet, {}, conditions.fast_paths.barred_kernels)
     workload = load_workload(folder, base.device)
     section = entry.section(conditions.batch_size)
     arms = [
@@ -229,7 +250,8 @@ def _tune(entry: Entry, conditions: Conditions, folder: Path) -> Tuning | None:
         return None
     configs, batch = read_configs(conditions.base_section(folder)), conditions.batch_size * len(entry.ranks)
     workload = build_workload(configs, conditions.resolution_px, batch, batch)
-    return tune(configs["unet"], workload, torch.device(conditions.device), entry.precision)
+    device = torch.device(conditions.device)
+    return tune(configs["unet"], workload, device, entry.precision, fast_paths=conditions.fast_paths)
 
 
 class _Peer:

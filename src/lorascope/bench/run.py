@@ -41,6 +41,7 @@ from lorascope.bench.table import as_markdown, draw_scaling
 from lorascope.console import log, size
 from lorascope.errors import ConfigError, RunError
 from lorascope.machine.facts import device_name, now, software_versions
+from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_bytes, peak_memory
 from lorascope.store import read_json, write_bytes, write_json, write_text
 
@@ -272,24 +273,25 @@ def run_bench(
     out: Path = Path("bench"),
     peers_dir: Path = Path("benchmarks/peers"),
     batch_size: int = 4,
+    fast_paths: FastPaths = ALL_PATHS,
 ) -> dict[str, Any]:
     """Run the benchmark, write `bench.json`, `bench.md` and with `scaling` its plot to `out`, and return what
     `bench.json` holds.
 
     `base` is `pocket`, `sd15` (random weights) or a diffusers folder. Entries that `out` holds already from
-    the same machine and versions are kept, unless `again`. Raises `ConfigError` for an unknown entry or a
+    the same machine and versions are kept, unless `again`. What `fast_paths` bars our own entries do without,
+    and their rows say so. Raises `ConfigError` for an unknown entry or a
     result of other conditions in `out`, `RunError` where the reference cannot be run.
     """
     device = choose_device(device_kind)
     protocol = protocol or (Protocol.quick() if quick else Protocol())
-    conditions = Conditions(
-        base, _RESOLUTION_PX.get(base, 64), batch_size, str(device), torch.get_num_threads(), str(peers_dir)
-    )
+    conditions = _conditions(base, device, batch_size, peers_dir, fast_paths)
     result = _open_result(out / "bench.json", conditions, protocol, device, again)
     entries = plan_entries(base, device, quick)
     entries = choose_entries(entries, names) if names else entries
+    entries = [entry.within(fast_paths) for entry in entries]
     rows: dict[str, Any] = result["entries"]
-    missing = [entry for entry in entries if again or rows.get(entry.key, {}).get("status") != "measured"]
+    missing = [entry for entry in entries if again or not _is_measured(entry, rows.get(entry.key, {}))]
     with TemporaryDirectory(prefix="lorascope-bench-") as name:
         folder = Path(name)
         try:
@@ -318,6 +320,25 @@ def run_bench(
     result["finished"] = now()
     _write(result, out)
     return result
+
+
+def _conditions(
+    base: str, device: torch.device, batch_size: int, peers_dir: Path, fast_paths: FastPaths
+) -> Conditions:
+    return Conditions(
+        base,
+        _RESOLUTION_PX.get(base, 64),
+        batch_size,
+        str(device),
+        torch.get_num_threads(),
+        str(peers_dir),
+        fast_paths,
+    )
+
+
+def _is_measured(entry: Entry, row: Mapping[str, Any]) -> bool:
+    """Whether a result's row holds the entry's figures, with what is barred now."""
+    return row.get("status") == "measured" and row.get("barred", []) == list(entry.barred)
 
 
 def _measure_all(
@@ -455,6 +476,7 @@ def _row(entry: Entry, status: str, reason: str | None) -> dict[str, Any]:
         "ranks": list(entry.ranks),
         "precision": entry.precision,
         "num_processes": entry.num_processes,
+        "barred": list(entry.barred),
         "status": status,
         "reason": reason,
         "measured": now(),
@@ -485,7 +507,13 @@ def _figures(run: _Run, conditions: Conditions, limit: Mapping[str, float], flop
 
 
 def run_alone(
-    base: str, device_kind: str, name: str, num_steps: int, peers_dir: Path, batch_size: int = 4
+    base: str,
+    device_kind: str,
+    name: str,
+    num_steps: int,
+    peers_dir: Path,
+    batch_size: int = 4,
+    fast_paths: FastPaths = ALL_PATHS,
 ) -> dict[str, Any]:
     """Run one entry in this very process, ungated: for `/usr/bin/time -v` and profilers. Raises `ConfigError`
     as `run_bench`.
@@ -494,9 +522,8 @@ def run_alone(
     [entry, *_] = choose_entries(plan_entries(base, device, False), [name])
     if reason := missing_for(entry.kind, peers_dir, base):
         raise ConfigError(f"--arms {name}: {reason}")
-    conditions = Conditions(
-        base, _RESOLUTION_PX.get(base, 64), batch_size, str(device), torch.get_num_threads(), str(peers_dir)
-    )
+    conditions = _conditions(base, device, batch_size, peers_dir, fast_paths)
+    entry = entry.within(fast_paths)
     with TemporaryDirectory(prefix="lorascope-bench-") as folder:
         elsewhere(
             prepare_workload, conditions, Path(folder)
@@ -511,6 +538,7 @@ def run_alone(
     peak, kind = peak_memory(device)
     return {
         "entry": entry.key,
+        "barred": list(entry.barred),
         "num_steps": num_steps,
         "setup_s": setup_s,
         "steps_s": wall_s,
@@ -550,7 +578,7 @@ def _measure_scaling(
         return
     points = []
     for what, value, entry, batch_size in plan_scaling(device):
-        run = _Run(entry, replace(conditions, batch_size=batch_size), folder)
+        run = _Run(entry.within(conditions.fast_paths), replace(conditions, batch_size=batch_size), folder)
         try:
             run.ask("build")
             run.ask("race", min(protocol.num_warm_ups, 5))

@@ -55,7 +55,8 @@ def _order(key: str) -> tuple[int, bool, str]:
 
 
 def _line(key: str, row: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    head = f"| {key} | {row['label']} | {row['precision']} "
+    barred = f" (not used here: {', '.join(row['barred'])})" if row.get("barred") else ""
+    head = f"| {key} | {row['label']}{barred} | {row['precision']} "
     if row["status"] != "measured":
         return f"{head}| {row['status']}: {row['reason']} |" + " |" * 9
     low, high = row["arm_step_ms_range"]

@@ -3,16 +3,20 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from lorascope.cli.options import AsJson, set_level
 from lorascope.config import preset_names, preset_text
-from lorascope.console import say
+from lorascope.console import log, say
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError
 from lorascope.reference import reference_table
+from lorascope.schema import BaseSection
+
+if TYPE_CHECKING:
+    from lorascope.machine.fast_paths import FastPaths
 
 
 def bench(
@@ -97,7 +101,10 @@ def bench(
             raise ConfigError(
                 f"--alone: takes one arm, --arms names {len(names)}: give for example --arms O1"
             )
-        say(json.dumps(run_alone(base, device, names[0], protocol.num_steps, peers), indent=2))
+        alone_facts = run_alone(
+            base, device, names[0], protocol.num_steps, peers, fast_paths=_fast_paths(base, device)
+        )
+        say(json.dumps(alone_facts, indent=2))
         return EXIT_DONE
     result = run_bench(
         base,
@@ -109,11 +116,30 @@ def bench(
         again=again,
         out=out,
         peers_dir=peers,
+        fast_paths=_fast_paths(base, device),
     )
     say(json.dumps(result, indent=2) if as_json else as_markdown(result), end="" if not as_json else "\n")
     return (
         EXIT_RUN_FAILED if any(row["status"] == "failed" for row in result["entries"].values()) else EXIT_DONE
     )
+
+
+def _fast_paths(base: str, device_kind: str) -> "FastPaths":
+    """What the doctor found to be right for such a base on this GPU, as a study takes it; on a CPU all."""
+    from lorascope.base.loading import SD15_DIR, choose_device
+    from lorascope.doctor.examination import Subject, recall_examination
+    from lorascope.machine.fast_paths import ALL_PATHS
+
+    device = choose_device(device_kind)
+    if device.type != "cuda":
+        return ALL_PATHS
+    section = BaseSection(model=str(SD15_DIR) if base == "sd15" else base)
+    if (examination := recall_examination(Subject(section, device, "bf16"))) is None:
+        log.info("bench    fast paths were not checked here for such a base: lorascope doctor does")
+        return ALL_PATHS
+    for finding in examination.barred:
+        log.warning("doctor   %s: not used in this benchmark", finding.as_line())
+    return examination.fast_paths
 
 
 def presets(name: Annotated[str | None, Parameter(help="preset to print as TOML")] = None, /) -> int:

@@ -127,12 +127,17 @@ def _plan(
     return f"{section.model}, U-Net in {subject.dtype}, latents {'x'.join(map(str, shape))}", checks
 
 
+def recall_examination(subject: Subject) -> Examination | None:
+    """The last examination of such models by these versions on this device; None where there is none."""
+    models = digest_json(read_configs(subject.section))
+    return recall(versions(subject.device), models, subject.dtype)
+
+
 def recall_or_examine(subject: Subject) -> Examination:
     """The last examination of such models by these versions on this device, or a quick one where there is
     none.
     """
-    known = recall(versions(subject.device), digest_json(read_configs(subject.section)), subject.dtype)
-    if known is not None:
+    if (known := recall_examination(subject)) is not None:
         return known
     log.info("doctor   first start on this device with these versions: its fast paths are checked")
     return examine(subject, quick=True)
