@@ -2,6 +2,7 @@
 sources say.
 """
 
+import inspect
 import json
 import logging
 import warnings
@@ -19,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorascope.adapters.readers import Reading, listed_version, read_by_all
+from lorascope.adapters.readers import _CONFIG_KEYS, Reading, listed_version, read_by_all
 from lorascope.base.layers import stable_diffusion_layers
 
 State = dict[str, torch.Tensor]
@@ -110,17 +111,21 @@ def rank_zero(name: str, spelling: tuple[str, str]) -> State:
     return {name + spelling[0]: torch.zeros(0, 8), name + spelling[1]: torch.zeros(8, 0)}
 
 
-def metadata_with(**changes: Any) -> dict[str, str]:
-    """diffusers' metadata of rank 2 for all attention, with changes; None leaves one out."""
+def metadata_with(
+    text_encoder: dict[str, Any] | None = None, other: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, str]:
+    """diffusers' metadata of rank 2 for all attention, with changes; None leaves one out. `text_encoder` is
+    stated of that, `other` of no part.
+    """
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    config = {"r": 2, "lora_alpha": 4, "target_modules": targets} | changes
-    return {
-        "lora_adapter_metadata": json.dumps(
-            {f"unet.{key}": value for key, value in config.items() if value is not None}
-        )
-    }
+    unet = {"r": 2, "lora_alpha": 4, "target_modules": targets} | changes
+    text = {} if text_encoder is None else {"r": 2, "target_modules": TEXT_LAYERS} | text_encoder
+    stated = {f"unet.{key}": value for key, value in unet.items() if value is not None}
+    stated |= {f"text_encoder.{key}": value for key, value in text.items()}
+    return {"lora_adapter_metadata": json.dumps(stated | (other or {}))}
 
 
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 ADAPTER_METADATA = metadata_with(target_modules=["to_q"])
 VARIANTS: dict[str, tuple[State, dict[str, str]]] = {
     "kohya": (kohya(CORE), {}),
@@ -213,6 +218,20 @@ VARIANTS: dict[str, tuple[State, dict[str, str]]] = {
     ),
     "metadata with fewer targets": (adapter(ATTENTION, PEFT), metadata_with(target_modules=["to_q"])),
     "metadata of the U-Net alone": (adapter(ATTENTION + TEXT, PEFT), metadata_with()),
+    "metadata with a key that PEFT does not know": (adapter(ATTENTION, PEFT), metadata_with(lora_magic=1)),
+    "metadata of both parts": (adapter(ATTENTION + TEXT, PEFT), metadata_with(text_encoder={})),
+    "metadata with such a key of the text encoder": (
+        adapter(ATTENTION + TEXT, PEFT),
+        metadata_with(text_encoder={"lora_magic": 1}),
+    ),
+    "metadata with such a key of a part that the file has not": (
+        adapter(ATTENTION, PEFT),
+        metadata_with(text_encoder={"lora_magic": 1}),
+    ),
+    "metadata with such a key of no part": (
+        adapter(ATTENTION, PEFT),
+        metadata_with(other={"lora_magic": 1}),
+    ),
     "metadata of nothing": (adapter(ATTENTION, PEFT), {"lora_adapter_metadata": "{}"}),
     "metadata that are no JSON": (adapter(ATTENTION, PEFT), {"lora_adapter_metadata": "{"}),
     "metadata that are a list": (adapter(ATTENTION, PEFT), {"lora_adapter_metadata": "[]"}),
@@ -305,6 +324,17 @@ def test_diffusers_rule_is_what_diffusers_does(variant: str, tmp_path: Path) -> 
         assert ours.taken == real
 
 
+def test_a_key_of_the_metadata_that_peft_does_not_know_is_named() -> None:
+    state = adapter(ATTENTION, PEFT)
+    refusal = reading("diffusers", state, metadata_with(lora_magic=1, zeal=2)).refusal or ""
+    assert refusal.endswith("states unet.lora_magic and 1 more, which PEFT 0.21 does not know")
+    known = set(inspect.signature(peft.LoraConfig).parameters)
+    stated = metadata_with(**dict.fromkeys(known - {"r", "target_modules"}, 1))
+    assert reading("diffusers", state, stated).refusal is None
+    if peft.__version__.startswith("0.21."):
+        assert known == _CONFIG_KEYS
+
+
 def test_diffusers_loads_a_third_of_its_own_mixed_save_once_a_projection_is_in_it() -> None:
     whole = reading("diffusers", mixed_save(CORE))
     assert whole.refusal is None
@@ -361,6 +391,7 @@ PEFT_VARIANTS: dict[str, tuple[State, dict[str, Any]]] = {
         {"r": ...},
     ),
     "no alpha": (PEFT_STATE, {"lora_alpha": ...}),
+    "a key that PEFT does not know": (PEFT_STATE, {"lora_magic": 1}),
     "a rank of 0 of its own": (PEFT_STATE, {"rank_pattern": {ATTENTION[0].removeprefix("unet."): 0}}),
     "another rank of its own": (PEFT_STATE, {"rank_pattern": {"attn1.to_q": 3}}),
     "DoRA without magnitudes": (PEFT_STATE, {"use_dora": True}),

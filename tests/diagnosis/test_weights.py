@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 
+from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
-from lorascope.adapters.export import merged_into
-from lorascope.adapters.files import Adapter, LoraModule
 from lorascope.adapters.lowrank import Target, resize
+from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
 from lorascope.diagnosis.weights import (
     decompose,

@@ -373,6 +373,30 @@ def _stated_config(file: _File) -> Mapping[str, Any] | None:
     return content
 
 
+# What PEFT 0.21's LoraConfig may be given. diffusers gives it all that the header states, where a key that is
+# not here is an error; of a folder's adapter_config.json PEFT leaves such a key out, with a warning.
+_CONFIG_KEYS = frozenset({
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
+    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
+    "velora_config"
+})  # fmt: skip
+
+
+def _require_known(component: str, config: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(config) - _CONFIG_KEYS):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise _Refusal(
+            "TypeError: `LoraConfig` class could not be instantiated, for its lora_adapter_metadata states "
+            f"{component}.{unknown[0][:80]}{more}, which PEFT 0.21 does not know"
+        )
+
+
 def _require_ranks(file: _File, taken: Mapping[str, str], stated: Mapping[str, Any] | None) -> None:
     """PEFT builds its layers by the ranks that are stated, else by those of the tensors."""
     ranks: dict[str, int] = {}
@@ -386,6 +410,8 @@ def _require_ranks(file: _File, taken: Mapping[str, str], stated: Mapping[str, A
                 for key, value in stated.items()
                 if key.startswith(f"{component}.")
             }
+            if own:
+                _require_known(component, config)
             if own and config.get("target_modules") is None:
                 kind = (
                     "KeyError: 'model_type'"

@@ -28,7 +28,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from lorascope.adapters.files import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.lowrank import effective_rank, singular_values
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.errors import AdapterError
