@@ -168,7 +168,7 @@ def test_both_alphas_in_one_layer_are_refused(tmp_path: Path) -> None:
         ("arms=[{rank={a=1}}]", 'arms.0.rank = {"a": 1}: must be a whole number or a list of whole numbers'),
         ("arms.0.lr=nan", "arms.0.lr = NaN: must be a finite number"),
         ("arms.0.lr=[1e-4,inf]", "arms.0.lr.1 = Infinity: must be a finite number"),
-        ("arms.0.lr=0", "arms.0.lr = 0: must be more than 0"),
+        ("arms.0.lr=0", "arms.0.lr = 0: must be at least 1e-12"),
         ("arms.0=3", "arms.0 = 3: must be a table"),
         (
             "arms.0.seed=9223372036854775808",

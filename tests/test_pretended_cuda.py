@@ -119,7 +119,7 @@ def broad(
         data.buckets = true
         data.bucket_step_px = 16
         data.heldout_share = 0.2
-        arms = [{{ rank = 2, lr = 1e-3, seed = [0, 1] }}, {{ rank = 4, lr = 1e30, seed = 0 }}]
+        arms = [{{ rank = 2, lr = 1e-3, seed = [0, 1] }}, {{ rank = 4, lr = 1e20, seed = 0 }}]
         adapter.groups = [{{ component = "text_encoder", targets = ["q_proj", "v_proj"] }}]
         train.epochs = 2
         train.batch_size = 2

@@ -599,7 +599,7 @@ def test_a_folder_of_before_there_were_some_keys_opens_and_goes_on(
 
 def test_a_failed_arm_is_reported_and_the_rest_is_kept(study_file: Path, tmp_path: Path) -> None:
     study = make_study(
-        study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e30, lr=1e30}]'
+        study_file, tmp_path / "run", 'arms=[{rank=4, lr=1e-3}, {name="wild", rank=4, alpha=1e20, lr=1e20}]'
     )
     with pytest.raises(RunError, match=r"arm wild failed: loss or gradient is not finite at step"):
         study.run()

@@ -24,6 +24,26 @@ REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.ne
 MAX_ARMS = 1024
 
 
+def _off_or_of_use(value: float) -> float:
+    if 0 < value < 1e-12:
+        raise ValueError("must be 0, which turns it off, or at least 1e-12")
+    return value
+
+
+def _without_nan(value: Any) -> Any:
+    level = [value]
+    while level:
+        if any(isinstance(item, float) and math.isnan(item) for item in level):
+            raise ValueError("must hold no NaN: give a number")
+        level = [
+            item
+            for table in level
+            if isinstance(table, dict | list)
+            for item in (table.values() if isinstance(table, dict) else table)
+        ]
+    return value
+
+
 def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if repeated := sorted(value for value, count in Counter(values).items() if count > 1):
         raise ValueError(f"must not repeat a value, but {shown(repeated[0])} stands there more than once")
@@ -39,7 +59,9 @@ BatchSize = Annotated[Whole, Field(ge=1, le=65_536)]
 ArmCount = Annotated[Whole, Field(ge=1, le=MAX_ARMS)]
 Epochs = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Rank = Annotated[Whole, Field(ge=1, le=1024)]
-PositiveReal = Annotated[Real, Field(gt=0)]
+# Far from where float32, in which adapters are trained, turns to 0 or infinity: also multiplied by a rank,
+# and one as a multiple of another.
+PositiveReal = Annotated[Real, Field(ge=1e-12, le=1e20)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
@@ -294,11 +316,11 @@ class TrainSection(Section):
         default="adamw",
         description="`adamw`, the name of a `torch.optim` class such as `SGD`, or `prodigy` (with its extra)",
     )
-    optimizer_args: dict[str, Any] = Field(
+    optimizer_args: Annotated[dict[str, Any], AfterValidator(_without_nan)] = Field(
         default={}, description="further arguments of an optimizer other than `adamw`"
     )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
-    eps: PositiveReal = Field(default=1e-8, description="AdamW's epsilon")
+    eps: Real = Field(default=1e-8, ge=1e-30, le=1e6, description="AdamW's epsilon")
     weight_decay: Real = Field(default=0.01, ge=0, le=1, description="AdamW's decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
@@ -329,8 +351,8 @@ class TrainSection(Section):
             "short when absent"
         ),
     )
-    max_grad_norm: Real = Field(
-        default=0.0, ge=0, description="clip each arm's gradient to this norm; 0 leaves it alone"
+    max_grad_norm: Annotated[Real, AfterValidator(_off_or_of_use)] = Field(
+        default=0.0, ge=0, le=1e20, description="clip each arm's gradient to this norm; 0 leaves it alone"
     )
     caption_dropout: Share = Field(
         default=0.0, description="share of training captions replaced by the empty one"

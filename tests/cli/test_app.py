@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
 def test_a_failed_arm_is_code_3_with_a_report(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arms = 'arms=[{rank=2, lr=1e-3}, {name="wild", rank=2, alpha=1e30, lr=1e30}]'
+    arms = 'arms=[{rank=2, lr=1e-3}, {name="wild", rank=2, alpha=1e20, lr=1e20}]'
     assert (
         main(
             ["study", str(tiny), "--run-dir", str(tmp_path / "run"), "--set", arms, "--set", "train.epochs=3"]

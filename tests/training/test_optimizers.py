@@ -1,5 +1,9 @@
 """Optimizers: AdamW equals torch's, any torch.optim class per arm, state through tensors, schedules."""
 
+import datetime
+import math
+from typing import Any
+
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
@@ -172,6 +176,30 @@ def test_what_an_optimizer_would_refuse_in_training_is_told_before() -> None:
         ),
     ):
         check_optimizer(StudyConfig(adapter=slow, train=TrainSection(optimizer="prodigy")))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("SGD", {"momentum": math.inf}, r"{\"momentum\": Infinity}: SGD makes weights of 1 infinite or NaN"),
+        ("SGD", {"weight_decay": 1e30}, "SGD makes weights of 1 infinite or NaN in three steps"),
+        ("SGD", {"momentum": 10**400}, "SGD cannot take a step"),
+        ("SGD", {"weight_decay": 1e300}, "SGD cannot take a step"),
+        ("Adam", {"betas": []}, "Adam refuses them"),
+        ("Adam", {"fused": True, "foreach": True}, "Adam refuses them"),
+        ("SGD", {"momentum": datetime.date(2024, 1, 1)}, r'"2024-01-01"}: SGD refuses them'),
+    ],
+)
+def test_arguments_that_would_spoil_a_training_are_refused_before_it(
+    name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer(StudyConfig(train=TrainSection(optimizer=name, optimizer_args=arguments)))
+
+
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adafactor", "Rprop", "NAdam", "prodigy"])
+def test_usual_optimizers_pass(name: str) -> None:
+    check_optimizer(StudyConfig(train=TrainSection(optimizer=name)))
 
 
 def test_prodigy_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

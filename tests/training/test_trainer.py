@@ -219,7 +219,7 @@ def test_a_pause_is_asked_for_after_each_step_and_leaves_no_record_behind(
 
 
 def test_an_arm_that_diverges_stops_and_leaves_the_others_alone(exact_base: Base, pictures: Encoded) -> None:
-    wild = Arm(name="wild", rank=4, alpha=1e30, lr=1e30, seed=0)
+    wild = Arm(name="wild", rank=4, alpha=1e20, lr=1e20, seed=0)
     trainer = make_trainer(exact_base, pictures, R4, wild)
     alone = make_trainer(exact_base, pictures, R4)
     records = run(trainer)

@@ -9,7 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from lorascope.adapters.bank import AdapterBank
-from lorascope.errors import ConfigError, first_line
+from lorascope.errors import ConfigError, first_line, shown
 from lorascope.schema import Arm, StudyConfig, TrainSection
 
 _NOT_FOR_ADAPTERS = {
@@ -179,10 +179,11 @@ def build_optimizer(bank: AdapterBank, section: TrainSection) -> AdamW | TorchOp
 
 
 def check_optimizer(config: StudyConfig) -> None:
-    """Take one step of each arm's optimizer on matrices of its own, at the rates of all layers.
+    """Take three steps of each arm's optimizer on matrices of its own, at the rates of all layers.
 
-    Raises `ConfigError` for an optimizer that is not known, cannot be used or is not installed, and for
-    arguments or rates that it refuses, some only as it steps: Prodigy takes one rate for all layers.
+    Raises `ConfigError` for an optimizer that is not known, cannot be used or is not installed, for arguments
+    or rates that it refuses, some only as it steps (Prodigy takes one rate for all layers), and for those
+    that make weights infinite or NaN.
     """
     section = config.train
     if section.optimizer.lower() == "adamw":
@@ -195,20 +196,26 @@ def check_optimizer(config: StudyConfig) -> None:
     for arm in config.expand_arms():
         groups: dict[float, list[torch.Tensor]] = {}
         for lr in (arm.lr, *(group.lr or arm.lr for group in config.adapter.groups)):
-            weight = torch.zeros(2, 2, requires_grad=True)
+            weight = torch.ones(2, 2, requires_grad=True)
             weight.grad = torch.ones_like(weight)
             groups[lr / arm.lr] = [weight]
         optimizer = _start(kind, groups, arm.lr, section)
         for group in optimizer.param_groups:
             group["lr"] = arm.lr * group["factor"]
         try:
-            optimizer.step()
+            for _ in range(3):  # a momentum acts from the second on
+                optimizer.step()
         except Exception as error:  # optimizers raise anything here
             raise ConfigError(
                 f"train.optimizer = {section.optimizer!r}: {kind.__name__} cannot take a step with "
                 f"these settings ({first_line(error)}): correct train.optimizer_args, or leave lr out "
                 "of adapter.groups"
             ) from error
+        if not all(weight.isfinite().all() for (weight,) in groups.values()):
+            raise ConfigError(
+                f"train.optimizer_args = {shown(section.optimizer_args)}: {kind.__name__} makes weights of 1 "
+                f"infinite or NaN in three steps with them and lr = {arm.lr:g}: lower what is too large"
+            )
 
 
 def _start(
@@ -221,9 +228,9 @@ def _start(
             lr=lr,
             **section.optimizer_args,
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # optimizers raise anything here too
         raise ConfigError(
-            f"train.optimizer_args = {json.dumps(section.optimizer_args)}: {kind.__name__} refuses them "
+            f"train.optimizer_args = {shown(section.optimizer_args)}: {kind.__name__} refuses them "
             f"({first_line(error)}): see its documentation"
         ) from error
 
