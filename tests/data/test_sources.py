@@ -151,4 +151,51 @@ def test_compressed_archives_are_not_read(tmp_path: Path, ending: str) -> None:
 def test_a_folder_of_pictures_with_a_tar_file_is_one_of_pictures(tmp_path: Path) -> None:
     with_captions(tmp_path, ["1.png", "2.png"])
     write_shard(tmp_path / "backup.tar", shard_of(0))
-    assert prepare(tmp_path).summary["num_rows"] == 2
+    write(tmp_path / "below/a.parquet", plain(2))
+    summary = prepare(tmp_path).summary
+    assert summary["num_rows"] == 2
+    rest = "not read, since pictures are: {}: to use such, give a folder of them alone"
+    assert summary["remarks"] == [
+        f"1 Parquet file is {rest.format('below/a.parquet')}",
+        f"1 tar file is {rest.format('backup.tar')}",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["Parquet", "tar"])
+def test_what_lies_beside_parquet_or_tar_files_is_counted(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "Parquet":
+        write(tmp_path / "data/a.parquet", plain(4))
+        write_shard(tmp_path / "data/odd.tar", shard_of(0))
+    else:
+        write_shard(tmp_path / "data/a.tar", shard_of(0))
+    write_pictures(tmp_path, ["data/1.png", "below/2.JPG", "below/3.webp", "4/5/4.png", ".hidden/5.png"])
+    (tmp_path / "README.md").write_text("not a row")
+    (tmp_path / "data/1.txt").write_text("one")
+    summary = prepare(tmp_path).summary
+    assert summary["num_rows"] == 4
+    rest = "to use such, give a folder of them alone"
+    pictures = (
+        f"4 pictures are not read, since {kind} files are: 4/5/4.png, below/2.JPG, below/3.webp and 1 more"
+    )
+    odd = (
+        [f"1 tar file is not read, since Parquet files are: data/odd.tar: {rest}"]
+        if kind == "Parquet"
+        else []
+    )
+    assert summary["remarks"] == [f"{pictures}: {rest}", *odd]
+    assert {f"data     {remark}" for remark in summary["remarks"]} <= set(caplog.messages)
+    assert count_repeats(section(tmp_path)) == ({}, summary["remarks"])
+
+
+def test_files_of_the_kind_that_is_read_in_other_places_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", plain(4))
+    for name in ("data/b.parquet", "more/c.parquet"):
+        write(tmp_path / name, plain(2, 10))
+    summary = prepare(tmp_path).summary
+    assert summary["num_rows"] == 4
+    assert summary["remarks"] == [
+        "2 Parquet files are not read, since others are: data/b.parquet, more/c.parquet: to use such, give a "
+        "folder of them alone"
+    ]

@@ -5,7 +5,7 @@ import os
 import posixpath
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from lorascope.data.repeats import repeat_folder, repeat_remarks, repeats_in, re
 from lorascope.data.rows import SPLITS, Row, Stamp, stamp_of
 from lorascope.errors import DataError
 from lorascope.schema import DataSection
+
+KINDS = {"pictures": SUFFIXES, "Parquet files": {".parquet"}, "tar files": {".tar"}}
+"""What a folder may be read as, with the endings of its files."""
 
 _UNREAD_SUFFIXES = frozenset(
     (
@@ -54,7 +57,7 @@ class FolderSource:
         """Rows without the captions that stand in files of their own; the list or else the caption file that
         counts, and the caption files that do not.
         """
-        stamps = dict(sorted(_walk(self._folder)))
+        stamps = dict(sorted(walk(self._folder)))
         pictures = [name for name in stamps if posixpath.splitext(name)[1].lower() in SUFFIXES]
         metadata = [name for name in stamps if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
         if not pictures:
@@ -78,6 +81,7 @@ class FolderSource:
         remarks = []
         if unread := _unread_files(stamps):
             remarks.append(unread)
+        remarks += left_out(stamps, set(pictures), "pictures")
         if links := [name for name, status in stamps.items() if status == _FOLDER_LINK]:
             remarks.append(f"links to folders are not followed: {name_some(links)}: move the folders here")
         remarks += repeat_remarks(map(posixpath.dirname, pictures))
@@ -236,11 +240,11 @@ class FolderSource:
         return content
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Stamp | str]]:
+def walk(folder: Path, *, skip_unreadable: bool = False) -> Iterator[tuple[str, Stamp | str]]:
     """Names of all files below `folder`, relative to it, with their stamps, or with what is wrong with them.
 
     Hidden files and folders are left out, and links to folders not followed. Raises `DataError` where a
-    folder cannot be read.
+    folder cannot be read, unless such are to be skipped.
     """
     pending = [""]
     while pending:
@@ -255,7 +259,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Stamp | str]]:
                     else:
                         yield f"{below}{entry.name}", _status_of(entry)
         except OSError as error:
-            raise unreadable(folder / below, error) from error
+            if not skip_unreadable:
+                raise unreadable(folder / below, error) from error
 
 
 def _status_of(entry: os.DirEntry[str]) -> Stamp | str:
@@ -293,6 +298,25 @@ def _unread_files(stamps: Mapping[str, Stamp | str]) -> str:
         return ""
     files = f"{len(unread):,} files in formats" if len(unread) > 1 else "1 file in a format"
     return f"{files} not read here: {name_some(unread)}: convert what is to be used to PNG or JPEG"
+
+
+def left_out(names: Iterable[str], read: Collection[str], read_kind: str) -> list[str]:
+    """Remarks on the files that a source could be made of too, and that are not read since others are.
+
+    `names` are those of all files, `read` those of the files that are read; `read_kind` is a key of `KINDS`.
+    """
+    remaining = [name for name in names if name not in read]
+    remarks = []
+    for kind, endings in KINDS.items():
+        found = [name for name in remaining if posixpath.splitext(name)[1].lower() in endings]
+        if found:
+            what = f"{len(found):,} {kind} are" if len(found) > 1 else f"1 {kind.removesuffix('s')} is"
+            others = "others" if kind == read_kind else read_kind
+            remarks.append(
+                f"{what} not read, since {others} are: {name_some(sorted(found))}: to use such, give a folder "
+                "of them alone"
+            )
+    return remarks
 
 
 def _caption_files(picture: str, names: Mapping[str, Stamp | str]) -> list[str]:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from lorascope.base.hub import fetch_snapshot
-from lorascope.data.folders import FolderSource, unreadable
+from lorascope.data.folders import FolderSource, left_out, unreadable, walk
 from lorascope.data.parquet import ParquetSource
 from lorascope.data.pictures import SUFFIXES
 from lorascope.data.shards import expand_shards, files_in
@@ -64,12 +64,7 @@ def _choose_source(section: DataSection, revision: str | None) -> Source:
         )
         name = f"{name}@{path.name}"
     if path.is_dir():
-        if files := files_in(path, "*.parquet"):
-            return ParquetSource(name, files, section)
-        has_pictures = any(child.suffix.lower() in SUFFIXES for child in path.iterdir())
-        if not has_pictures and (files := files_in(path, "*.tar")):
-            return TarSource(name, files, section)
-        return FolderSource(name, path, section)
+        return _read_folder(name, path, section)
     match path.suffix.lower():
         case ".parquet":
             return ParquetSource(name, {path.name: path}, section)
@@ -85,12 +80,29 @@ def _choose_source(section: DataSection, revision: str | None) -> Source:
     )
 
 
+def _read_folder(name: str, folder: Path, section: DataSection) -> Source:
+    """The source that a folder is, with remarks on what in it is not read."""
+    source: ParquetSource | TarSource
+    if files := files_in(folder, "*.parquet"):
+        source, kind = ParquetSource(name, files, section), "Parquet files"
+    elif any(child.suffix.lower() in SUFFIXES for child in folder.iterdir()):
+        return FolderSource(name, folder, section)
+    elif files := files_in(folder, "*.tar"):
+        source, kind = TarSource(name, files, section), "tar files"
+    else:
+        return FolderSource(name, folder, section)
+    read = {path.relative_to(folder).as_posix() for path in files.values()}
+    source.remarks += left_out((found for found, _ in walk(folder, skip_unreadable=True)), read, kind)
+    return source
+
+
 def count_repeats(section: DataSection) -> tuple[dict[int, int], list[str]]:
     """Pictures of a folder on this machine by the number of times that an epoch shows them, and the source's
-    remarks, from names and lists alone; nothing of any other source, which is opened or fetched by a run.
+    remarks, from names and lists alone. Of a folder of other files the remarks alone; nothing of any other
+    source, which is opened or fetched by a run.
     """
     source = open_source(section) if Path(section.source).is_dir() else None
     if not isinstance(source, FolderSource):
-        return {}, []
+        return {}, source.remarks if source else []
     counts = Counter(section.repeats * times for times in source.repeats())
     return dict(sorted(counts.items())), source.remarks
