@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process here and those 
 for variable in [name for name in os.environ if name.startswith("LORASCOPE_")]:
     del os.environ[variable]
 
+import hashlib
 import io
 import sys
 from pathlib import Path
@@ -194,6 +195,30 @@ def make_study(study_file: Path, folder: Path, *overrides: str) -> Study:
     return Study(config, folder, cache_dir=study_file.parent / "cache")
 
 
+def digests(run: Path) -> dict[str, str]:
+    """SHA-256 of everything that must not depend on interruptions."""
+    paths = [
+        *run.glob("adapters/**/adapter_*"),
+        *run.glob("images/**/*.png"),
+        *run.glob("previews/**/*.png"),
+        run / "scores.parquet",
+        run / "metrics.jsonl",
+        run / "data.json",
+    ]
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(paths)
+        if path.exists()
+    }
+
+
+def train_only(study: Study) -> Path:
+    with study.working("test"):
+        for stage in (study.prepare_data, study.encode, study.train):
+            stage()
+    return study.run_dir.path
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion folder; never write into it."""
@@ -272,3 +297,11 @@ def study_file(
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; never write into it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    make_study(study_file, run).run()
+    return run

@@ -1,17 +1,10 @@
 """The study in its run folder: stages, resuming after a kill, failed arms, bad run folders."""
 
-import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import tomllib
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,56 +15,20 @@ import tomli_w
 import torch
 from safetensors import safe_open
 
-from conftest import make_pictures, make_study, write_parquet
+from conftest import digests, make_pictures, make_study, train_only, write_parquet
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter
 from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
-from lorascope.config import load_study
 from lorascope.console import log
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.machine.workers import Answer
 from lorascope.store import RunDir, read_json
 from lorascope.study import Study
 from lorascope.training.feed import Batch
-from lorascope.training.packing import ArmGroup
 from lorascope.training.step import Step
-
-
-def digests(run: Path) -> dict[str, str]:
-    """SHA-256 of everything that must not depend on interruptions."""
-    paths = [
-        *run.glob("adapters/**/adapter_*"),
-        *run.glob("images/**/*.png"),
-        *run.glob("previews/**/*.png"),
-        run / "scores.parquet",
-        run / "metrics.jsonl",
-        run / "data.json",
-    ]
-    return {
-        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(paths)
-        if path.exists()
-    }
-
 
 # What rounding makes of AdamW's steps in fp32 is in weights that losses hardly feel: 1e-6 of a loss.
 SAME_LOSS = 1e-4
-
-
-def train_only(study: Study) -> Path:
-    with study.working("test"):
-        for stage in (study.prepare_data, study.encode, study.train):
-            stage()
-    return study.run_dir.path
-
-
-@pytest.fixture(scope="module")
-def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; never write into it."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    make_study(study_file, run).run()
-    return run
 
 
 def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
@@ -182,200 +139,6 @@ def test_stages_one_by_one_give_the_same_run(study_file: Path, finished: Path, t
     assert digests(tmp_path / "run") == digests(finished)
 
 
-_KILL_AT = {
-    "before the first checkpoint": ("lorascope.training.feed.Feed.load", 2),
-    "between checkpoints": ("lorascope.training.feed.Feed.load", 7),
-    "while adapters are written": ("lorascope.training.group.Group._finish_arm", 2),
-    "before an arm's files for other programs": ("lorascope.training.stage.write_study_files", 2),
-    "in the middle of sampling": ("lorascope.evaluation.sampling.save_picture", 13),
-    "while scoring": ("lorascope.evaluation.scoring.write_scores", 1),
-}
-_KILLER = """
-import os, signal, sys
-from pathlib import Path
-import importlib
-module, _, name = sys.argv[1].rpartition(".")
-try:
-    owner = importlib.import_module(module)
-except ModuleNotFoundError:
-    outer, _, cls = module.rpartition(".")
-    owner = getattr(importlib.import_module(outer), cls)
-original, left = getattr(owner, name), int(sys.argv[2])
-def counted(*args, **kwargs):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, counted)
-import torch
-torch.set_num_threads(1)
-from lorascope.config import load_study
-from lorascope.console import log
-from lorascope.study import Study
-Study(load_study(Path(sys.argv[3]), environment={}), Path(sys.argv[4]), cache_dir=Path(sys.argv[5])).run()
-"""
-
-
-@pytest.mark.parametrize("point", _KILL_AT)
-def test_a_killed_run_started_again_ends_in_the_same_bytes(
-    study_file: Path, finished: Path, tmp_path: Path, point: str
-) -> None:
-    name, count = _KILL_AT[point]
-    run = tmp_path / "run"
-    arguments = [name, str(count), str(study_file), str(run), str(study_file.parent / "cache")]
-    killed = subprocess.run([sys.executable, "-c", _KILLER, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    make_study(study_file, run).run()
-    assert digests(run) == digests(finished)
-    assert sorted(path.name for path in run.glob("adapters/*/tiny-*")) == [
-        "tiny-r4.safetensors",
-        "tiny-r8.safetensors",
-    ]
-    assert not list((run / "checkpoints").iterdir())
-
-
-def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(
-    study_file: Path, finished: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    code = (
-        "import os, signal, sys, lorascope.training.trainer as t\n"
-        "original = t.Feed.load\n"
-        "def load(self, step):\n"
-        "    if step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(self, step)\n"
-        "t.Feed.load = load\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from lorascope.cli.app import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg")}
-    stopped = subprocess.run(
-        [sys.executable, "-c", code, "study", str(study_file), "--run-dir", str(run)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert stopped.returncode == 130, stopped.stderr
-    assert "stopped after step 7" in stopped.stderr and "interrupted" in stopped.stderr.splitlines()[-1]
-    study = make_study(study_file, run)
-    study.run()
-    assert "going on from step 7" in (run / "lorascope.log").read_text()
-    assert digests(run) == digests(finished)
-
-
-_START = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import lorascope.data.encoding, lorascope.evaluation.features, lorascope.store
-import lorascope.training.feed, lorascope.training.group
-from lorascope.base.loading import Base
-from lorascope.config import load_study
-from lorascope.console import log
-from lorascope.study import Study
-lorascope.store._KEPT_FROM_BYTES, lorascope.store._SETTLED_NS = 0, -1  # as if the weights were large and old
-counts = {}
-def count(owner, name):
-    original, counts[name] = getattr(owner, name), 0
-    def counted(*args, **kwargs):
-        counts[name] += 1
-        return original(*args, **kwargs)
-    setattr(owner, name, counted)
-for owner, name in (
-    (lorascope.store, "digest_file"),
-    (Base, "encode_pixels"),
-    (Base, "encode_text"),
-    (lorascope.training.group, "probe_losses"),
-    (lorascope.study, "load_tokenizer"),
-    (lorascope.study, "load_encoder"),
-):
-    count(owner, name)
-def begin(self, number):
-    heavy = [name for name in ("matplotlib", "tensorboard") if name in sys.modules]
-    print(sum(counts.values()), counts, heavy, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-lorascope.training.feed.Feed.load = begin
-Study(load_study(Path(sys.argv[1]), environment={}), Path(sys.argv[2]), cache_dir=Path(sys.argv[3])).run()
-"""
-
-
-def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_step(
-    study_file: Path, tmp_path: Path
-) -> None:
-    """Its time is left to imports and to loading the base; EXPERIMENTS.md has the seconds."""
-    arguments = [
-        sys.executable,
-        "-c",
-        _START,
-        str(study_file),
-        str(tmp_path / "run"),
-        str(tmp_path / "encoded"),
-    ]
-    starts = [subprocess.run(arguments, capture_output=True, text=True, check=False) for _ in range(2)]
-    assert [start.returncode for start in starts] == [-signal.SIGKILL] * 2, starts[1].stderr[-2000:]
-    assert int(starts[0].stdout.split()[0]) > 10
-    assert starts[1].stdout.startswith("0 ") and starts[1].stdout.endswith(" []\n")
-
-
-WIDE = (
-    "train.precision=bf16",
-    "adapter.targets=['to_q', 'to_v']",
-    (
-        "adapter.groups=[{targets=['proj_in', '*.conv1'], rank=2, lr=5e-4}, {component='text_encoder', "
-        "targets=['q_proj', 'fc1'], alpha=4}]"
-    ),
-    "data.buckets=true",
-    "data.bucket_step_px=8",
-    "data.flip=true",
-    "data.repeats=2",
-    "data.shuffle_tags=true",
-    "train.optimizer='RAdam'",
-    "train.schedule='cosine'",
-    "train.min_snr_gamma=5",
-    "train.noise_offset=0.05",
-    "train.loss='huber'",
-    "train.accumulation_steps=2",
-    "train.gradient_checkpointing=true",
-    "sample.preview_every_epochs=2",
-    "sample.num_previews=2",
-    "train.epochs=2",
-)
-
-
-def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path, tmp_path: Path) -> None:
-    whole = make_study(study_file, tmp_path / "whole", *WIDE)
-    whole.run()
-    frozen = str(tmp_path / "whole" / "study.toml")
-    arguments = [
-        "lorascope.training.feed.Feed.load",
-        "11",
-        frozen,
-        str(tmp_path / "parts"),
-        str(study_file.parent / "cache"),
-    ]
-    killed = subprocess.run([sys.executable, "-c", _KILLER, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    again = Study(whole.config, tmp_path / "parts", cache_dir=study_file.parent / "cache")
-    again.run()
-    assert "going on from step" in (tmp_path / "parts" / "lorascope.log").read_text()
-    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
-    previews = {
-        path.relative_to(tmp_path / "whole" / "previews").as_posix()
-        for path in (tmp_path / "whole" / "previews").rglob("*.png")
-    }
-    epochs = {"base": "epoch-0000", "r4": "epoch-0002", "r8": "epoch-0002"}
-    assert previews == {
-        f"{arm}/{epoch}/{name}-000-0.png" for arm, epoch in epochs.items() for name in ("normal", "abstract")
-    }
-    assert all(result["ok"] for result in read_json(tmp_path / "whole" / "merge_check.json").values()), (
-        "in fp32 whatever the base is held in"
-    )
-
-
 def test_arms_of_several_batch_sizes_and_epochs_in_one_study(
     study_file: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -484,75 +247,6 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
             and len(records[0]) == 8 + 2 * 20
         )
     assert {record["arm"] for record in RunDir(run).read_metrics(arms) if record["step"] == 0} == {"base"}
-
-
-def test_a_worker_that_dies_again_with_the_same_arm_ends_the_study(
-    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(tasks: deque[ArmGroup], *rest: object) -> Iterator[tuple[ArmGroup, Answer]]:
-        while tasks:
-            yield tasks.popleft(), Answer(death="was ended by SIGKILL")
-
-    monkeypatch.setattr("lorascope.training.stage.run_side_by_side", die)
-    study = make_study(study_file, tmp_path / "run", "workers=2", "arms=[{rank=[2, 4, 6]}]")
-    with pytest.raises(
-        RunError,
-        match=r"^the process that trained r2 was ended by SIGKILL again: if memory is short, set workers = 1",
-    ):
-        train_only(study)
-    assert [group["arms"] for group in read_json(tmp_path / "run" / "groups.json")["groups"]] == [
-        ["r2"],
-        ["r4"],
-        ["r6"],
-    ]
-    assert (
-        "out of memory (its process was ended by SIGKILL): going on"
-        in (tmp_path / "run" / "lorascope.log").read_text()
-    )
-
-
-SIDE_BY_SIDE = (
-    "train.max_stacked_arms=1",
-    "train.epochs=8",
-    "train.checkpoint_every_steps=2",
-    "sample.preview_every_epochs=8",
-)
-
-
-def test_groups_side_by_side_killed_and_gone_on_with_end_in_the_same_bytes_as_one_after_another(
-    study_file: Path, tmp_path: Path
-) -> None:
-    alone = train_only(make_study(study_file, tmp_path / "alone", *SIDE_BY_SIDE))
-    run, command = (
-        tmp_path / "beside",
-        [sys.executable, "-m", "lorascope", "study", str(tmp_path / "beside.toml"), "--run-dir"],
-    )
-    config = load_study(study_file, overrides=[*SIDE_BY_SIDE, "workers=2"], environment={})
-    (tmp_path / "beside.toml").write_text(config.to_toml())
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "OMP_NUM_THREADS": "1"}
-    parent = subprocess.Popen([*command, str(run)], stderr=subprocess.PIPE, env=environment)
-    parts = [run / "metrics" / f"{arm}.jsonl" for arm in ("r4", "r8")]
-    give_up = time.monotonic() + 120
-    while not all(path.exists() and path.stat().st_size for path in parts):
-        assert parent.poll() is None and time.monotonic() < give_up, parent.communicate()
-        time.sleep(0.01)
-    parent.kill()
-    _, said = parent.communicate()
-    with RunDir(run).lock():  # waits for the workers, which end with it
-        sizes = [path.stat().st_size for path in parts]
-        time.sleep(0.3)
-        assert sizes == [path.stat().st_size for path in parts], said
-    study = Study(config, run, cache_dir=study_file.parent / "cache")
-    train_only(study)
-    said_again = (run / "lorascope.log").read_text()
-    assert (
-        re.search(r"\[r[48]\] train    going on from step \d+", said_again)
-        and "2 passes, 2 side by side" in said_again
-    )
-    assert digests(run) == digests(alone)
-    assert not (run / "metrics").exists() and not list((run / "checkpoints").iterdir())
-    facts = {arm: read_json(run / "adapters" / arm / "training.json") for arm in ("r4", "r8")}
-    assert all(item["side_by_side"] == 2 and item["group"] == [arm] for arm, item in facts.items())
 
 
 def test_arms_trained_in_separate_groups_see_the_same_as_in_one(

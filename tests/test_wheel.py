@@ -1,13 +1,14 @@
 """The built wheel holds everything: it runs the smoke study from outside the checkout."""
 
-import os
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from lorascope.store import read_json
+from without_posix import run_without_posix
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,35 +49,23 @@ def test_the_wheel_is_small_and_carries_licences_weights_and_data(wheel: Path) -
     assert wheel.stat().st_size < 42e6
 
 
-def test_the_installed_wheel_runs_the_smoke_study(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_runs_the_smoke_study_without_posix(wheel: Path, tmp_path: Path) -> None:
+    """Two passes side by side, in a folder with spaces and letters of any script."""
     installed = tmp_path / "site"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(installed),
-        str(wheel),
-    ]
-    subprocess.run(pip, check=True, capture_output=True)
-    paths = os.pathsep.join([str(installed), sysconfig.get_paths()["purelib"]])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed)]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    folder = tmp_path / "Meine Läufe – 実験 (1)" / "les œuvres & plus"
+    folder.mkdir(parents=True)
     code = (
         "import lorascope, sys; from lorascope.cli.app import main; assert "
         f"lorascope.__file__.startswith({str(installed)!r}); sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-S", "-c", code, "study", "--preset", "smoke", "--quiet"]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.strip() == "runs/smoke/report.html"
-    assert (tmp_path / "runs" / "smoke" / "report.html").is_file()
+    command = ["study", "--preset", "smoke", "--quiet", "--run-dir", str(folder / "der Lauf")]
+    command += ["--set", "workers=2", "--set", "train.max_stacked_arms=1"]
+    (tmp_path / "disguise").mkdir()
+    cache = str(folder / "Zwischen speicher")
+    done = run_without_posix(tmp_path / "disguise", installed, code, *command, XDG_CACHE_HOME=cache)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = folder / "der Lauf" / "report.html"
+    assert done.stdout.strip() == str(report) and report.is_file()
+    assert read_json(folder / "der Lauf" / "adapters" / "r4" / "training.json")["side_by_side"] == 2
