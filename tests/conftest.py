@@ -11,6 +11,7 @@ for variable in [name for name in os.environ if name.startswith("LORASCOPE_")]:
 
 import hashlib
 import io
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from lorascope.base.loading import Base, load_base
+from lorascope.base.saving import save_ldm
 from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
 from lorascope.machine.facts import package_version
@@ -235,6 +237,26 @@ def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(pipeline_folder: Path) -> Base:
     """The tiny base, loaded by the real loader."""
     return load_base(BaseSection(model=str(pipeline_folder)), torch.device("cpu"))
+
+
+@pytest.fixture
+def own_copy(pipeline_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Stable Diffusion folder, to write into."""
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def checkpoint(base: Base, tmp_path: Path) -> Path:
+    """The tiny base as one checkpoint file in fp32."""
+    save_ldm(base, tmp_path / "base.safetensors", torch.float32)
+    return tmp_path / "base.safetensors"
+
+
+@pytest.fixture
+def packaged(monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
+    """The tiny base's configurations in place of SD v1.5's in the package."""
+    for module in ("configs", "saving"):
+        monkeypatch.setattr(f"lorascope.base.{module}.SD15_DIR", pipeline_folder)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import lorascope
 from lorascope.adapters.bank import resolve_section
-from lorascope.base.loading import read_configs
+from lorascope.base.configs import read_configs
 from lorascope.cli.app import app
 from lorascope.config import preset_names
 from lorascope.data.captions import MAX_CAPTION_BYTES, SPECIAL_TOKENS

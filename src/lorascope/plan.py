@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from lorascope.adapters.bank import count_parameters
-from lorascope.base.loading import choose_device
 from lorascope.console import duration, size
 from lorascope.data.sources import count_repeats
 from lorascope.evaluation.prompts import load_prompts
+from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
 from lorascope.schema import StudyConfig

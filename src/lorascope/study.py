@@ -18,7 +18,8 @@ import torch
 from lorascope import __version__
 from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapters.files import load_adapter
-from lorascope.base.loading import Base, choose_device, count_tokens, load_base, load_tokenizer, read_configs
+from lorascope.base.configs import count_tokens, load_tokenizer, read_configs
+from lorascope.base.loading import Base, load_base
 from lorascope.config import load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
@@ -42,6 +43,7 @@ from lorascope.inputs import (
     train_inputs,
 )
 from lorascope.machine.arithmetic import full_fp32
+from lorascope.machine.device import choose_device
 from lorascope.machine.facts import device_facts, now, software_versions, source_commit
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached

@@ -1,19 +1,22 @@
 """The adapter: targets, exact no-op, PEFT equality, stacking, files."""
 
 import copy
+import json
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
 from lorascope.adapters.files import load_adapter, save_adapter
+from lorascope.base.configs import SD15_DIR
 from lorascope.base.loading import Base
+from lorascope.config import load_study
 from lorascope.errors import AdapterError
 from lorascope.schema import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
 
@@ -264,3 +267,21 @@ def test_an_adapter_of_other_targets_shapes_or_alpha_is_refused(bank: AdapterBan
         load({**modules, name: replace(module, down=module.down[:1])})
     with pytest.raises(AdapterError, match="has scale 4, the arm 2"):
         load({**modules, name: replace(module, alpha=16.0)})
+
+
+@pytest.mark.parametrize(
+    ("preset", "modules", "sizes"),
+    [("paper", 160, (22.83, 91.31)), ("paper-as-run", 128 + 16, (15.97, 63.89))],
+)
+def test_the_reference_study_adapts_what_the_arithmetic_says(
+    preset: str, modules: int, sizes: tuple[float, float]
+) -> None:
+    config = load_study(preset=preset, environment={})
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((SD15_DIR / "unet" / "config.json").read_text()))
+    targets = resolve_targets(unet, config.adapter.targets)
+    counts = [count_parameters(targets, arm) for arm in config.expand_arms()]
+    assert len(targets) == modules
+    assert [round(4 * count / 2**20, 2) for count in counts] == list(sizes)
+    if preset == "paper":
+        assert counts == [5_984_256, 23_937_024]

@@ -13,7 +13,8 @@ from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
 from lorascope.adapters.metadata import kohya_metadata
 from lorascope.base.layers import ldm_path, stable_diffusion_layers
-from lorascope.base.loading import Base, save_ldm
+from lorascope.base.loading import Base
+from lorascope.base.saving import save_ldm
 from lorascope.cli.app import main
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, AdapterError
 

@@ -20,7 +20,9 @@ from lorascope.adapters.files import load_adapter
 from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
 from lorascope.adapters.lowrank import Checkpoint, Target, extract, resize
-from lorascope.base.loading import Base, load_base, read_configs, save_ldm
+from lorascope.base.configs import read_configs
+from lorascope.base.loading import Base, load_base
+from lorascope.base.saving import save_ldm
 from lorascope.errors import LorascopeError
 from lorascope.schema import BaseSection
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS

@@ -22,7 +22,7 @@ from benchmarks.update_docs import ROOT
 import lorascope.bench.run
 from conftest import needs_bf16_attention
 from lorascope.base.attention import barred_kernels
-from lorascope.base.loading import read_configs
+from lorascope.base.configs import read_configs
 from lorascope.bench.entry import (
     Conditions,
     Entry,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lorascope
-from lorascope.base.loading import count_tokens, load_tokenizer
+from lorascope.base.configs import count_tokens, load_tokenizer
 from lorascope.data.captions import (
     MAX_CAPTION_BYTES,
     SPECIAL_TOKENS,

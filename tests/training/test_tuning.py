@@ -12,8 +12,9 @@ import torch
 
 from conftest import make_study, needs_bf16_attention
 from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attention_layers
+from lorascope.base.configs import SD15_DIR, read_configs
 from lorascope.base.ldm import build_component
-from lorascope.base.loading import SD15_DIR, Base, read_configs
+from lorascope.base.loading import Base
 from lorascope.machine.facts import cpu_has_bf16, device_name
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.schema import BaseSection

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.base.configs import read_configs
 from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.ldm import PREFIXES, canonical_name, list_pairs
-from lorascope.base.loading import read_configs
 from lorascope.base.weights import PICKLE_SUFFIXES, load_tensors, read_header
 from lorascope.errors import AdapterError
 from lorascope.schema import BaseSection

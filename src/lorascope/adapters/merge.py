@@ -13,7 +13,8 @@ import torch
 
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.files import DTYPES, Dtype, Written
-from lorascope.base.loading import Base, is_sd15, load_base, save_ldm
+from lorascope.base.loading import Base, is_sd15, load_base
+from lorascope.base.saving import save_ldm
 from lorascope.base.weights import read_header
 from lorascope.errors import AdapterError, StorageError
 from lorascope.schema import BaseSection

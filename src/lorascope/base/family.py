@@ -12,6 +12,7 @@ from typing import Any
 from lorascope.errors import StorageError
 from lorascope.store import read_regular
 
+WANTED = "give a base of Stable Diffusion v1, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 _ADAPTER = "an adapter (LoRA or one of its kin), not a base"
 _UNET = "model.diffusion_model."
 _VARIANTS_BY_CHANNELS = {

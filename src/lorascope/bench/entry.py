@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
 from lorascope.base.attention import KERNELS, set_kernels
-from lorascope.base.loading import DTYPES, Base, build_random_base, load_base, read_configs
+from lorascope.base.configs import read_configs
+from lorascope.base.loading import DTYPES, Base, load_base
+from lorascope.base.random_base import build_random_base
 from lorascope.base.weights import save_tensors
 from lorascope.bench.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
 from lorascope.data.encoding import Encoded

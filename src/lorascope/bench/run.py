@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from lorascope import __version__
-from lorascope.base.loading import choose_device
 from lorascope.bench.entry import (
     Conditions,
     Entry,
@@ -40,6 +39,7 @@ from lorascope.bench.peers import Recipe, missing_for
 from lorascope.bench.table import as_markdown, draw_scaling
 from lorascope.console import log, size
 from lorascope.errors import ConfigError, RunError
+from lorascope.machine.device import choose_device
 from lorascope.machine.facts import device_name, now, software_versions
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_bytes, peak_memory

@@ -36,8 +36,8 @@ def doctor(
 
     lorascope doctor --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
-    from lorascope.base.loading import choose_device
     from lorascope.doctor.examination import Subject, examine
+    from lorascope.machine.device import choose_device
 
     set_level(quiet, False)
     config, resolution_px = _read(base)

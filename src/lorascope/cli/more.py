@@ -86,9 +86,9 @@ def bench(
     set_level(quiet, False)
     import torch
 
-    from lorascope.base.loading import choose_device
     from lorascope.bench.run import Protocol, run_alone, run_bench
     from lorascope.bench.table import as_markdown
+    from lorascope.machine.device import choose_device
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -126,8 +126,9 @@ def bench(
 
 def _fast_paths(base: str, device_kind: str) -> "FastPaths":
     """What the doctor found to be right for such a base on this GPU, as a study takes it; on a CPU all."""
-    from lorascope.base.loading import SD15_DIR, choose_device
+    from lorascope.base.configs import SD15_DIR
     from lorascope.doctor.examination import Subject, recall_examination
+    from lorascope.machine.device import choose_device
     from lorascope.machine.fast_paths import ALL_PATHS
 
     device = choose_device(device_kind)
@@ -161,9 +162,9 @@ def keys() -> int:
 
 def env() -> int:
     """Print what a bug report needs: versions, device, threads, caches and variables."""
-    from lorascope.base.loading import choose_device
     from lorascope.data.encoding import default_cache_dir
     from lorascope.doctor.examination import versions
+    from lorascope.machine.device import choose_device
 
     facts = {**versions(choose_device("auto")), "cache": str(default_cache_dir())}
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):

@@ -58,7 +58,7 @@ def check(
         ],
     )
 
-    from lorascope.base.loading import count_tokens, load_tokenizer
+    from lorascope.base.configs import count_tokens, load_tokenizer
     from lorascope.console import track
     from lorascope.data.check import check_data
     from lorascope.data.dataset import check_source
@@ -110,9 +110,9 @@ def caption(
     Example: lorascope caption my-pictures --prompt "a cartoon of"
     """
     set_level(quiet, False)
-    from lorascope.base.loading import choose_device
     from lorascope.console import track
     from lorascope.data.captioning import caption_folder, load_captioner
+    from lorascope.machine.device import choose_device
 
     captioner = load_captioner(model, revision, prompt, max_tokens, choose_device(device))
     with track("caption", 0, "pictures") as task:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lorascope import __version__
-from lorascope.base.loading import DTYPES, load_base, read_configs
+from lorascope.base.configs import read_configs
+from lorascope.base.loading import DTYPES, load_base
 from lorascope.console import log, track
 from lorascope.doctor.checks import (
     LatentShape,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from lorascope.base.loading import resolve_model
+from lorascope.base.location import resolve_model
 from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.console import log
 from lorascope.data.pictures import RefusedError, open_picture

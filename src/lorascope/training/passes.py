@@ -10,8 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import Target, resolve_section
+from lorascope.base.configs import SD15_DIR, read_configs
 from lorascope.base.ldm import build_component
-from lorascope.base.loading import SD15_DIR, choose_device, is_hub_id, read_configs
+from lorascope.base.location import is_hub_id
+from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.schema import Arm, BaseSection, StudyConfig
 from lorascope.training.footprint import FREE_SHARE, Estimate, attend_as_on, estimate_pass, weights_bytes
