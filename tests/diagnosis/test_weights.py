@@ -17,6 +17,7 @@ from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
 from lorascope.adapters.lowrank import Target, resize
 from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
+from lorascope.console import track
 from lorascope.diagnosis.weights import (
     decompose,
     leading_directions,
@@ -213,23 +214,27 @@ def test_adapters_are_measured_together_as_alone_each_with_its_own_layers(base: 
     others = random_adapter(base, ("to_v", "proj_in", "conv1"), 2, 0.1, seed=50)
     text = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
     others = replace(others, modules={text: random_module((64, 32)), **others.modules})
-    together = measure_adapters(base.components, {"a": attention, "b": others})
+    with track("weights", 0, "layers") as tally:
+        together = measure_adapters(base.components, {"a": attention, "b": others}, tally=tally)
+    assert tally.completed == len(attention.modules | others.modules)
     assert [figure.layer for figure in together["b"]] == list(others.modules)
     assert together["a"] == measure_adapters(base.components, {"a": attention})["a"]
-    for name, adapter in {"a": attention, "b": others}.items():
-        for figure in together[name]:
-            path = figure.layer.removeprefix("unet.")
-            live = base.components["unet"] if path != figure.layer else base.components["text_encoder"]
-            matching = [
-                layer
-                for own, layer in live.named_modules()
-                if own
-                and figure.layer.replace(".text_model", "").endswith(own.replace("text_model.", ""))
-                and isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
-            ]
-            assert len(matching) == 1
-            expected = np.linalg.norm(dense(adapter.modules[figure.layer]))
-            assert figure.norm_ratio == pytest.approx(expected / float(matching[0].weight.norm()), rel=1e-5)
+    state = base.unet.state_dict()
+    for figure in [*together["a"], *together["b"][1:]]:
+        adapter = attention if figure in together["a"] else others
+        expected = np.linalg.norm(dense(adapter.modules[figure.layer]))
+        weight = state[f"{figure.layer.removeprefix('unet.')}.weight"]
+        assert figure.norm_ratio == pytest.approx(expected / float(weight.norm()), rel=1e-5)
+    mlp = next(part for name, part in base.text_encoder.named_parameters() if "1.mlp.fc1.weight" in name)
+    expected = np.linalg.norm(dense(others.modules[text]))
+    assert together["b"][0].norm_ratio == pytest.approx(expected / float(mlp.norm()), rel=1e-5)
+
+
+def test_the_95_percent_rank_is_where_a_cut_by_energy_cuts(base: Base) -> None:
+    adapter = random_adapter(base, ("to_q",), 8, 0.1)
+    cut = resize(adapter, Target(energy=0.95)).adapter
+    for figure in measure_adapters(base.components, {"arm": adapter})["arm"]:
+        assert cut.modules[figure.layer].rank == figure.rank_95 < figure.rank
 
 
 @pytest.mark.parametrize("size", [0.02, 0.2])

@@ -30,6 +30,7 @@ from torch import nn
 
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.lowrank import effective_rank, singular_values
+from lorascope.console import Tally
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.errors import AdapterError
 
@@ -169,15 +170,19 @@ def measure_layer(
 
 
 def measure_adapters(
-    components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], count: int = TOP_DIRECTIONS
+    components: Mapping[str, nn.Module],
+    adapters: Mapping[str, Adapter],
+    count: int = TOP_DIRECTIONS,
+    tally: Tally | None = None,
 ) -> dict[str, list[LayerFigures]]:
     """The figures of every layer of each adapter, in the adapter's own order, by the adapter's name.
 
-    `components` are the base's `unet` and `text_encoder` without a bank in place. Raises `AdapterError` with
+    `components` are the base's `unet` and `text_encoder` without a bank in place. `tally` counts layers, each
+    once for all adapters. Raises `AdapterError` with
     the layer's path as `measure_layer` does, and for a layer that the base lacks.
     """
     found: dict[tuple[str, str], LayerFigures] = {}
-    for path, base, own in _layers(components, adapters):
+    for path, base, own in _layers(components, adapters, tally):
         for name, module in own.items():
             with _named(path):
                 found[name, path] = measure_layer(path, base, module, count)
@@ -185,7 +190,7 @@ def measure_adapters(
 
 
 def _layers(
-    components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter]
+    components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], tally: Tally | None
 ) -> Iterator[tuple[str, BaseLayer, dict[str, LoraModule]]]:
     """Every layer that some adapter adapts, decomposed, with those adapters' modules by adapter."""
     paths = dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules)
@@ -193,6 +198,8 @@ def _layers(
     for path, weight in weights.items():
         own = {name: adapter.modules[path] for name, adapter in adapters.items() if path in adapter.modules}
         yield path, decompose(weight), own
+        if tally is not None:
+            tally.advance()
 
 
 def _weight(components: Mapping[str, nn.Module], path: str) -> torch.Tensor:
@@ -222,6 +229,7 @@ def scale_intruders(
     adapters: Mapping[str, Adapter],
     factor: float = INTRUDER_FACTOR,
     count: int = TOP_DIRECTIONS,
+    tally: Tally | None = None,
 ) -> dict[str, Adapter]:
     """The same adapters with the intruders of W + dW scaled by `factor` in [0, 1]; 1 changes nothing.
 
@@ -234,7 +242,7 @@ def scale_intruders(
     if not 0 <= factor <= 1:
         raise ValueError(f"factor = {factor}: must be in [0, 1]")
     found: dict[tuple[str, str], LoraModule] = {}
-    for path, base, own in _layers(components, adapters):
+    for path, base, own in _layers(components, adapters, tally):
         for name, module in own.items():
             with _named(path):
                 found[name, path] = _with_scaled_intruders(base, module, factor, count)
