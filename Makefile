@@ -27,7 +27,7 @@ study: $(BIN)/.run ## the pocket study, from nothing to runs/pocket/report.html
 	$(BIN)/lorascope study
 
 test: $(BIN)/.dev ## all tests; those of times and memory apart
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not figures"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not figures"
 	$(BIN)/python -m pytest -m figures
 
 lint: $(BIN)/.dev ## ruff, format check included

@@ -62,6 +62,24 @@ def pytest_configure(config: pytest.Config) -> None:
         config.getini("filterwarnings").insert(0, "error")
 
 
+# Files that take a minute or so. They go first, so that no process is left with one of them at the end.
+_LONG = (
+    "test_resuming",
+    "test_pretended_cuda",
+    "test_wheel",
+    "test_study",
+    "test_step",
+    "test_run",
+    "test_group",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first."""
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def _has_bf16_attention() -> bool:
     """Whether torch's own attention takes bf16 here, at lengths of images."""
     query = torch.zeros(1, 1, 64, 8, dtype=torch.bfloat16)
