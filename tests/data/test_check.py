@@ -153,6 +153,8 @@ def test_the_command(
     report = json.loads(capsys.readouterr().out)
     assert report["would_start"] and len(report["sheets"]) == 2
     assert (report["caption_tokens"]["max"], report["caption_tokens"]["num_cut"]) == (77, 1)
+    assert main([*arguments, "-s", "data.max_refused_share=0.5"]) == EXIT_DONE
+    assert capsys.readouterr().out.splitlines()[-1] == "Duplicates are drawn side by side with --out FOLDER."
     assert main([*arguments, "-s", "data.max_refused_share=0.5", "-q"]) == EXIT_DONE
     assert capsys.readouterr().out == ""
 

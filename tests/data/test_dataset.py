@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from lorascope.console import log
 from lorascope.data import dataset as data
 from lorascope.data import parquet
-from lorascope.data.dataset import Example, load_dataset, prepare_data
+from lorascope.data.dataset import Example, describe_duplicates, load_dataset, prepare_data
 from lorascope.data.parquet import ParquetSource
 from lorascope.data.pictures import examine_picture
 from lorascope.errors import DataError
@@ -258,7 +259,23 @@ def test_exact_duplicates_are_dropped(tmp_path: Path) -> None:
     ]
 
 
-def test_near_duplicates_are_kept_on_one_side(tmp_path: Path) -> None:
+def test_duplicates_are_counted_and_the_largest_groups_named() -> None:
+    notes = [
+        {"kind": "near", "ids": [f"{name}{number}" for number in range(size)], "action": "kept"}
+        for name, size in (("a", 2), ("b", 4), ("c", 3), ("d", 2))
+    ]
+    assert describe_duplicates(notes) == [
+        "11 pictures in 4 groups of near duplicates, kept on one side of the split: b0, b1, b2 and 1 more; "
+        "c0, c1, c2; and 2 more"
+    ]
+    assert describe_duplicates([]) == []
+
+
+def test_near_duplicates_are_kept_on_one_side(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, log.name)
     contents = near_duplicates(drawing(0))
     rows = [(content, f"near {index}") for index, content in enumerate(contents)] + plain(12)
     dataset = prepare(write(tmp_path / "a.parquet", rows), heldout_share=0.3)
@@ -266,6 +283,7 @@ def test_near_duplicates_are_kept_on_one_side(tmp_path: Path) -> None:
     (note,) = dataset.summary["duplicates"]
     assert (note["kind"], note["action"]) == ("near", "kept on the same side of the split")
     assert set(note["ids"]) == {f"a.parquet#{index}" for index in range(4)}
+    assert f"data     {describe_duplicates([note])[0]}" in caplog.messages
     assert {f"near {index}" for index in range(4)} <= captions(dataset.train) or captions(
         dataset.train
     ).isdisjoint({f"near {index}" for index in range(4)})
@@ -307,6 +325,12 @@ def test_a_heldout_duplicate_of_a_training_picture_is_dropped(tmp_path: Path) ->
     assert exact["action"] == "kept train.parquet#0, dropped the other; their captions differ"
     assert set(near["ids"]) == {"train.parquet#0", "test.parquet#0", "test.parquet#1"}
     assert near["action"].startswith("dropped from the held-out pictures: test.parquet#")
+    assert describe_duplicates([exact, near]) == [
+        "3 pictures in 1 group of near duplicates, kept on one side of the split, held-out pictures of 1 "
+        f"group dropped: {', '.join(near['ids'])}",
+        "2 pictures in 1 group of exact duplicates, one of each group kept, captions differ in 1 group: "
+        "train.parquet#0, test.parquet#2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,13 @@ def test_conditions_of_the_plain_run(two_arms: tuple[RunDir, Report, Page]) -> N
     assert {state for name, state in states.items() if name not in caution} == {"yes"}
 
 
+def test_near_duplicates_are_counted_and_named(two_arms: tuple[RunDir, Report, Page]) -> None:
+    assert (
+        "2 pictures in 1 group of near duplicates, kept on one side of the split: row-0003, row-0131. "
+        "data.json lists them."
+    ) in list_warnings(Facts(two_arms[0]))
+
+
 def test_leaks_are_found(copied: RunDir) -> None:
     data = read_json(copied.data_json)
     data["duplicates"].append({"kind": "near", "ids": ["row-0001", "row-0101"], "action": "none"})

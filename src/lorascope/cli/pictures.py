@@ -78,7 +78,10 @@ def check(
     if as_json:
         say(json.dumps({**result.as_dict(), "sheets": [str(path) for path in sheets]}, indent=2))
     elif not quiet:
-        say(result.as_text(), *(f"Drawn: {path}" for path in sheets), sep="\n")
+        hint = []
+        if not out and result.dataset and result.dataset.summary["duplicates"]:
+            hint = ["Duplicates are drawn side by side with --out FOLDER."]
+        say(result.as_text(), *(f"Drawn: {path}" for path in sheets), *hint, sep="\n")
     return EXIT_DONE if result.dataset else EXIT_INPUT
 
 

@@ -43,6 +43,7 @@ from lorascope.store import digest_json
 _PENDING_PER_THREAD = 4
 _SHOWN_REFUSALS = 3
 _SHOWN_KINDS = 8
+_SHOWN_GROUPS = 2
 _LEAST_BORDER = 0.02  # of a side
 
 
@@ -148,7 +149,10 @@ def prepare_data(
     """
     checked = check_source(section, count_tokens, max_tokens, progress, index_dir)
     _log_reasons(checked, max_tokens)
-    return split_pictures(checked)
+    dataset = split_pictures(checked)
+    for sentence in describe_duplicates(dataset.summary["duplicates"]):
+        log.info("data     %s", sentence)
+    return dataset
 
 
 def count_reasons(entries: Iterable[dict[str, str]]) -> list[tuple[int, str]]:
@@ -167,6 +171,30 @@ def count_reasons(entries: Iterable[dict[str, str]]) -> list[tuple[int, str]]:
         )
         for members in sorted(kinds.values(), key=len, reverse=True)
     ]
+
+
+def describe_duplicates(notes: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on the near and one on the exact duplicates of `data.json`: how many there are, what was
+    done with them, and pictures of the largest groups.
+    """
+    sentences = []
+    for kind, done, mark, words in (
+        ("near", "kept on one side of the split", "dropped from", "held-out pictures of {} groups dropped"),
+        ("exact", "one of each group kept", "captions differ", "captions differ in {} groups"),
+    ):
+        groups = sorted((note for note in notes if note["kind"] == kind), key=lambda note: -len(note["ids"]))
+        if not groups:
+            continue
+        num_pictures, plural = sum(len(note["ids"]) for note in groups), "s" if len(groups) > 1 else ""
+        sentence = f"{num_pictures:,} pictures in {len(groups):,} group{plural} of {kind} duplicates, {done}"
+        if num_odd := sum(mark in note["action"] for note in groups):
+            numbered = words.format(f"{num_odd:,}")
+            sentence += f", {numbered if num_odd > 1 else numbered.replace('groups', 'group')}"
+        sentence += f": {'; '.join(name_some(note['ids']) for note in groups[:_SHOWN_GROUPS])}"
+        if len(groups) > _SHOWN_GROUPS:
+            sentence += f"; and {len(groups) - _SHOWN_GROUPS:,} more"
+        sentences.append(sentence)
+    return sentences
 
 
 def _log_reasons(checked: Checked, max_tokens: int) -> None:

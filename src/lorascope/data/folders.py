@@ -313,8 +313,8 @@ def left_out(names: Iterable[str], read: Collection[str], read_kind: str) -> lis
             what = f"{len(found):,} {kind} are" if len(found) > 1 else f"1 {kind.removesuffix('s')} is"
             others = "others" if kind == read_kind else read_kind
             remarks.append(
-                f"{what} not read, since {others} are: {name_some(sorted(found))}: to use such, give a folder "
-                "of them alone"
+                f"{what} not read, since {others} are: {name_some(sorted(found))}: to use such, give a "
+                "folder of them alone"
             )
     return remarks
 

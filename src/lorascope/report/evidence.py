@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from lorascope.config import load_study
+from lorascope.data.dataset import describe_duplicates
 from lorascope.errors import StorageError, first_line
 from lorascope.evaluation.scores import (
     ALL,
@@ -277,11 +278,9 @@ def list_warnings(facts: Facts) -> list[str]:
                     f"{detail}. data.json lists them."
                 )
         warnings += [f"Beside the rows: {remark}." for remark in facts.data.get("remarks", ())]
-        if facts.data["duplicates"]:
-            warnings.append(
-                f"{count(len(facts.data['duplicates']), 'group')} of duplicate pictures; data.json says "
-                "what was done with each."
-            )
+        warnings += [
+            f"{sentence}. data.json lists them." for sentence in describe_duplicates(facts.data["duplicates"])
+        ]
     if facts.scores is not None and facts.scores.num_truncated:
         warnings.append(
             f"{count(facts.scores.num_truncated, 'text')} were longer than the scorer reads and were cut."
