@@ -106,6 +106,9 @@ def test_a_study_that_could_not_start_is_not_planned() -> None:
         ConfigError, match=r"^train.optimizer = 'prodigi': must be adamw, prodigy or a torch.optim class"
     ):
         plan_study(load_study(preset="smoke", overrides=["train.optimizer=prodigi"], environment={}))
+    for key in ("sample.prompt_prefix", "data.caption_prefix", "data.trigger_word"):
+        with pytest.raises(DataError, match=rf"^{key} = '<\|endoftext\|>' holds <\|endoftext\|>, which CLIP"):
+            plan_study(load_study(preset="smoke", overrides=[f"{key}=<|endoftext|>"], environment={}))
 
 
 def test_a_plan_tells_the_memory_and_stacks_what_fits(

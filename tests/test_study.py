@@ -21,7 +21,7 @@ from lorascope.adapters.files import load_adapter
 from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
 from lorascope.console import log
-from lorascope.errors import ConfigError, RunError, StorageError
+from lorascope.errors import ConfigError, DataError, RunError, StorageError
 from lorascope.store import RunDir, read_json
 from lorascope.study import Study
 from lorascope.training.feed import Batch
@@ -339,6 +339,13 @@ def test_prompts_that_are_cut_are_told_before_training(
         "prompts  1 of 2 are longer than 77 tokens and are cut there, the longest, of 81: 'a a a"
         in caplog.text
     )
+
+
+def test_a_prefix_that_would_end_every_prompt_is_told_before_training(
+    study_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"^sample.prompt_prefix = '<\|endoftext\|>' holds <\|endoftext\|>"):
+        make_study(study_file, tmp_path / "run", "sample.prompt_prefix=<|endoftext|>").check_inputs()
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:

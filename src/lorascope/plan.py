@@ -7,8 +7,9 @@ import torch
 
 from lorascope.adapters.bank import count_parameters
 from lorascope.console import duration, size
+from lorascope.data.captions import check_additions
 from lorascope.data.sources import count_repeats
-from lorascope.evaluation.prompts import load_prompts
+from lorascope.evaluation.prompts import check_prefix, load_prompts
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
@@ -113,12 +114,15 @@ def plan_study(config: StudyConfig) -> Plan:
 
     Time is FLOPs counted on a model without weights, at a fixed share of the speed of a timed matrix product.
     Raises `ConfigError` for an optimizer or tracker with which the study would not start, and `DataError` for
-    a folder of pictures with which it would not.
+    prompts, texts before prompts or captions, or a folder of pictures with which it would not.
     """
     check_optimizer(config)
     require_trackers(config.trackers)
     arms, train, sample = config.expand_arms(), config.train, config.sample
-    num_pictures = len(load_prompts(sample.prompts, sample.num_prompts)) * len(sample.seeds) * (len(arms) + 1)
+    prompts = load_prompts(sample.prompts, sample.num_prompts)
+    check_prefix(sample.prompt_prefix or "", prompts)
+    check_additions(config.data)
+    num_pictures = len(prompts) * len(sample.seeds) * (len(arms) + 1)
     num_previews = (
         sample.num_previews * (sum(arm.epochs // sample.preview_every_epochs for arm in arms) + 1)
         if sample.preview_every_epochs

@@ -28,7 +28,7 @@ from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError
 from lorascope.evaluation.features import check_encoder, load_encoder
 from lorascope.evaluation.merging import compare_merged
-from lorascope.evaluation.prompts import Prompt, describe_cut, load_prompts
+from lorascope.evaluation.prompts import Prompt, check_prefix, describe_cut, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_jobs
 from lorascope.evaluation.scoring import MAX_REAL, list_pictures, score_run
 from lorascope.inputs import (
@@ -352,8 +352,11 @@ class Study:
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
-        """The prompts of the study."""
-        return load_prompts(self.config.sample.prompts, self.config.sample.num_prompts)
+        """The prompts of the study, without `sample.prompt_prefix`, which is looked at too."""
+        section = self.config.sample
+        prompts = load_prompts(section.prompts, section.num_prompts)
+        check_prefix(section.prompt_prefix or "", prompts)
+        return prompts
 
     def sample(self) -> None:
         """Draw every prompt with the base and every arm; writes `images/`."""

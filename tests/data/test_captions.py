@@ -14,12 +14,14 @@ from lorascope.data.captions import (
     MAX_CAPTION_BYTES,
     SPECIAL_TOKENS,
     caption_in,
+    check_additions,
     clean_caption,
     complete_caption,
     decode_text,
     shuffled_caption,
 )
 from lorascope.data.pictures import RefusedError
+from lorascope.errors import DataError
 from lorascope.schema import BaseSection
 from samples import section
 
@@ -132,6 +134,24 @@ def test_the_special_tokens_are_those_of_the_tokenizer(base: str) -> None:
 def test_what_only_looks_like_a_special_token_is_text() -> None:
     for text in ("<|EndOfText|>", "a < b | c > d", "<lora:x:1>"):
         assert clean_caption(text) == (text, [])
+
+
+@pytest.mark.parametrize("key", ["caption_prefix", "trigger_word"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a <|endoftext|>",
+            r"'a <\|endoftext\|>' holds <\|endoftext\|>, which CLIP takes for the start or end",
+        ),
+        ("\x1b[2J", r"'\\x1b\[2J' holds the control character U\+001B: take it out"),
+        ("a" * 65_537, "'a{80}' and so on has 65537 characters, more than the limit of 65536: shorten it"),
+    ],
+)
+def test_what_comes_before_captions_is_words(key: str, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=f"^data.{key} = {message}"):
+        check_additions(section("any", **{key: text}))
+    check_additions(section("any", **{key: "a drawing,\n\tof <|pad|> "}))
 
 
 @pytest.mark.parametrize(

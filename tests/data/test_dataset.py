@@ -135,7 +135,7 @@ def test_prefix_and_trigger_word_count_as_tokens_and_are_recorded(tmp_path: Path
 def test_special_tokens_before_every_caption_are_an_error(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.parquet", plain(3))
     with pytest.raises(
-        DataError, match=rf"^data.{key}: holds <\|endoftext\|>, which would end every caption: take"
+        DataError, match=rf"^data.{key} = 'a <\|endoftext\|>' holds <\|endoftext\|>, which CLIP takes"
     ):
         prepare(path, **{key: "a <|endoftext|>"})
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lorascope.errors import DataError
 from lorascope.evaluation import prompts
-from lorascope.evaluation.prompts import Prompt, describe_cut, load_prompts
+from lorascope.evaluation.prompts import Prompt, check_prefix, describe_cut, load_prompts
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -80,6 +80,26 @@ def test_num_prompts_takes_the_first_of_each_category() -> None:
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_prompts(write(tmp_path, text), None)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "prompt", "message"),
+    [
+        ("sks <|endoftext|>", "a cat", r"'sks <\|endoftext\|>' holds <\|endoftext\|>, which CLIP takes for "),
+        ("<|startoftext|>", "a cat", r"'<\|startoftext\|>' holds <\|startoftext\|>, which CLIP takes for "),
+        ("sks\x00", "a cat", r"'sks\\x00' holds the control character U\+0000: take it out"),
+        ("<|endof", "text|> a cat", r"'<\|endof' before 'text\|> a cat' holds <\|endoftext\|>, which CLIP "),
+        ("a" * 65_537, "a cat", "'a{80}' and so on has 65537 characters, more than the limit of 65536"),
+    ],
+)
+def test_a_prefix_that_is_not_all_words_is_refused(prefix: str, prompt: str, message: str) -> None:
+    with pytest.raises(DataError, match=f"^sample.prompt_prefix = {message}"):
+        check_prefix(prefix, [Prompt("normal", 0, prompt)])
+
+
+def test_a_prefix_may_be_any_words_and_need_not_be() -> None:
+    for prefix in ("", "sks, ", " ", "猫, <3 |"):
+        check_prefix(prefix, load_prompts("pocket", None))
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

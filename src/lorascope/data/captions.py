@@ -11,6 +11,7 @@ import unicodedata
 import numpy as np
 
 from lorascope.data.pictures import RefusedError
+from lorascope.errors import DataError
 from lorascope.schema import DataSection
 
 MAX_CAPTION_BYTES = 2**16
@@ -24,6 +25,7 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 SPECIAL_TOKENS = re.compile(r"<\|(?:startoftext|endoftext)\|>")
 """What CLIP's tokenizer takes for the start or end of a text wherever it stands."""
 
+_SHOWN_LETTERS = 80
 _COMMAS = ",，、"
 # The mark of UTF-16 is the start of that of UTF-32.
 _BYTE_ORDER_MARKS = {
@@ -112,6 +114,25 @@ def has_words(text: str) -> bool:
         not (letter.isspace() or letter in _COMMAS or unicodedata.category(letter) in ("Cc", "Cf"))
         for letter in text
     )
+
+
+def problem_of(text: str) -> str | None:
+    """What a text holds that would not reach the model as words, with the remedy; None where nothing does."""
+    if len(text) > MAX_CAPTION_BYTES:
+        return f"and so on has {len(text)} characters, more than the limit of {MAX_CAPTION_BYTES}: shorten it"
+    if control := CONTROL_CHARACTERS.search(text):
+        return f"holds the control character U+{ord(control[0]):04X}: take it out"
+    if token := SPECIAL_TOKENS.search(text):
+        return f"holds {token[0]}, which CLIP takes for the start or end of a text: take it out"
+    return None
+
+
+def check_additions(section: DataSection) -> None:
+    """Raise `DataError` where the caption prefix or the trigger word is not all words."""
+    for key in ("caption_prefix", "trigger_word"):
+        text = getattr(section, key) or ""
+        if problem := problem_of(text):
+            raise DataError(f"data.{key} = {text[:_SHOWN_LETTERS]!r} {problem}")
 
 
 def complete_caption(caption: str, section: DataSection) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lorascope.console import log
-from lorascope.data.captions import SPECIAL_TOKENS, Caption, clean_caption, complete_caption
+from lorascope.data.captions import Caption, check_additions, clean_caption, complete_caption
 from lorascope.data.duplicates import MOST_FOR_SECOND_LOOK, alike_pairs, join_groups, near_groups
 from lorascope.data.index import Outcome, PictureIndex, default_index_dir
 from lorascope.data.names import name_some
@@ -229,11 +229,9 @@ def check_source(
     index_dir: Path | None = None,
 ) -> Checked:
     """The first half of `prepare_data`: look at every row. Raises `DataError` if the source cannot be
-    read.
+    read or a text that is put before its captions is not all words.
     """
-    for key in ("caption_prefix", "trigger_word"):
-        if token := SPECIAL_TOKENS.search(getattr(section, key) or ""):
-            raise DataError(f"data.{key}: holds {token[0]}, which would end every caption: take it out")
+    check_additions(section)
     source = open_source(section)
     checked = Checked(source, section, _buckets_of(section), source.num_rows)
     if not source.num_rows:

@@ -6,13 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorascope.data.captions import (
-    CONTROL_CHARACTERS,
-    MAX_CAPTION_BYTES,
-    SPECIAL_TOKENS,
-    decode_text,
-    has_words,
-)
+from lorascope.data.captions import decode_text, has_words, problem_of
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import DataError
 
@@ -59,6 +53,14 @@ def load_prompts(name_or_path: str, num_prompts: int | None) -> list[Prompt]:
     ]
 
 
+def check_prefix(prefix: str, prompts: Sequence[Prompt]) -> None:
+    """Raise `DataError` where a prefix is not all words, by itself or before one of the prompts."""
+    for text in (prefix, *(prefix + prompt.text for prompt in prompts)):
+        if problem := problem_of(text):
+            before = "" if text == prefix else f" before {text[len(prefix) :][:_SHOWN_LETTERS]!r}"
+            raise DataError(f"sample.prompt_prefix = {prefix[:_SHOWN_LETTERS]!r}{before} {problem}")
+
+
 def describe_cut(texts: Sequence[str], count_tokens: Callable[[str], int], max_tokens: int) -> str:
     """Words on those of the texts that the model cuts at `max_tokens`; none where it cuts none."""
     lengths = {text: length for text in texts if (length := count_tokens(text)) > max_tokens}
@@ -97,8 +99,10 @@ def _read_sections(path: Path, content: bytes) -> dict[str, list[str]]:
                     f"{where}: {shown}: a category is letters, digits, - and _, for example [normal]"
                 )
             sections.setdefault(category, [])
-        elif problem := _problem_of(text):
+        elif problem := problem_of(text):
             raise DataError(f"{where}: {shown} {problem}")
+        elif not has_words(text):
+            raise DataError(f"{where}: {shown} holds no words: take it out")
         elif category is None:
             raise DataError(
                 f"{where}: {shown} stands before the first section: put a line such as [normal] above it"
@@ -116,14 +120,3 @@ def _read_sections(path: Path, content: bytes) -> dict[str, list[str]]:
         if not prompts:
             raise DataError(f"{path}: section [{name}] is empty: add prompts, or take it out")
     return sections
-
-
-def _problem_of(text: str) -> str | None:
-    """What is wrong with a prompt, and the remedy."""
-    if len(text) > MAX_CAPTION_BYTES:
-        return f"and so on has {len(text)} characters, more than the limit of {MAX_CAPTION_BYTES}: shorten it"
-    if control := CONTROL_CHARACTERS.search(text):
-        return f"holds the control character U+{ord(control[0]):04X}: take it out"
-    if token := SPECIAL_TOKENS.search(text):
-        return f"holds {token[0]}, which CLIP takes for the start or end of a text: take it out"
-    return None if has_words(text) else "holds no words: take it out"
