@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import webdataset
 from PIL import Image, ImageDraw
 
-from lorascope.data.dataset import Dataset, Example, prepare_data
+from lorascope.data.dataset import Dataset, prepare_data
+from lorascope.data.examples import Example
 from lorascope.schema import DataSection
 
 SIDE = 16

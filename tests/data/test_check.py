@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorascope.cli.app import main
 from lorascope.data.check import DataCheck, _fit_lines, _histogram, _lacks_letters, check_data
-from lorascope.data.dataset import check_source
+from lorascope.data.examples import check_source
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, StorageError
 from samples import count_words, drawing, encode, near_duplicates, pixels, section, write_pictures
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from lorascope.data.captioning import caption_folder
 from lorascope.data.captions import clean_caption, decode_text
-from lorascope.data.dataset import check_source
+from lorascope.data.examples import check_source
 from lorascope.data.pictures import RefusedError, examine_picture
 from lorascope.data.repeats import MAX_REPEATS
 from lorascope.data.sources import count_repeats

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorascope.data import dataset as data
-from lorascope.data import index
+from lorascope.data import examples, index
 from lorascope.data.dataset import Dataset, prepare_data
 from lorascope.data.index import PictureIndex
 from lorascope.data.pictures import PictureFacts, RefusedError
@@ -40,13 +39,13 @@ def folder(tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the pictures that were looked at."""
     looked_at: list[str] = []
-    look_at = data._look_at
+    look_at = examples._look_at
 
     def watch(source: Any, row_id: str) -> Any:
         looked_at.append(row_id)
         return look_at(source, row_id)
 
-    monkeypatch.setattr(data, "_look_at", watch)
+    monkeypatch.setattr(examples, "_look_at", watch)
     return looked_at
 
 
@@ -231,7 +230,7 @@ with PictureIndex(Path({str(tmp_path)!r}), "here") as entries:
     for number in range(2000):
         entries.add(f"{{sys.argv[1]}} {{number}}", {STAMP}, facts)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(examples.__file__).parents[2])}
     processes = [
         subprocess.Popen([sys.executable, "-c", code, name], env=environment, stderr=subprocess.PIPE)
         for name in "ab"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.data.dataset import check_source
+from lorascope.data.examples import check_source
 from lorascope.data.metadata import MAX_METADATA_BYTES
 from lorascope.errors import DataError
 from samples import (

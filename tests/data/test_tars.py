@@ -10,7 +10,8 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from lorascope.data import tars
-from lorascope.data.dataset import Example, load_dataset
+from lorascope.data.dataset import load_dataset
+from lorascope.data.examples import Example
 from lorascope.data.sources import open_source
 from lorascope.data.tars import Member, read_samples
 from lorascope.errors import DataError

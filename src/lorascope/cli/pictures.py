@@ -61,7 +61,7 @@ def check(
     from lorascope.base.configs import count_tokens, load_tokenizer
     from lorascope.console import track
     from lorascope.data.check import check_data
-    from lorascope.data.dataset import check_source
+    from lorascope.data.examples import check_source
 
     tokenizer = load_tokenizer(config.base)
     with track("check", 1, "pictures") as task:

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lorascope.data.dataset import Checked, Dataset, Picture, count_reasons, split_pictures
+from lorascope.data.dataset import Dataset, split_pictures
+from lorascope.data.examples import Checked, Picture, count_reasons
 from lorascope.data.names import name_some
 from lorascope.data.pictures import RefusedError, decode_picture
 from lorascope.errors import DataError

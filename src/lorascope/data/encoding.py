@@ -26,7 +26,8 @@ from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
 from lorascope.base.weights import load_sealed, load_tensors, read_header, save_sealed
 from lorascope.console import log
-from lorascope.data.dataset import Dataset, Example
+from lorascope.data.dataset import Dataset
+from lorascope.data.examples import Example
 from lorascope.errors import CacheError, DataError, WeightsError
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.transfer import send

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from lorascope.config import load_study
-from lorascope.data.dataset import describe_duplicates
+from lorascope.data.split import describe_duplicates
 from lorascope.errors import StorageError, first_line
 from lorascope.evaluation.scores import (
     ALL,
