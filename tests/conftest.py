@@ -11,6 +11,7 @@ for variable in [name for name in os.environ if name.startswith("LORASCOPE_")]:
 
 import hashlib
 import io
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -34,8 +35,10 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from bench_entries import PEERS_DIR
 from lorascope.base.loading import Base, load_base
 from lorascope.base.saving import save_ldm
+from lorascope.bench.entries import Conditions
 from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
 from lorascope.machine.facts import package_version
@@ -249,6 +252,31 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP folder; never write into it."""
     return make_scorer_folder(tmp_path_factory.mktemp("scorers") / "scorer")
+
+
+@pytest.fixture(scope="session")
+def conditions(pipeline_folder: Path) -> Conditions:
+    """A benchmark's, on the tiny base."""
+    return Conditions(str(pipeline_folder), 64, 4, "cpu", 1, str(PEERS_DIR))
+
+
+@pytest.fixture(scope="session")
+def workload(conditions: Conditions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the benchmark's entries read; never write into it."""
+    from lorascope.bench.entry import prepare_workload
+
+    folder = tmp_path_factory.mktemp("workload")
+    prepare_workload(conditions, folder)
+    return folder
+
+
+@pytest.fixture
+def forked_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's processes are forked from one that has the libraries: many are started in its tests,
+    and peak memory is of no account there.
+    """
+    monkeypatch.setattr("lorascope.bench.entry._START_METHOD", "forkserver")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["lorascope.bench.entry"])
 
 
 @pytest.fixture

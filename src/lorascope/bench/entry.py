@@ -6,10 +6,9 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import safetensors.torch
@@ -17,25 +16,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
-from lorascope.base.attention import KERNELS, set_kernels
+from lorascope.base.attention import set_kernels
 from lorascope.base.configs import read_configs
 from lorascope.base.loading import DTYPES, Base, load_base
 from lorascope.base.random_base import build_random_base
 from lorascope.base.weights import save_tensors
-from lorascope.bench.peers import KohyaStep, PeftStep, Recipe, ReferenceStep, Step, Workload, gradient_norm
+from lorascope.bench.entries import NUM_PICTURES, Conditions, Entry, threads_of
+from lorascope.bench.peers import KohyaStep, PeftStep, ReferenceStep, Step, Workload, gradient_norm
 from lorascope.data.encoding import Encoded
 from lorascope.data.pictures import decode_picture
 from lorascope.data.sources import open_source
 from lorascope.errors import first_line
 from lorascope.machine.arithmetic import full_fp32
-from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
 from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Tuning, build_workload, tune
 
-NUM_PICTURES = 32
 LR, SCALE, SEED = (
     5e-4,
     2.0,
@@ -43,79 +41,6 @@ LR, SCALE, SEED = (
 )  # the pocket study's; alpha = 2 x rank, so that an arm which leaves alpha out is found out
 _KEPT_BATCHES = 32  # made before the timing, then used again: peers get theirs for nothing
 _START_METHOD = "spawn"  # what a fork shares does not count as its peak memory
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the table: a way to train `ranks`, one adapter each, in one pass."""
-
-    name: str
-    label: str
-    kind: Literal["reference", "peft", "kohya", "ours"]
-    ranks: tuple[int, ...]
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    recipe: Recipe | None = None  # of a PEFT entry
-    tolerance: Literal["fp32", "bf16", "bf16 adapters"] = "fp32"  # of the gate
-    num_processes: int = 1  # side by side, each with its share of the threads
-    channels_last: bool = False
-    best_attention: bool = False
-    cuda_graph: bool = False
-    compiled: bool = False
-    max_grad_norm: float = 1.0
-    barred: tuple[str, ...] = ()  # what it would use if that were right on this device
-
-    @property
-    def key(self) -> str:
-        """What tells it from all others: `P4-r16`, `O6x2-r16+r64`."""
-        return f"{self.name}-{'+'.join(f'r{rank}' for rank in dict.fromkeys(self.ranks))}"
-
-    def within(self, fast_paths: FastPaths) -> "Entry":
-        """The same without what is barred; peers keep what they use, right or wrong: the gate judges it."""
-        if self.kind != "ours":
-            return self
-        kernels = KERNELS if self.best_attention else ("sdpa",)
-        used = {f"attention {name}": name not in fast_paths.barred_kernels for name in kernels}
-        used |= {"channels_last": fast_paths.channels_last} if self.channels_last else {}
-        used |= {"CUDA graph": fast_paths.recorded_step} if self.cuda_graph else {}
-        return replace(
-            self,
-            channels_last=self.channels_last and fast_paths.channels_last,
-            cuda_graph=self.cuda_graph and fast_paths.recorded_step,
-            barred=tuple(name for name, is_right in used.items() if not is_right),
-        )
-
-    def section(self, batch_size: int) -> TrainSection:
-        """The settings of its training, with steps enough for any benchmark."""
-        return TrainSection(
-            epochs=20_000 * batch_size // NUM_PICTURES,
-            batch_size=batch_size,
-            max_grad_norm=self.max_grad_norm,
-            cuda_graph=self.cuda_graph,
-            compile=self.compiled,
-        )
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What all entries of a benchmark share."""
-
-    base: str  # `pocket`, `sd15` (random weights) or a folder
-    resolution_px: int
-    batch_size: int
-    device: str  # `cpu` or `cuda:0`
-    num_threads: int
-    peers_dir: str  # with kohya's modules
-    fast_paths: FastPaths = ALL_PATHS  # what our own entries may use
-
-    def base_section(self, folder: Path) -> BaseSection:
-        """Where the base lies: in the work folder, if it was made at random."""
-        kept = folder / "base"
-        return BaseSection(model=str(kept) if kept.is_dir() else self.base)
-
-
-def threads_of(entry: Entry, conditions: Conditions) -> int:
-    """CPU threads of each of an entry's processes."""
-    return max(1, conditions.num_threads // entry.num_processes)
 
 
 class Trajectory(NamedTuple):

@@ -86,7 +86,8 @@ def bench(
     set_level(quiet, False)
     import torch
 
-    from lorascope.bench.run import Protocol, run_alone, run_bench
+    from lorascope.bench.race import Protocol
+    from lorascope.bench.run import run_alone, run_bench
     from lorascope.bench.table import as_markdown
     from lorascope.machine.device import choose_device
 
