@@ -140,7 +140,7 @@ log.info("after")
 TABLES = """
 from rich.table import Table
 from lorascope.console import cell, say_tables
-table = Table("check", "details", box=None)
+table = Table("check", "details", box=None, padding=(0, 2, 0, 0))
 table.add_row(cell("right", "green"), cell("many words " * 15 + "[r16] \\x1b[2J"))
 say_tables(table)
 """
