@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lorascope.reference import alternatives
 from lorascope.schema import Arm, ArmGrid, StudyConfig, TrainSection
+from lorascope.store import digest_json
 from studies import grids, refusal, study
 
 
@@ -241,3 +242,12 @@ def test_the_digest_covers_what_changes_a_result() -> None:
     assert config.digest() != study("train.epochs=5").digest()
     assert config.digest("data", "base") == study("train.epochs=5").digest("data", "base")
     assert config.digest("train") != study("train.epochs=5").digest("train")
+
+
+def test_a_key_that_came_later_changes_no_digest_at_its_default() -> None:
+    values = study().model_dump(mode="json")["data"]
+    assert values.pop("folder_repeats") is True
+    assert study().digest("data") == digest_json({"data": values})
+    assert study("data.folder_repeats=false").digest("data") == digest_json(
+        {"data": {**values, "folder_repeats": False}}
+    )

@@ -22,6 +22,9 @@ from lorascope.store import digest_json
 
 REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 MAX_ARMS = 1024
+# Keys that came after there were run folders: digests leave them out at their defaults, or those folders
+# would train again.
+_LATER_KEYS = (("data", "folder_repeats"),)
 
 
 def _off_or_of_use(value: float) -> float:
@@ -149,6 +152,13 @@ class DataSection(Section):
     )
     repeats: Epochs = Field(
         default=1, description="times a picture is seen in an epoch, times that of its `10_name` folder"
+    )
+    folder_repeats: Flag = Field(
+        default=True,
+        description=(
+            "take the number in a folder's name such as `10_name` for repeats, and the name for a caption "
+            "where there is none, as kohya's scripts do"
+        ),
     )
     caption_prefix: Text | None = Field(
         default=None, description="text put before every caption as it stands"
@@ -553,6 +563,9 @@ class StudyConfig(Section):
     def digest(self, *sections: str) -> str:
         """SHA-256 over the named sections, or over everything that can change a result when none is named."""
         values = self.model_dump(mode="json")
+        for section, key in _LATER_KEYS:
+            if values[section][key] == type(getattr(self, section)).model_fields[key].default:
+                del values[section][key]
         return digest_json({key: values[key] for key in (sections or values) if key != "name"})
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lorascope.errors import DataError
 from samples import (
     encode,
     pixels,
@@ -61,7 +62,7 @@ def test_pictures_that_are_to_be_seen_no_times_are_refused(tmp_path: Path, name:
             {
                 "id": row_id,
                 "reason": f"the name of its folder {name} asks for no repeats: rename it with a number "
-                "from 1 to 999, or take it away",
+                "from 1 to 999, take it away, or turn data.folder_repeats off",
             }
         ]
 
@@ -74,6 +75,26 @@ def test_a_repeat_folder_that_is_the_source_itself_is_said(tmp_path: Path) -> No
         "repeats are read from folders inside the source, not from its own name 10_cat: give the "
         "folder above, or set data.repeats"
     ]
+
+
+def test_names_of_folders_say_nothing_where_folder_repeats_is_off(tmp_path: Path) -> None:
+    names = ["10_cat/1.png", "0_none/2.png", "2024_holiday/3.png", "style_10/4.png"]
+    with_captions(tmp_path / "7_all", names)
+    shard = [
+        {"__key__": name.removesuffix(".png"), "png": encode(pixels(number)), "txt": name}
+        for number, name in enumerate(names)
+    ]
+    for source in (tmp_path / "7_all", write_shard(tmp_path / "tar/a.tar", shard)):
+        dataset = prepare(source, folder_repeats=False, repeats=2)
+        assert [example.repeats for example in (*dataset.train, *dataset.heldout)] == [2] * 4
+        assert dataset.summary["refused"] == dataset.summary["remarks"] == []
+
+
+def test_the_name_of_a_folder_is_no_caption_where_folder_repeats_is_off(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["10_cat/1.png", "10_cat/2.png"])
+    assert prepare(tmp_path).summary["refused"] == []
+    with pytest.raises(DataError, match="2 pictures and no captions: add"):
+        prepare(tmp_path, folder_repeats=False)
 
 
 def test_the_name_of_a_repeat_folder_is_the_caption_where_it_has_no_caption_file(tmp_path: Path) -> None:

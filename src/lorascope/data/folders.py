@@ -42,7 +42,8 @@ class FolderSource:
     A metadata file speaks for its folder and what is below, and where there is one, no caption beside a
     picture counts. Otherwise `1.txt` or, where that is missing, `1.caption` holds the caption of `1.png`.
     What does not count is compared with what does, and said where it differs. Pictures of a folder `10_name`
-    are seen 10 times; where it holds no caption file at all, its name is their caption.
+    are seen 10 times; where it holds no caption file at all, its name is their caption. Without
+    `data.folder_repeats` names of folders say neither.
     """
 
     def __init__(self, name: str, folder: Path, section: DataSection) -> None:
@@ -84,6 +85,8 @@ class FolderSource:
         remarks += left_out(stamps, set(pictures), "pictures")
         if links := [name for name, status in stamps.items() if status == _FOLDER_LINK]:
             remarks.append(f"links to folders are not followed: {name_some(links)}: move the folders here")
+        if not self._section.folder_repeats:
+            return remarks
         remarks += repeat_remarks(map(posixpath.dirname, pictures))
         if (own := self._folder.resolve().name) and repeats_in(own) is not None:
             remarks.append(
@@ -99,13 +102,11 @@ class FolderSource:
         name.
         """
         captions = {picture: _caption_files(picture, stamps) for picture in pictures}
-        captioned = {
-            repeat_folder(posixpath.dirname(picture)) for picture, files in captions.items() if files
-        }
+        captioned = {self._repeat_folder(picture) for picture, files in captions.items() if files}
         rows = []
         for picture, files in captions.items():
             row = self._picture_row(picture, stamps)
-            folder = repeat_folder(posixpath.dirname(picture))
+            folder = self._repeat_folder(picture)
             if not files and folder and folder not in captioned:
                 text = posixpath.basename(folder).partition("_")[2]
                 row = self._picture_row(picture, stamps, text, "captioned by the name of its folder")
@@ -126,6 +127,9 @@ class FolderSource:
             )
         return rows
 
+    def _repeat_folder(self, picture: str) -> str | None:
+        return repeat_folder(posixpath.dirname(picture)) if self._section.folder_repeats else None
+
     def _picture_row(
         self,
         picture: str,
@@ -138,11 +142,12 @@ class FolderSource:
         status = stamps.get(picture, "is not there")
         stamp = None if isinstance(status, str) else status
         problem = None if stamp else f"the picture {status}"
-        if stamp and (unseen := repeats_problem(picture)):
+        by_folder = self._section.folder_repeats
+        if stamp and by_folder and (unseen := repeats_problem(picture)):
             problem = unseen
         elif stamp and stamp[0] > MAX_FILE_BYTES:
             problem = f"the image file has {stamp[0]} bytes, more than the limit of {MAX_FILE_BYTES}"
-        split, repeats = _split_of_picture(picture), repeats_of(picture)
+        split, repeats = _split_of_picture(picture), repeats_of(picture) if by_folder else 1
         return Row(picture, split, stamp, caption, repeats, problem, treatments)
 
     def _metadata_rows(

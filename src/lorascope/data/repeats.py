@@ -52,7 +52,7 @@ def repeats_problem(picture: str) -> str | None:
     folder = posixpath.basename(str(repeat_folder(posixpath.dirname(picture))))
     return (
         f"the name of its folder {shown(folder)} asks for no repeats: rename it with a number from 1 to "
-        f"{MAX_REPEATS}, or take it away"
+        f"{MAX_REPEATS}, take it away, or turn data.folder_repeats off"
     )
 
 

@@ -57,9 +57,10 @@ class TarSource:
     def _listed(self) -> list[tuple[Row, str, Member | None]]:
         """Rows without captions, the tar file of each and the file in it that holds its caption."""
         listed = [entry for file in self._files for entry in self._list_file(file)]
-        self.remarks += repeat_remarks(
-            posixpath.dirname(row.id.removeprefix(f"{file}/")) for row, file, _ in listed
-        )
+        if self._section.folder_repeats:
+            self.remarks += repeat_remarks(
+                posixpath.dirname(row.id.removeprefix(f"{file}/")) for row, file, _ in listed
+            )
         return listed
 
     def _list_file(self, file: str) -> Iterator[tuple[Row, str, Member | None]]:
@@ -90,6 +91,8 @@ class TarSource:
         split = split_of_file(posixpath.basename(file))
         by_ending = {member.ending: member for member in members}
         problem, ending = _problem_of(key, members)
+        if not problem and self._section.folder_repeats:
+            problem = repeats_problem(key) or ""
         image = None if problem else self._image_among(by_ending, f"{self._files[file]}: {key}")
         if not problem and image is None:
             problem = f"no picture: {', '.join(by_ending)}"
@@ -101,7 +104,8 @@ class TarSource:
             return Row(f"{file}/{name}", split, None, None, problem=problem), None
         row_id = f"{file}/{key}.{image.ending}@{image.offset}+{image.size}"
         caption = self._caption_among(by_ending, f"{self._files[file]}: {key}")
-        return Row(row_id, split, stamp, None, repeats_of(key)), caption
+        repeats = repeats_of(key) if self._section.folder_repeats else 1
+        return Row(row_id, split, stamp, None, repeats), caption
 
     def _image_among(self, by_ending: Mapping[str, Member], where: str) -> Member | None:
         wanted = self._section.image_column
@@ -197,7 +201,7 @@ def _problem_of(key: str, members: Sequence[Member]) -> tuple[str, str]:
         return str(broken.problem), broken.ending
     if len({member.ending for member in members}) < len(members):
         return "two files of one name", ""
-    return repeats_problem(key) or "", ""
+    return "", ""
 
 
 # Headers ----------------------------------------------------------------------------------------------------
