@@ -141,6 +141,37 @@ def test_paths_arrays_and_pil_images_give_one_feature(encoder: ClipEncoder, tmp_
     assert encoder.digest_picture(tmp_path / "a.png") != encoder.digest_picture(image)
 
 
+@pytest.mark.parametrize(("layer", "taken"), [(0, 0), (1, 1), (2, 2), (9, 2)])
+def test_hidden_features_match_the_model_called_by_hand(
+    encoder: ClipEncoder, folder: Path, layer: int, taken: int
+) -> None:
+    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPImageProcessorPil.from_pretrained(folder)
+    images = draw(4)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    patches = states[taken][:, 1:].numpy()
+    expected = np.concatenate([patches.mean(axis=1), patches.std(axis=1)], axis=1)
+    ours = encoder.encode_hidden(images, layer)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=10 * ROUNDING)
+    assert encoder.hidden_layer(layer) == taken
+    assert encoder.encode_hidden([], layer).shape == (0, 64)
+
+
+def test_one_pass_gives_both_kinds_of_features_to_the_bit(encoder: ClipEncoder) -> None:
+    images = draw(4)
+    both = encoder.encode_images_and_hidden(images, 1)
+    np.testing.assert_array_equal(both[0], encoder.encode_images(images))
+    np.testing.assert_array_equal(both[1], encoder.encode_hidden(images, 1))
+    assert not any(block._forward_hooks for block in encoder._model.vision_model.encoder.layers)
+
+
+def test_a_negative_layer_is_refused(encoder: ClipEncoder) -> None:
+    with pytest.raises(ValueError, match="layer -1: must be 0"):
+        encoder.encode_hidden(draw(1), -1)
+
+
 def test_long_texts_are_cut_and_counted(encoder: ClipEncoder) -> None:
     long = "abcdefghijklmn"  # 14 letters, start and end: exactly 16 tokens
     assert encoder.count_truncated(["cat", long, f"{long}o"]) == 1
@@ -245,13 +276,13 @@ class Counting:
 
     def __init__(self, encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = 0
-        inner = encoder.encode_images
+        inner = encoder._project
 
-        def encode(pictures: Any) -> Any:
-            self.images += len(pictures)
-            return inner(pictures)
+        def project(pixels: torch.Tensor) -> torch.Tensor:
+            self.images += len(pixels)
+            return inner(pixels)
 
-        monkeypatch.setattr(encoder, "encode_images", encode)
+        monkeypatch.setattr(encoder, "_project", project)
 
 
 def test_cache_gives_the_same_features_without_the_model(
@@ -273,6 +304,30 @@ def test_cache_gives_the_same_features_without_the_model(
     assert counting.images == 7  # a list is encoded whole or not at all
     np.testing.assert_array_equal(encoder.cached(path).encode_images(images), expected)
     assert second.encode_images([]).shape == (0, 24)
+
+
+def test_hidden_features_are_kept_beside_those_of_an_older_file(
+    encoder: ClipEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, path = draw(4), tmp_path / "features.safetensors"
+    features, hidden = encoder.encode_images_and_hidden(images, 1)
+    encoder.cached(path).encode_images(images)  # what the score stage leaves
+    counting = Counting(encoder, monkeypatch)
+    both = encoder.cached(path).encode_images_and_hidden(images, 1)
+    assert counting.images == 4
+    again = encoder.cached(path)
+    assert again.hidden_layer(9) == 2
+    for images_kept, hidden_kept in (both, again.encode_images_and_hidden(images, 1)):
+        np.testing.assert_array_equal(images_kept, features)
+        np.testing.assert_array_equal(hidden_kept, hidden)
+    np.testing.assert_array_equal(again.encode_hidden(images, 1), hidden)
+    np.testing.assert_array_equal(again.encode_images(images), features)
+    assert counting.images == 4
+    last = again.encode_hidden(images, 2)
+    assert counting.images == 8
+    np.testing.assert_array_equal(again.encode_hidden(images, 9), last)  # the same layer
+    assert again.encode_images_and_hidden([])[1].shape == (0, 64)
+    assert counting.images == 8
 
 
 def test_cache_of_another_encoder_or_damaged_is_recomputed(
@@ -316,8 +371,8 @@ def test_a_cache_of_0_1_0_without_a_digest_is_computed_again(
     images, path = draw(2), tmp_path / "features.safetensors"
     cached = encoder.cached(path)
     expected = cached.encode_images(images)
-    facts = json.dumps({"key": cached._key, "scorer": encoder.identity})
-    wrong = {name: torch.from_numpy(-feature) for name, feature in cached._features.items()}
+    facts = json.dumps({"key": cached.file._key, "scorer": encoder.identity})
+    wrong = {name: torch.from_numpy(-feature) for name, feature in cached.file._features.items()}
     save_tensors(path, wrong, {"lorascope": facts})
     counting = Counting(encoder, monkeypatch)
     np.testing.assert_array_equal(encoder.cached(path).encode_images(images), expected)

@@ -1,12 +1,13 @@
-"""CLIP features of pictures and texts, kept by content digest.
+"""CLIP features of pictures and texts, and pictures' features in a hidden layer, kept by content digest.
 
 A text is padded to the model's full length and every batch is cut from the list as given, so features are a
 function of the list alone; among other lists a row differs by float noise at most.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +27,8 @@ from lorascope.schema import ScoreSection
 from lorascope.store import digest_bytes, digest_file, digest_folder, digest_json, kept_digest, read_regular
 
 SCALE = "100 x cosine"
+# Early layers hold strokes, colours and textures, late ones what is shown.
+STYLE_LAYER = 2
 _READERS = 4  # threads that decode pictures
 
 Picture: TypeAlias = Path | Image.Image | NDArray[np.uint8]
@@ -78,12 +81,37 @@ class ClipEncoder:
         """
 
         def encode(part: Sequence[Picture], start: int) -> torch.Tensor:
-            with ThreadPoolExecutor(_READERS) as readers:
-                images = list(readers.map(_open, part, range(start, start + len(part))))
-            pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]  # (N, 3, S, S)
-            return _projected(self._model.get_image_features(pixel_values=pixels.to(self.device)))
+            return self._project(_pixels(self._processor, part, start))
 
-        return self._encode(pictures, encode, lambda n: _name(pictures[n], n))
+        return self._encode(pictures, encode, lambda n: _name(pictures[n], n), self._num_features)
+
+    def encode_hidden(self, pictures: Sequence[Picture], layer: int = STYLE_LAYER) -> Features:
+        """Features of pictures in a hidden layer of the image tower: float32 [n, 2 w], not of unit norm.
+
+        The mean of each of the layer's w channels over the picture's patches, then their standard deviations,
+        without the class token. Layer 0 is the tower's input, `hidden_layer` says which layer is taken.
+        Raises as `encode_images` does, and ValueError for a negative layer.
+        """
+        return self.encode_images_and_hidden(pictures, layer)[1]
+
+    def encode_images_and_hidden(
+        self, pictures: Sequence[Picture], layer: int = STYLE_LAYER
+    ) -> tuple[Features, Features]:
+        """What `encode_images` and `encode_hidden` give, in one pass through the model."""
+        tower, taken = self._model.vision_model, self.hidden_layer(layer)
+
+        def encode(part: Sequence[Picture], start: int) -> torch.Tensor:
+            with _catching(tower, taken) as caught:
+                features = self._project(_pixels(self._processor, part, start))
+            return torch.cat([features, _over_patches(caught.pop())], dim=1)
+
+        width = self._num_features + 2 * int(self._model.config.vision_config.hidden_size)
+        both = self._encode(pictures, encode, lambda n: _name(pictures[n], n), width)
+        return both[:, : self._num_features].copy(), both[:, self._num_features :].copy()
+
+    def hidden_layer(self, layer: int = STYLE_LAYER) -> int:
+        """The hidden layer that stands for `layer`: the last one where the image tower has fewer."""
+        return _within(layer, self._model.vision_model)
 
     def encode_texts(self, texts: Sequence[str]) -> Features:
         """Features of texts, cut at the model's length: float32 [n, d] of unit norm."""
@@ -100,30 +128,31 @@ class ClipEncoder:
                 tokens["input_ids"].to(self.device),
                 tokens["attention_mask"].to(self.device),
             )  # (N, T)
-            return _projected(self._model.get_text_features(input_ids=ids, attention_mask=mask))
+            return _unit(_projected(self._model.get_text_features(input_ids=ids, attention_mask=mask)))
 
-        return self._encode(texts, encode, lambda n: f"text {texts[n]!r}")
+        return self._encode(texts, encode, lambda n: f"text {texts[n]!r}", self._num_features)
 
-    @torch.inference_mode()
+    @property
+    def _num_features(self) -> int:
+        return int(self._model.config.projection_dim)
+
+    def _project(self, pixels: torch.Tensor) -> torch.Tensor:
+        return _unit(_projected(self._model.get_image_features(pixel_values=pixels.to(self.device))))
+
     def _encode(
         self,
         items: Sequence[Any],
         encode: Callable[[Sequence[Any], int], torch.Tensor],
         name: Callable[[int], str],
+        width: int,
     ) -> Features:
-        parts = [np.empty((0, int(self._model.config.projection_dim)), np.float32)]
-        for start in range(0, len(items), self.batch_size):
-            with full_fp32(deterministic=True):
-                features = encode(items[start : start + self.batch_size], start).cpu().double()  # (N, D)
-            unit = (features / features.norm(dim=-1, keepdim=True)).float()
-            broken = (~unit.isfinite().all(dim=-1)).nonzero().flatten().tolist()
-            if broken:
-                raise RunError(
-                    f"{name(start + broken[0])}: its CLIP feature by {self.identity['model']} is not finite: "
-                    "check the scorer's weights, or use another score.model"
-                )
-            parts.append(unit.cpu().numpy())
-        return np.concatenate(parts)
+        def refuse(position: int) -> RunError:
+            return RunError(
+                f"{name(position)}: its CLIP feature by {self.identity['model']} is not finite: "
+                "check the scorer's weights, or use another score.model"
+            )
+
+        return _in_batches(items, self.batch_size, encode, width, refuse)
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the model reads."""
@@ -133,18 +162,15 @@ class ClipEncoder:
 
     def digest_picture(self, picture: Picture) -> str:
         """SHA-256 of a file's bytes, or of the RGB pixels of a picture in memory."""
-        if isinstance(picture, Path):
-            return digest_file(picture)
-        pixels = np.asarray(_open(picture, 0))
-        return digest_bytes(repr(pixels.shape).encode(), pixels.tobytes())
+        return _digest(picture)
 
     def cached(self, path: Path) -> "CachedEncoder":
         """This encoder with its features kept in the file `path`."""
         return CachedEncoder(self, path)
 
 
-class CachedEncoder:
-    """An encoder whose features are kept in a safetensors file under `image:<digest>` and `text:<digest>`.
+class FeatureFile:
+    """Features in a safetensors file, each under a name with the digest of what it was made from.
 
     The unit is the whole list of a call: it is encoded afresh unless all of it is in the file, and what the
     file holds is never replaced. So a call gives the same bytes after an interruption as without one. A file
@@ -152,47 +178,24 @@ class CachedEncoder:
     started anew; so is one of 0.1.0, which holds no digest to tell damage by.
     """
 
-    def __init__(self, encoder: ClipEncoder, path: Path) -> None:
-        self.encoder = encoder
+    def __init__(self, path: Path, identity: dict[str, Any], device: torch.device, batch_size: int) -> None:
         self.path = path
-        self.identity = encoder.identity
-        self._key = digest_json([encoder.identity, encoder.device.type, encoder.batch_size])
+        self._identity = identity
+        self._key = digest_json([identity, device.type, batch_size])
         self._features = self._read()
 
-    def encode_images(self, pictures: Sequence[Picture]) -> Features:
-        """As `ClipEncoder.encode_images`."""
-        return self._encode(
-            [f"image:{self.digest_picture(picture)}" for picture in pictures],
-            lambda: self.encoder.encode_images(pictures),
-        )
-
-    def encode_texts(self, texts: Sequence[str]) -> Features:
-        """As `ClipEncoder.encode_texts`."""
-        return self._encode(
-            [f"text:{digest_bytes(text.encode())}" for text in texts],
-            lambda: self.encoder.encode_texts(texts),
-        )
-
-    def count_truncated(self, texts: Sequence[str]) -> int:
-        """As `ClipEncoder.count_truncated`."""
-        return self.encoder.count_truncated(texts)
-
-    def digest_picture(self, picture: Picture) -> str:
-        """As `ClipEncoder.digest_picture`."""
-        return self.encoder.digest_picture(picture)
-
-    def cached(self, path: Path) -> "CachedEncoder":
-        """As `ClipEncoder.cached`."""
-        return CachedEncoder(self.encoder, path)
-
-    def _encode(self, names: Sequence[str], encode: Callable[[], Features]) -> Features:
-        if not names:
-            return encode()
-        if any(name not in self._features for name in names):
-            for name, feature in zip(names, encode(), strict=True):
-                self._features.setdefault(name, feature)
+    def take(
+        self, lists: Sequence[Sequence[str]], encode: Callable[[], Sequence[Features]]
+    ) -> list[Features]:
+        """The features of each list of names; what `encode` gives for all lists where any is not there."""
+        if not lists[0]:
+            return list(encode())
+        if any(name not in self._features for names in lists for name in names):
+            for names, features in zip(lists, encode(), strict=True):
+                for name, feature in zip(names, features, strict=True):
+                    self._features.setdefault(name, feature)
             self._write()
-        return np.stack([self._features[name] for name in names])
+        return [np.stack([self._features[name] for name in names]) for names in lists]
 
     def _read(self) -> dict[str, Features]:
         if not self.path.exists():
@@ -209,9 +212,61 @@ class CachedEncoder:
         return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
 
     def _write(self) -> None:
-        scorer = json.dumps(self.identity, sort_keys=True, ensure_ascii=False)
+        scorer = json.dumps(self._identity, sort_keys=True, ensure_ascii=False)
         tensors = {name: torch.from_numpy(feature) for name, feature in self._features.items()}
         save_sealed(self.path, tensors, {"key": self._key, "scorer": scorer})
+
+
+class CachedEncoder:
+    """An encoder whose features are kept in a `FeatureFile` under `image:<digest>`, `text:<digest>` and
+    `hidden-<layer>:<digest>`.
+    """
+
+    def __init__(self, encoder: ClipEncoder, path: Path) -> None:
+        self.encoder = encoder
+        self.identity = encoder.identity
+        self.file = FeatureFile(path, encoder.identity, encoder.device, encoder.batch_size)
+
+    def encode_images(self, pictures: Sequence[Picture]) -> Features:
+        """As `ClipEncoder.encode_images`."""
+        names = [f"image:{_digest(picture)}" for picture in pictures]
+        return self.file.take([names], lambda: [self.encoder.encode_images(pictures)])[0]
+
+    def encode_texts(self, texts: Sequence[str]) -> Features:
+        """As `ClipEncoder.encode_texts`."""
+        names = [f"text:{digest_bytes(text.encode())}" for text in texts]
+        return self.file.take([names], lambda: [self.encoder.encode_texts(texts)])[0]
+
+    def encode_hidden(self, pictures: Sequence[Picture], layer: int = STYLE_LAYER) -> Features:
+        """As `ClipEncoder.encode_hidden`."""
+        names = [f"hidden-{self.hidden_layer(layer)}:{_digest(picture)}" for picture in pictures]
+        return self.file.take([names], lambda: [self.encoder.encode_hidden(pictures, layer)])[0]
+
+    def encode_images_and_hidden(
+        self, pictures: Sequence[Picture], layer: int = STYLE_LAYER
+    ) -> tuple[Features, Features]:
+        """As `ClipEncoder.encode_images_and_hidden`."""
+        digests = [_digest(picture) for picture in pictures]
+        kinds = ("image", f"hidden-{self.hidden_layer(layer)}")
+        names = [[f"{kind}:{digest}" for digest in digests] for kind in kinds]
+        images, hidden = self.file.take(names, lambda: self.encoder.encode_images_and_hidden(pictures, layer))
+        return images, hidden
+
+    def hidden_layer(self, layer: int = STYLE_LAYER) -> int:
+        """As `ClipEncoder.hidden_layer`."""
+        return self.encoder.hidden_layer(layer)
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """As `ClipEncoder.count_truncated`."""
+        return self.encoder.count_truncated(texts)
+
+    def digest_picture(self, picture: Picture) -> str:
+        """As `ClipEncoder.digest_picture`."""
+        return self.encoder.digest_picture(picture)
+
+    def cached(self, path: Path) -> "CachedEncoder":
+        """As `ClipEncoder.cached`."""
+        return CachedEncoder(self.encoder, path)
 
 
 _REMEDY = "give a folder with a CLIPModel in safetensors, its tokenizer and its preprocessing"
@@ -280,6 +335,85 @@ def _projected(output: Any) -> torch.Tensor:
     """Features from what `get_image_features` gives: transformers 5 wraps them as the pooled output."""
     features: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return features
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Rows of unit norm, float32 on the CPU."""
+    rows = features.cpu().double()  # (N, D)
+    return (rows / rows.norm(dim=-1, keepdim=True)).float()
+
+
+@torch.inference_mode()
+def _in_batches(
+    items: Sequence[Any],
+    batch_size: int,
+    encode: Callable[[Sequence[Any], int], torch.Tensor],
+    width: int,
+    refuse: Callable[[int], RunError],
+) -> Features:
+    """What `encode` makes of each batch and the position of its first item, float32 [n, width]."""
+    parts = [np.empty((0, width), np.float32)]
+    for start in range(0, len(items), batch_size):
+        with full_fp32(deterministic=True):
+            features = encode(items[start : start + batch_size], start)  # (N, D)
+        broken = (~features.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        if broken:
+            raise refuse(start + broken[0])
+        parts.append(features.numpy())
+    return np.concatenate(parts)
+
+
+def _blocks(tower: Any) -> torch.nn.ModuleList:
+    """The blocks of an image tower, the only list of modules in it."""
+    return next(module for module in tower.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def _within(layer: int, tower: Any) -> int:
+    if layer < 0:
+        raise ValueError(f"layer {layer}: must be 0, the tower's input, or a block counted from 1")
+    return min(layer, len(_blocks(tower)))
+
+
+@contextmanager
+def _catching(tower: Any, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Within, each pass through the tower leaves hidden layer `layer` [n, tokens, w] in the list.
+
+    What transformers gives as `output_hidden_states` holds all layers at once.
+    """
+    caught: list[torch.Tensor] = []
+    blocks = _blocks(tower)
+    if layer == 0:
+        handle = blocks[0].register_forward_pre_hook(lambda block, inputs: caught.append(inputs[0]))
+    else:
+        handle = blocks[layer - 1].register_forward_hook(lambda block, inputs, output: caught.append(output))
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _over_patches(tokens: torch.Tensor, num_others: int = 1) -> torch.Tensor:
+    """Mean and standard deviation over patches, float32 [n, 2 w] on the CPU, of tokens [n, t, w].
+
+    The first `num_others` tokens are no patches.
+    """
+    std, mean = torch.std_mean(tokens[:, num_others:].cpu().double(), dim=1, correction=0)
+    return torch.cat([mean, std], dim=1).float()
+
+
+def _pixels(processor: Any, pictures: Sequence[Picture], start: int) -> torch.Tensor:
+    """Pictures as a model takes them, float32 [n, 3, side, side]; the first has position `start`."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        images = list(readers.map(_open, pictures, range(start, start + len(pictures))))
+    pixels: torch.Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def _digest(picture: Picture) -> str:
+    if isinstance(picture, Path):
+        return digest_file(picture)
+    pixels = np.asarray(_open(picture, 0))
+    return digest_bytes(repr(pixels.shape).encode(), pixels.tobytes())
 
 
 def _open(picture: Picture, position: int) -> Image.Image:
