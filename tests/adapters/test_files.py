@@ -5,6 +5,7 @@ named.
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -271,6 +272,23 @@ def test_half_precision_tells_its_rounding_and_refuses_what_it_cannot_hold(tmp_p
         AdapterError, match=r"down has values up to .*e\+05, beyond fp16's 65504: write bf16 or fp32"
     ):
         save_adapter(large, tmp_path / "large.safetensors", "kohya", "fp16")
+
+
+def test_an_alpha_beyond_float32_is_refused_where_it_is_a_tensor(tmp_path: Path) -> None:
+    module = replace(random_module((6, 5), 2, 1.0, torch.Generator().manual_seed(0)), alpha=4e38)
+    adapter = Adapter({f"unet.{ATTENTION}.to_q": module}, "peft", {})
+    with pytest.raises(AdapterError, match=r"alpha 4e\+38 is beyond the float32 that kohya files have"):
+        save_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+
+
+def test_a_core_beyond_half_precision_is_multiplied_in_before_rounding(tmp_path: Path) -> None:
+    """A core and a down whose product no fp16 holds are refused with a reason, not written as infinite."""
+    ones = torch.ones(1, 1, 1, 1)
+    large = LoraModule(ones * 300, ones * 1e-3, 1.0, mid=torch.full((1, 1, 3, 3), 300.0))
+    adapter = Adapter({"unet.down_blocks.0.resnets.0.conv1": large}, "kohya", {})
+    save_adapter(adapter, tmp_path / "k.safetensors", "kohya")
+    with pytest.raises(AdapterError, match=r"down has values up to 9e\+04, beyond fp16's 65504"):
+        save_adapter(adapter, tmp_path / "p", "peft")
 
 
 def test_a_product_beyond_half_precision_is_refused_where_its_factors_are_not(tmp_path: Path) -> None:

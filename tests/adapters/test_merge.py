@@ -1,6 +1,7 @@
 """Merging: the weights are those of the base beside its adapter, and the base is left alone."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -89,6 +90,35 @@ def test_a_merge_that_does_not_fit_is_refused(base: Base) -> None:
         bank = bank_on(base, AdapterSection()).attach()
         with merged_into(base, bank.adapter(0)):
             pass
+
+
+def test_a_kernel_of_as_many_numbers_is_not_the_layers() -> None:
+    """Only a 1x1 convolution and a Linear layer are one: nine in a row are not 3x3."""
+    state = {"unet.conv_in.weight": torch.ones(8, 4, 3, 3), "unet.proj.weight": torch.ones(8, 4)}
+    row = Adapter({"unet.conv_in": LoraModule(torch.ones(1, 4, 1, 9), torch.ones(8, 1, 1, 1), None)}, "", {})
+    with pytest.raises(AdapterError, match=r"shape \[8, 4, 1, 9\], the base's is \[8, 4, 3, 3\]"):
+        merge_weights(state, row)
+    one = Adapter({"unet.proj": LoraModule(torch.ones(1, 4, 1, 1), torch.ones(8, 1, 1, 1), None)}, "", {})
+    assert torch.equal(merge_weights(state, one)[0]["unet.proj.weight"], torch.full((8, 4), 2.0))
+
+
+def test_dora_over_outputs_and_over_inputs() -> None:
+    """By hand, for a square layer: rows, or columns, get the magnitudes as their norms."""
+    state = {"unet.proj.weight": torch.randn(3, 3, generator=torch.Generator().manual_seed(0))}
+    plain = LoraModule(torch.ones(1, 3), torch.ones(3, 1), None)
+    magnitudes = torch.tensor([1.0, 2.0, 3.0])
+    for axis, shape in ((1, (3, 1)), (0, (1, 3))):
+        module = replace(plain, dora_scale=magnitudes.reshape(shape))
+        merged, _ = merge_weights(state, Adapter({"unet.proj": module}, "", {}))
+        adapted = state["unet.proj.weight"] + 1
+        torch.testing.assert_close(merged["unet.proj.weight"].norm(dim=axis), magnitudes)
+        torch.testing.assert_close(
+            merged["unet.proj.weight"] / magnitudes.reshape(shape),
+            adapted / adapted.norm(dim=axis, keepdim=True),
+        )
+    cancelled = {"unet.proj.weight": -torch.ones(3, 3)}
+    with pytest.raises(AdapterError, match="cancel in 3 of 3 rows, so DoRA has no direction"):
+        merge_weights(cancelled, Adapter({"unet.proj": module}, "", {}))
 
 
 def test_dora_merges_as_peft_merges_it(base: Base, tmp_path: Path) -> None:

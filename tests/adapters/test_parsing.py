@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_files import KOHYA_ATTENTION, Tensors, kohya, pair, without, write
+from adapter_files import KOHYA_ATTENTION, Tensors, kohya, pair, peft_pairs, without, write
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.errors import AdapterError
@@ -34,6 +34,18 @@ def test_an_alpha_of_any_number_is_read(tmp_path: Path, alpha: torch.Tensor) -> 
         (
             {**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_mid.weight": torch.ones(4, 4)},
             r"the core lora_mid is \[4, 4\] and down \[2, 6\]: expected \[r, r, kh, kw\]",
+        ),
+        (
+            {
+                **kohya(),
+                f"{KOHYA_ATTENTION}_to_q.lora_mid.weight": torch.ones(3, 2, 1, 1),
+                f"{KOHYA_ATTENTION}_to_q.lora_up.weight": torch.ones(6, 3),
+            },
+            r"down \[2, 6\] and up \[6, 3\] with a core \[3, 2, 1, 1\] do not fit together",
+        ),
+        (
+            kohya(dora_scale=torch.ones(2, 3)),
+            r"dora_scale is \[2, 3\]: expected one number for each of 6 outputs or 6 inputs",
         ),
         (
             kohya(dora_scale=torch.ones(7)),
@@ -68,6 +80,27 @@ def test_an_alpha_of_any_number_is_read(tmp_path: Path, alpha: torch.Tensor) -> 
 def test_faults_are_named(tmp_path: Path, tensors: Tensors, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
+
+
+def test_magnitudes_are_those_of_outputs_or_inputs_by_spelling_and_shape() -> None:
+    """[1, n] of a square layer: inputs in LyCORIS' files, outputs in PEFT's."""
+    ours = f"{KOHYA_ATTENTION}_to_q.dora_scale"
+    for shape, expected in (((6,), (6, 1)), ((6, 1), (6, 1)), ((1, 6), (1, 6)), ((1, 6, 1, 1), (1, 6))):
+        (module,) = parse_adapter({**kohya(), ours: torch.ones(shape)}, {}).modules.values()
+        assert module.dora_scale is not None and module.dora_scale.shape == expected
+    peft = peft_pairs()
+    name = f"base_model.model.{ATTENTION}.to_q.lora_magnitude_vector"
+    for shape in ((6,), (1, 6), (1, 6, 1, 1)):
+        module = parse_adapter({**peft, name: torch.ones(shape)}, {}).modules[f"unet.{ATTENTION}.to_q"]
+        assert module.dora_scale is not None and module.dora_scale.shape == (6, 1)
+
+
+def test_a_core_between_two_matrices_is_multiplied_in() -> None:
+    core = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    tensors = {**kohya(), f"{KOHYA_ATTENTION}_to_q.lora_mid.weight": core[..., None, None]}
+    (module,) = parse_adapter(tensors, {}).modules.values()
+    assert module.mid is None
+    torch.testing.assert_close(module.down, core @ tensors[f"{KOHYA_ATTENTION}_to_q.lora_down.weight"])
 
 
 def test_parsing_never_raises_and_keeps_what_it_can() -> None:

@@ -20,6 +20,7 @@ from lorascope.adapters.files import load_adapter
 from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
 from lorascope.adapters.lowrank import Checkpoint, Target, extract, resize
+from lorascope.adapters.merge import merge_weights
 from lorascope.base.configs import read_configs
 from lorascope.base.loading import Base, load_base
 from lorascope.base.saving import save_ldm
@@ -90,6 +91,7 @@ def all_of(path: Path, folder: Path) -> None:
     for layout in ("kohya", "diffusers", "peft"):
         outcome(lambda layout=layout: convert(path, folder / f"out-{layout}.safetensors", layout, force=True))
     outcome(lambda: resize(load_adapter(path), Target(rank=1)))
+    outcome(lambda: merge_weights({f"unet.{Q}.weight": torch.ones(320, 320)}, load_adapter(path)))
 
 
 def tensor_of(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> torch.Tensor:

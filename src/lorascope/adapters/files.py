@@ -113,21 +113,19 @@ def save_adapter(
             f"{len(adapter.leftover)} keys belong to no module and are left out, the first is "
             f"{adapter.leftover[0][:200]!r}"
         )
-    modules, rounding = _rounded(adapter.modules, dtype)
-    if rounding.num_lost > rounding.num_values / 1000:
-        notes.append(
-            f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} "
-            "and became 0"
-        )
+    modules = adapter.modules
     if layout != "kohya" and any(module.mid is not None for module in modules.values()):
         notes.append(
             f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same "
             "update in more bytes"
         )
-        modules = {
-            name: replace(module, down=module.full_down().contiguous(), mid=None)
-            for name, module in modules.items()
-        }
+        modules = {path: _without_core(module) for path, module in modules.items()}
+    modules, rounding = _rounded(modules, dtype)
+    if rounding.num_lost > rounding.num_values / 1000:
+        notes.append(
+            f"{rounding.num_lost:,} of {rounding.num_values:,} weights are below the range of {dtype} "
+            "and became 0"
+        )
     rounded = replace(adapter, modules=modules)
     match layout:
         case "kohya":
@@ -139,6 +137,14 @@ def save_adapter(
         case "peft":
             num_bytes = _save_peft(rounded, path, notes)
     return Written(path, num_bytes, rounding.relative_error, tuple(notes))
+
+
+def _without_core(module: LoraModule) -> LoraModule:
+    """The same update without a Tucker core; in float32, since the products may be beyond fp16's range."""
+    if module.mid is None:
+        return module
+    down = replace(module, down=module.down.float()).full_down()
+    return replace(module, down=down.contiguous(), mid=None)
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,13 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
         name = kohya_name(path)
         for field, tensor in module.tensors().items():
             tensors[f"{name}.{endings[field]}"] = tensor.contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(module.effective_alpha, dtype=torch.float32)
+        alpha = torch.tensor(module.effective_alpha, dtype=torch.float32)
+        if not alpha.isfinite():
+            raise AdapterError(
+                f"{path}: alpha {module.effective_alpha:g} is beyond the float32 that kohya files have: "
+                "write peft or diffusers"
+            )
+        tensors[f"{name}.alpha"] = alpha
     if any(module.mid is not None for module in adapter.modules.values()):
         notes.append(
             "diffusers refuses files with a Tucker core (lora_mid); WebUI, Forge and ComfyUI read it"

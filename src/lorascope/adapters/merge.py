@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def _merged(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The merged weight in float32, and what it adds to `weight`."""
     update = module.update().to(weight.device)
-    if update.numel() != weight.numel() or module.weight_shape[:2] != weight.shape[:2]:
+    if _without_kernel_of_one(module.weight_shape) != _without_kernel_of_one(weight.shape):
         raise AdapterError(
             f"{path}: the adapter is for a weight of shape {list(module.weight_shape)}, the base's is "
             f"{list(weight.shape)}"
@@ -88,11 +88,22 @@ def _merged(
     update = update.reshape(weight.shape)
     if module.dora_scale is not None:
         adapted = weight + update
-        other_axes = [axis for axis, extent in enumerate(module.dora_scale.shape) if extent == 1]
-        magnitudes = module.dora_scale.to(weight.device, torch.float32)
-        scale = magnitudes / torch.linalg.vector_norm(adapted, dim=other_axes, keepdim=True)
-        update = adapted * scale - weight
+        axis = 0 if module.dora_scale.shape[0] == weight.shape[0] else 1
+        others = [other for other in range(weight.ndim) if other != axis]
+        norms = torch.linalg.vector_norm(adapted, dim=others, keepdim=True)
+        if not norms.all():
+            raise AdapterError(
+                f"{path}: weight and update cancel in {int((norms == 0).sum())} of {norms.numel()} rows, so "
+                "DoRA has no direction to scale: another base model, or a damaged file"
+            )
+        magnitudes = module.dora_scale.to(weight.device, torch.float32).reshape(norms.shape)
+        update = adapted * (magnitudes / norms) - weight
     return weight + strength * update, strength * update
+
+
+def _without_kernel_of_one(shape: Sequence[int]) -> tuple[int, ...]:
+    """A 1x1 convolution's weight is a Linear layer's: [out, in]."""
+    return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
 
 
 @contextmanager

@@ -39,7 +39,10 @@ def parse_adapter(
             faults.append(f"two modules of one name: {other[:200]!r} and {key[:200]!r} are both {path[:200]}")
             continue
         names[path, field] = key
-        parts.setdefault(path, {})[field] = tensors[key]
+        # PEFT's magnitudes are the outputs', of shape [out] or [1, out, 1, 1]; others' say it by their shape.
+        parts.setdefault(path, {})[field] = (
+            tensors[key].flatten() if ".lora_magnitude_vector" in key else tensors[key]
+        )
     configs = peft_configs(metadata, peft_config, faults)
     modules = {}
     for path, found in parts.items():
@@ -82,7 +85,7 @@ def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
     if (
         up.shape[1] != inner
         or up.shape[2:].numel() != 1
-        or (mid is not None and mid.shape[1] != down.shape[0])
+        or (mid is not None and not inner == mid.shape[1] == down.shape[0])
     ):
         core = "" if mid is None else f" with a core {list(mid.shape)}"
         return (
@@ -92,9 +95,10 @@ def _module_fault(path: str, found: Mapping[str, torch.Tensor]) -> str | None:
     if alpha is not None and (alpha.numel() != 1 or not alpha.float().isfinite().all()):
         return f"{path}: alpha must be one finite number, is of shape {list(alpha.shape)}"
     magnitudes = found.get("dora_scale")
-    if magnitudes is not None and (
-        magnitudes.numel() != max(magnitudes.shape, default=1)
-        or magnitudes.numel() not in (up.shape[0], down.shape[1])
+    if magnitudes is not None and not (
+        magnitudes.ndim
+        and magnitudes.numel() == max(magnitudes.shape)
+        and (magnitudes.shape[0] == up.shape[0] or magnitudes.shape[:2] == (1, down.shape[1]))
     ):
         expected = f"{up.shape[0]} outputs or {down.shape[1]} inputs"
         return f"{path}: dora_scale is {list(magnitudes.shape)}: expected one number for each of {expected}"
@@ -112,19 +116,25 @@ def _module(path: str, found: Mapping[str, torch.Tensor], config: Mapping[str, A
     """One module from its tensors, with the dimensions that its layer has: 4 for a convolution, 2 for a
     Linear.
     """
-    down, up, dora_scale = found["down"], found["up"], found.get("dora_scale")
-    is_convolution = path.rpartition(".")[2] in _CONVOLUTIONS or down.shape[2:].numel() > 1
+    down, up, mid, dora_scale = found["down"], found["up"], found.get("mid"), found.get("dora_scale")
+    is_convolution = (
+        path.rpartition(".")[2] in _CONVOLUTIONS or (down if mid is None else mid).shape[2:].numel() > 1
+    )
     if is_convolution and down.ndim == 2:
         down = down[..., None, None]
     if is_convolution and up.ndim == 2:
         up = up[..., None, None]
     if not is_convolution:
         down, up = down.flatten(1), up.flatten(1)
-    if dora_scale is not None and (dora_scale.ndim < 2 or dora_scale.shape[:2] == (1, up.shape[0])):
-        dora_scale = dora_scale.reshape(-1, *[1] * (down.ndim - 1))  # PEFT's [out] or [1, out, 1, 1]
+        if mid is not None:  # a matrix between two others: no program's Linear layer has one
+            down, mid = mid.float().flatten(1) @ down.float(), None
+    if dora_scale is not None:  # over inputs only where its shape says so: [1, in(, 1, 1)]
+        over_outputs = dora_scale.shape[0] == up.shape[0]
+        ones = [1] * (down.ndim - 2)
+        dora_scale = dora_scale.reshape((-1, 1, *ones) if over_outputs else (1, -1, *ones))
     alpha = (
         float(found["alpha"].item())
         if "alpha" in found
         else alpha_of(config, path.partition(".")[2], down.shape[0])
     )
-    return LoraModule(down, up, alpha, found.get("mid"), dora_scale)
+    return LoraModule(down, up, alpha, mid, dora_scale)

@@ -14,6 +14,7 @@ from lorascope.store import PEFT_ALPHA, PEFT_CONFIG, PEFT_WEIGHTS, read_regular
 if TYPE_CHECKING:
     from lorascope.adapters.adapter import LoraModule
 
+_LARGEST = 3.4028234e38  # of float32
 _CONFIG_LIMIT = 10_000_000  # bytes of an adapter_config.json
 
 
@@ -94,10 +95,8 @@ def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
 
 
 def _is_finite_number(value: object) -> bool:
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an int beyond the largest float
-        return False
+    """Whether it is a number that float32 holds, in which every program multiplies."""
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
 
 
 def alpha_of(config: Mapping[str, Any] | None, path: str, rank: int) -> float | None:
