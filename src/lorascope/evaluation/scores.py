@@ -5,7 +5,6 @@ interval. Undefined numbers (an interval of too few prompts, the deviation of on
 filler.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lorascope.errors import RunError, StorageError
+from lorascope.errors import RunError
+from lorascope.evaluation.row_files import read_rows, write_rows
 from lorascope.evaluation.statistics import (
     bootstrap_interval,
     holm,
     sign_flip_p,
     smallest_detectable_effect,
 )
-from lorascope.store import RunDir, atomic_path, digest_json, require_regular
+from lorascope.store import RunDir
 
 BASE = "base"
 ALL = "all"
@@ -210,16 +209,7 @@ def write_scores(run: RunDir, scores: Scores) -> None:
     """Write `scores.parquet` with a digest of what it holds; equal scores give equal bytes."""
     rows = [asdict(row) for row in Scores.from_rows(scores.rows, scores.scorer).rows]
     facts = {"scorer": scores.scorer, "num_truncated": scores.num_truncated}
-    sealed = json.dumps({**facts, "digest": _digest(rows, facts)}, sort_keys=True, ensure_ascii=False)
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({"lorascope": sealed}))
-    with atomic_path(run.scores_parquet) as partial:
-        pq.write_table(
-            table, partial, compression="zstd", version="2.6", row_group_size=1 << 20, data_page_version="1.0"
-        )
-
-
-def _digest(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
-    return digest_json([list(rows), {key: facts.get(key) for key in ("scorer", "num_truncated")}])
+    write_rows(run.scores_parquet, _SCHEMA, rows, facts)
 
 
 def read_scores(run: RunDir) -> Scores:
@@ -227,41 +217,15 @@ def read_scores(run: RunDir) -> Scores:
 
     A file without a digest, as 0.1.0 wrote it, passes if it is whole.
     """
-    path = run.scores_parquet
-    remedy = "delete it and score this run again"
-    try:
-        require_regular(path)
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-        facts = json.loads((table.schema.metadata or {})[b"lorascope"])
-        rows = table.to_pylist()
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: not there: score this run first") from error
-    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: not a readable score file: {remedy}") from error
-    if [(field.name, field.type) for field in table.schema] != [
-        (field.name, field.type) for field in _SCHEMA
-    ]:
-        raise StorageError(
-            f"{path}: columns are {', '.join(table.schema.names)}, must be {', '.join(_SCHEMA.names)}: "
-            "score this run again"
-        )
-    if reason := _fault(rows, facts):
-        raise StorageError(f"{path}: damaged ({reason}): {remedy}")
+    rows, facts = read_rows(run.scores_parquet, _SCHEMA, _OPTIONAL, "score this run", _fault)
     return Scores.from_rows((ScoreRow(**row) for row in rows), facts["scorer"], facts.get("num_truncated", 0))
 
 
-def _fault(rows: Sequence[Mapping[str, Any]], facts: Any) -> str | None:
-    """What is wrong with the content of a score file that has the right columns."""
-    if not isinstance(facts, dict) or not isinstance(facts.get("scorer"), dict):
+def _fault(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the facts beside the rows."""
+    if not isinstance(facts.get("scorer"), dict):
         return "no scorer"
-    if type(facts.get("num_truncated", 0)) is not int:
-        return "`num_truncated` is no number"
-    if empty := [key for row in rows for key in _SCHEMA.names if row[key] is None and key not in _OPTIONAL]:
-        return f"a row without {empty[0]}"
-    if "digest" in facts and facts["digest"] != _digest(rows, facts):
-        return "its content is not what was written, by its digest"
-    return None
+    return None if type(facts.get("num_truncated", 0)) is int else "`num_truncated` is no number"
 
 
 def summary_table(scores: Scores, resamples: int = 10_000) -> list[SummaryRow]:
