@@ -4,9 +4,8 @@ What is there is kept and what is written is whole, so the same command again go
 """
 
 import json
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageP
 from lorascope.base.hub import fetch_snapshot
 from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text, has_words
 from lorascope.data.metadata import MAX_METADATA_BYTES
+from lorascope.data.names import is_unicode, shown
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError, open_picture
 from lorascope.errors import BaseModelError, DataError, first_line
 from lorascope.store import open_regular, read_regular, write_text
@@ -179,11 +179,32 @@ def caption_folder(
     _check_metadata(folder, out)
     result = CaptionResult(str(folder), out, len(pictures))
     store = _Metadata(folder) if out == "jsonl" else _Sidecars(folder)
+    todo = _choose(pictures, store, overwrite, result)
+    done = 0
+    try:
+        with ThreadPoolExecutor(_READERS) as readers:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                opened = dict(zip(batch, readers.map(partial(_open, folder), batch), strict=True))
+                last = _caption_batch(opened, caption, store, result)
+                done += len(batch)
+                if progress:
+                    progress(done, len(todo), last)
+    finally:
+        store.save()
+    result.skipped.sort(key=lambda entry: entry["picture"])
+    return result
+
+
+def _choose(
+    pictures: Sequence[str], store: "_Metadata | _Sidecars", overwrite: bool, result: CaptionResult
+) -> list[str]:
+    """The pictures to caption; the result says which captions are kept, and which pictures are left out."""
     todo = []
     for name in pictures:
-        if not _is_unicode(name):
-            shown = os.fsencode(name).decode(errors="backslashreplace")
-            result.skipped.append({"picture": shown, "reason": "the file name is not UTF-8: rename the file"})
+        if not is_unicode(name):
+            reason = "the file name is not UTF-8: rename the file"
+            result.skipped.append({"picture": shown(name), "reason": reason})
             continue
         try:
             store.claim(name)
@@ -193,33 +214,30 @@ def caption_folder(
                 todo.append(name)
         except RefusedError as error:
             result.skipped.append({"picture": name, "reason": str(error)})
-    done = 0
-    try:
-        with ThreadPoolExecutor(_READERS) as readers:
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                opened = dict(zip(batch, readers.map(partial(_open, folder), batch), strict=True))
-                readable = {
-                    name: picture for name, picture in opened.items() if isinstance(picture, Image.Image)
-                }
-                captions = (
-                    dict(zip(readable, caption(list(readable.values())), strict=True)) if readable else {}
-                )
-                result.skipped += [
-                    {"picture": name, "reason": why} for name, why in opened.items() if isinstance(why, str)
-                ]
-                result.empty += [name for name, text in captions.items() if not text]
-                for name, text in captions.items():
-                    if text:
-                        store.put(name, text)
-                        result.num_written += 1
-                done += len(batch)
-                if progress:
-                    progress(done, len(todo), next(reversed(captions.values()), ""))
-    finally:
-        store.save()
-    result.skipped.sort(key=lambda entry: entry["picture"])
-    return result
+    return todo
+
+
+def _caption_batch(
+    opened: Mapping[str, Image.Image | str],
+    caption: Callable[[Sequence[Image.Image]], list[str]],
+    store: "_Metadata | _Sidecars",
+    result: CaptionResult,
+) -> str:
+    """Caption the pictures of a batch by name; those that could not be opened stand there with the reason.
+
+    Gives the last caption, empty if there is none.
+    """
+    readable = {name: picture for name, picture in opened.items() if isinstance(picture, Image.Image)}
+    captions = dict(zip(readable, caption(list(readable.values())), strict=True)) if readable else {}
+    result.skipped += [
+        {"picture": name, "reason": why} for name, why in opened.items() if isinstance(why, str)
+    ]
+    result.empty += [name for name, text in captions.items() if not text]
+    for name, text in captions.items():
+        if text:
+            store.put(name, text)
+            result.num_written += 1
+    return next(reversed(captions.values()), "")
 
 
 def _pictures(folder: Path) -> list[str]:
@@ -349,7 +367,7 @@ class _Metadata:
         index, record, column = self._find(name)
         record = {**record, column: caption}
         line = json.dumps(record, ensure_ascii=False)
-        self._lines[index : index + 1] = [line if line.isascii() or _is_unicode(line) else json.dumps(record)]
+        self._lines[index : index + 1] = [line if line.isascii() or is_unicode(line) else json.dumps(record)]
         self._records[name] = index, record
         self._changed = True
         if time.monotonic() - self._saved >= SAVE_EVERY_S:
@@ -376,12 +394,3 @@ def _beside(picture: Path) -> str:
     except (DataError, OSError) as error:
         raise RefusedError(first_line(error)) from error
     return text if has_words(text) else ""
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: JSON escapes can hold half characters that cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

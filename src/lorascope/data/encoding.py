@@ -139,6 +139,33 @@ def encode_dataset(
     by_size: dict[tuple[int, int], list[Example]] = {}
     for example in examples:
         by_size.setdefault((example.width_px, example.height_px), []).append(example)
+    latents, num_encoded = _find_latents(dataset, by_size, base, cache_dir, flip, progress)
+    captions = ["", *sorted({example.caption for example in examples} - {""})]
+    text_states = _find_text(captions, base, cache_dir) if keep_text else None
+    index = {caption: row for row, caption in enumerate(captions)}
+    splits = [
+        Encoded(
+            latents=tuple(latents[example.id] for example in part),
+            captions=tuple(example.caption for example in part),
+            digests=tuple(example.digest for example in part),
+            repeats=tuple(example.repeats for example in part),
+            caption_index=torch.tensor([index[example.caption] for example in part]),
+            text_states=text_states,
+        )
+        for part in (dataset.train, dataset.heldout)
+    ]
+    return splits[0], splits[1], num_encoded
+
+
+def _find_latents(
+    dataset: Dataset,
+    by_size: Mapping[tuple[int, int], Sequence[Example]],
+    base: Base,
+    cache_dir: Path,
+    flip: bool,
+    progress: Callable[[int], None],
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The latents of examples by id, from the cache or encoded now, and how many had to be."""
     autoencoder = Autoencoder(base)
     precision = {} if autoencoder.precision == "float32" else {"precision": autoencoder.precision}
     stores: dict[tuple[int, int], _Store] = {}
@@ -157,22 +184,7 @@ def encode_dataset(
             stores[width, height], dataset.in_storage_order(group), dataset, autoencoder, flip, progress
         )
     autoencoder.warn_of_overflows()
-    latents = _gather(stores, by_size, base.device)
-    captions = ["", *sorted({example.caption for example in examples} - {""})]
-    text_states = _find_text(captions, base, cache_dir) if keep_text else None
-    index = {caption: row for row, caption in enumerate(captions)}
-    splits = [
-        Encoded(
-            latents=tuple(latents[example.id] for example in part),
-            captions=tuple(example.caption for example in part),
-            digests=tuple(example.digest for example in part),
-            repeats=tuple(example.repeats for example in part),
-            caption_index=torch.tensor([index[example.caption] for example in part]),
-            text_states=text_states,
-        )
-        for part in (dataset.train, dataset.heldout)
-    ]
-    return splits[0], splits[1], num_encoded
+    return _gather(stores, by_size, base.device), num_encoded
 
 
 def _add_missing(

@@ -100,6 +100,7 @@ def draw_split(groups: Sequence[Sequence[Picture]], share: float) -> set[str]:
 
 
 def describe_near(groups: Iterable[Sequence[Picture]], leaked_ids: set[str]) -> list[dict[str, Any]]:
+    """A note on each group of more than one picture; `leaked_ids` are those that were dropped."""
     notes = []
     for group in groups:
         ids = [picture.example.id for picture in group]
