@@ -149,51 +149,8 @@ def draw_forest(
         for axes, facet in zip(grid, facets, strict=True):
             axes.axvline(0, color=INK, linewidth=0.9)
             for row in (row for row in rows if row.facet == facet):
-                place, look = arms.index(row.arm), looks[row.arm]
-                named = look.colour != MUTED
-                if row.detectable is not None:
-                    axes.barh(
-                        place,
-                        2 * row.detectable,
-                        left=-row.detectable,
-                        height=0.82,
-                        color=SHADE,
-                        linewidth=0,
-                        zorder=0.5,
-                    )
-                spread = (
-                    [0.3 * math.sin(2.4 * i) for i in range(len(row.points))]
-                    if len(arms) <= 6
-                    else [0.0] * len(row.points)
-                )
-                axes.scatter(
-                    row.points,
-                    [place + s for s in spread],
-                    s=5,
-                    color=look.colour,
-                    alpha=0.5,
-                    linewidths=0,
-                    zorder=2,
-                )
-                if row.low is not None and row.high is not None:
-                    axes.plot(
-                        [row.low, row.high],
-                        [place, place],
-                        color=look.colour,
-                        linewidth=2 if named else 1,
-                        solid_capstyle="butt",
-                        zorder=3,
-                    )
-                axes.plot(
-                    row.mean,
-                    place,
-                    look.marker,
-                    color=look.colour,
-                    markersize=6 if named else 4,
-                    markeredgecolor=PAPER,
-                    markeredgewidth=0.8 if named else 0,
-                    zorder=4,
-                )
+                place = arms.index(row.arm)
+                _draw_forest_row(axes, row, place, looks[row.arm], wide=len(arms) <= 6)
                 if values:
                     axes.annotate(
                         f"{row.mean:+.2f}".replace("-", "\N{MINUS SIGN}"),
@@ -209,6 +166,35 @@ def draw_forest(
             axes.grid(axis="y", visible=False)
         grid[-1].set_xlabel(xlabel)
         return _finish(figure, key)
+
+
+def _draw_forest_row(axes: "Axes", row: Row, place: int, look: Look, wide: bool) -> None:
+    """One arm of `draw_forest`; in a wide row its dots are spread, so that they cover each other less."""
+    named = look.colour != MUTED
+    if row.detectable is not None:
+        reach = row.detectable
+        axes.barh(place, 2 * reach, left=-reach, height=0.82, color=SHADE, linewidth=0, zorder=0.5)
+    heights = [place + (0.3 * math.sin(2.4 * i) if wide else 0.0) for i in range(len(row.points))]
+    axes.scatter(row.points, heights, s=5, color=look.colour, alpha=0.5, linewidths=0, zorder=2)
+    if row.low is not None and row.high is not None:
+        axes.plot(
+            [row.low, row.high],
+            [place, place],
+            color=look.colour,
+            linewidth=2 if named else 1,
+            solid_capstyle="butt",
+            zorder=3,
+        )
+    axes.plot(
+        row.mean,
+        place,
+        look.marker,
+        color=look.colour,
+        markersize=6 if named else 4,
+        markeredgecolor=PAPER,
+        markeredgewidth=0.8 if named else 0,
+        zorder=4,
+    )
 
 
 def draw_scale(rows: Sequence[Row], looks: Mapping[str, Look], xlabel: str, key: str = "scale") -> Drawing:

@@ -79,15 +79,13 @@ class Facts:
         self.manifest = run.manifest()
         self.settings: dict[str, Arm] = {arm.name: arm for arm in self.config.expand_arms()}
         self.training: dict[str, dict[str, Any]] = {}
-        self.failed: dict[str, str] = {}
         for name in self.settings:
-            path = run.adapters_dir / name / "training.json"
-            if path.exists():
-                facts = run.training(name)
+            if (run.adapters_dir / name / "training.json").exists():
+                self.training[name] = run.training(name)
                 run.require_unchanged(name)
-                self.training[name] = facts
-                if facts.get("failed"):
-                    self.failed[name] = str(facts["failed"])
+        self.failed = {
+            name: str(facts["failed"]) for name, facts in self.training.items() if facts.get("failed")
+        }
         if not self.training:
             raise StorageError(
                 f"{run.path}: nothing to report yet: no arm has finished stage `train`; run `lorascope "
@@ -166,14 +164,9 @@ class Facts:
         found = []
         for arm in (BASE, *self.arms):
             for path in sorted((self.run.previews_dir / arm).glob("epoch-*/*.png")):
-                category, index, seed = [*path.stem.split("-"), "", ""][:3]
                 epoch = path.parent.name.removeprefix("epoch-")
-                if epoch.isdecimal() and index.isdecimal() and seed.isdecimal():
-                    prompt = str(open_picture(path).info.get("prompt", path.stem))
-                    relative = path.relative_to(self.run.path).as_posix()
-                    found.append(
-                        (int(epoch), Picture(arm, category, int(index), prompt, int(seed), relative, None))
-                    )
+                if epoch.isdecimal() and (picture := self._drawn(arm, path)):
+                    found.append((int(epoch), picture))
         return found
 
     def _pictures(self) -> list[Picture]:
@@ -185,24 +178,21 @@ class Facts:
                 )
                 for row in rows
             ]
-        pictures = []
-        for arm in (BASE, *self.arms):
-            for path in sorted((self.run.images_dir / arm).glob("*.png")):
-                category, index, seed = [*path.stem.split("-"), "", ""][:3]
-                if index.isdecimal() and seed.isdecimal():
-                    prompt = str(open_picture(path).info.get("prompt", path.stem))
-                    pictures.append(
-                        Picture(
-                            arm,
-                            category,
-                            int(index),
-                            prompt,
-                            int(seed),
-                            path.relative_to(self.run.path).as_posix(),
-                            None,
-                        )
-                    )
-        return pictures
+        drawn = (
+            self._drawn(arm, path)
+            for arm in (BASE, *self.arms)
+            for path in sorted((self.run.images_dir / arm).glob("*.png"))
+        )
+        return [picture for picture in drawn if picture is not None]
+
+    def _drawn(self, arm: str, path: Path) -> Picture | None:
+        """The picture in a file by its name, or nothing where the name is none of ours."""
+        category, index, seed = [*path.stem.split("-"), "", ""][:3]
+        if not (index.isdecimal() and seed.isdecimal()):
+            return None
+        prompt = str(open_picture(path).info.get("prompt", path.stem))
+        relative = path.relative_to(self.run.path).as_posix()
+        return Picture(arm, category, int(index), prompt, int(seed), relative, None)
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -74,58 +74,18 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         for arm in shown:
             effect = facts.effects[arm, category]
             points = tuple(item.difference for item in effect.per_prompt) if arm in named else ()
-            rows.append(
-                Row(
-                    category,
-                    arm,
-                    effect.difference,
-                    effect.low,
-                    effect.high,
-                    effect.smallest_detectable,
-                    points,
-                )
-            )
-    columns = (
-        Column("arm", False),
-        Column("prompts", False),
-        Column("n"),
-        Column("difference"),
-        Column("95 % low"),
-        Column("95 % high"),
-        Column("could be seen from"),
-        Column("prompts above base"),
-    )
-    table_rows = []
-    for arm in scored:
-        for category in (*facts.scores.categories, ALL):
-            effect = facts.effects[arm, category]
-            numbers = [
-                cell(effect.difference, "+.2f"),
-                cell(effect.low, "+.2f"),
-                cell(effect.high, "+.2f"),
-                cell(effect.smallest_detectable, ".2f"),
-            ]
-            table_rows.append(
-                row(
-                    Cell(arm),
-                    Cell(category),
-                    cell(effect.num_prompts, "d"),
-                    *numbers,
-                    cell(effect.share_above, ".0%"),
-                )
-            )
+            numbers = (effect.difference, effect.low, effect.high, effect.smallest_detectable)
+            rows.append(Row(category, arm, *numbers, points))
     seeds = facts.verdict.num_seeds if facts.verdict else 1
-    notes = [
-        ""
-        if len(shown) == len(scored)
-        else f" Of {len(scored)} arms the {MAX_ROWS - 4} highest and 4 lowest are drawn; the table has all."
-    ]
-    notes += [f" Dots only for {', '.join(named)}."] if len(named) < len(shown) else []
-    notes += (
-        [f" No interval from fewer than {MIN_PROMPTS} prompts."]
-        if any(item.low is None for item in rows)
-        else []
-    )
+    notes = []
+    if len(shown) < len(scored):
+        notes.append(
+            f" Of {len(scored)} arms the {MAX_ROWS - 4} highest and 4 lowest are drawn; the table has all."
+        )
+    if len(named) < len(shown):
+        notes.append(f" Dots only for {', '.join(named)}.")
+    if any(item.low is None for item in rows):
+        notes.append(f" No interval from fewer than {MIN_PROMPTS} prompts.")
     return Figure(
         key="effect",
         title="Each prompt against itself: arm minus base",
@@ -142,8 +102,38 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             if (arm, ALL) in facts.effects
         ),
         drawing=draw_forest(rows, looks, "CLIP score minus base, points"),
-        table=Table("CLIP score of each arm minus the base's, paired by prompt", columns, tuple(table_rows)),
+        table=_effect_table(facts, scored, facts.scores.categories),
     )
+
+
+def _effect_table(facts: Facts, arms: Sequence[str], categories: Sequence[str]) -> Table:
+    columns = (
+        Column("arm", False),
+        Column("prompts", False),
+        Column("n"),
+        Column("difference"),
+        Column("95 % low"),
+        Column("95 % high"),
+        Column("could be seen from"),
+        Column("prompts above base"),
+    )
+    rows = []
+    for arm in arms:
+        for category in (*categories, ALL):
+            effect = facts.effects[arm, category]
+            rows.append(
+                row(
+                    Cell(arm),
+                    Cell(category),
+                    cell(effect.num_prompts, "d"),
+                    cell(effect.difference, "+.2f"),
+                    cell(effect.low, "+.2f"),
+                    cell(effect.high, "+.2f"),
+                    cell(effect.smallest_detectable, ".2f"),
+                    cell(effect.share_above, ".0%"),
+                )
+            )
+    return Table("CLIP score of each arm minus the base's, paired by prompt", columns, tuple(rows))
 
 
 def _gain_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
@@ -239,41 +229,26 @@ def _scale_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
 
 
 def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for record in facts.metrics:
-        if record.get("kind") == "train" and record["loss"] is not None and math.isfinite(record["loss"]):
-            curves.setdefault(record["arm"], []).append((record["epoch"], record["loss"]))
+    curves = _loss_curves(facts)
     if not curves:
         return None
-    window = max(1, round(0.04 * max(map(len, curves.values()))))
+    longest = max(map(len, curves.values()))
+    window = max(1, round(0.04 * longest))
     drawn = sorted(curves, key=lambda arm: looks[arm].colour != looks[BASE].colour)  # grey ones first, below
     first, second = "training loss, smoothed", "difference from the arms' mean, smoothed"
     lines = [
         Line(first, arm, *thin([x for x, _ in curves[arm]], smooth([y for _, y in curves[arm]], window)))
         for arm in drawn
     ]
-    complete = [
-        arm for arm in drawn if arm in facts.arms and len(curves[arm]) == max(map(len, curves.values()))
-    ]
-    paired = (
-        len(complete) > 1
-        and len({(facts.settings[arm].seed, facts.settings[arm].batch_size) for arm in complete}) == 1
-    )
+    complete = [arm for arm in drawn if arm in facts.arms and len(curves[arm]) == longest]
+    settings = {(facts.settings[arm].seed, facts.settings[arm].batch_size) for arm in complete}
+    paired = len(complete) > 1 and len(settings) == 1
     if paired:
-        means = [
-            sum(values) / len(values)
-            for values in zip(*([y for _, y in curves[arm]] for arm in complete), strict=True)
-        ]
+        losses = [[y for _, y in curves[arm]] for arm in complete]
+        means = [sum(values) / len(values) for values in zip(*losses, strict=True)]
         for arm in complete:
             gaps = [y - mean for (_, y), mean in zip(curves[arm], means, strict=True)]
             lines.append(Line(second, arm, *thin([x for x, _ in curves[arm]], smooth(gaps, window))))
-    epochs = range(1, math.ceil(max(x for points in curves.values() for x, _ in points) - 1e-9) + 1)
-    table = []
-    for arm in curves:
-        parts = [[y for x, y in curves[arm] if epoch - 1 < x - 1e-9 <= epoch] for epoch in epochs]
-        table.append(
-            row(Cell(arm), *(cell(sum(part) / len(part) if part else None, ".4f") for part in parts))
-        )
     finals = "; ".join(
         f"{arm} {facts.training[arm]['final_loss']:.4f}"
         for arm in facts.detailed
@@ -284,18 +259,13 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         if paired
         else ""
     )
-    loss = "Huber loss" if facts.config.train.loss == "huber" else "Mean squared error"
-    loss += (
-        f", weighted by timestep (min-SNR, gamma {facts.config.train.min_snr_gamma:g})"
-        if facts.config.train.min_snr_gamma
-        else ""
-    )
+    steps = f", averaged over {window} steps" if window > 1 else " of each step"
     return Figure(
         key="loss",
         title="Training loss",
         description=(
-            f"{loss}{f', averaged over {window} steps' if window > 1 else ' of each step'}. Last epoch: "
-            f"{finals}.{why} Training loss says little about which arm to keep."
+            f"{_loss_name(facts)}{steps}. Last epoch: {finals}.{why} Training loss says little about which "
+            "arm to keep."
         ),
         alt=f"Line plot of the smoothed training loss of {count(len(curves), 'arm')}. Mean of the last "
         f"epoch: {finals}.",
@@ -308,15 +278,40 @@ def _loss_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             (1, 0.75) if paired else (),
             (second,),
         ),
-        table=Table(
-            "Mean training loss in each epoch",
-            (Column("arm", False), *(Column(f"epoch {epoch}") for epoch in epochs)),
-            tuple(table),
-        ),
+        table=_loss_table(curves),
         reference=(
             "Figure 2 of the reference study; its last losses were 0.1192 at rank 16 and 0.1266 at rank 64."
         ),
     )
+
+
+def _loss_curves(facts: Facts) -> dict[str, list[tuple[float, float]]]:
+    """Each arm's training losses as pairs of epoch and loss, without those that are not finite."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for record in facts.metrics:
+        if record.get("kind") == "train" and record["loss"] is not None and math.isfinite(record["loss"]):
+            curves.setdefault(record["arm"], []).append((record["epoch"], record["loss"]))
+    return curves
+
+
+def _loss_name(facts: Facts) -> str:
+    train = facts.config.train
+    name = "Huber loss" if train.loss == "huber" else "Mean squared error"
+    if train.min_snr_gamma:
+        name += f", weighted by timestep (min-SNR, gamma {train.min_snr_gamma:g})"
+    return name
+
+
+def _loss_table(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Table:
+    last = max(epoch for points in curves.values() for epoch, _ in points)
+    epochs = range(1, math.ceil(last - 1e-9) + 1)
+    rows = []
+    for arm, points in curves.items():
+        parts = [[y for x, y in points if epoch - 1 < x - 1e-9 <= epoch] for epoch in epochs]
+        means = (cell(sum(part) / len(part) if part else None, ".4f") for part in parts)
+        rows.append(row(Cell(arm), *means))
+    columns = (Column("arm", False), *(Column(f"epoch {epoch}") for epoch in epochs))
+    return Table("Mean training loss in each epoch", columns, tuple(rows))
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -458,65 +453,20 @@ def _cost_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
     if not arms:
         return None
     shown = _rows_shown(facts, arms)
+    # By measure the key in `training.json`, that in `REFERENCE`, and what makes the unit of both.
     measures = {
-        "run time, s": ("run_time_s", 1.0),
-        "memory, GB": ("peak_memory_bytes", 1e-9),
-        "file, MB": ("file_bytes", 1e-6),
+        "run time, s": ("run_time_s", "run_time_s", 1.0),
+        "memory, GB": ("peak_memory_bytes", "memory", 1e-9),
+        "file, MB": ("file_bytes", "file", 1e-6),
     }
     costs = {
         name: {arm: facts.training[arm][key] * factor for arm in shown}
-        for name, (key, factor) in measures.items()
+        for name, (key, _, factor) in measures.items()
     }
-    keys = {"run time, s": ("run_time_s", 1.0), "memory, GB": ("memory", 1e-9), "file, MB": ("file", 1e-6)}
     reference = {
         name: {arm: values[key] * factor for arm, values in REFERENCE.items()}
-        for name, (key, factor) in keys.items()
+        for name, (_, key, factor) in measures.items()
     }
-    columns = (
-        Column("arm", False),
-        Column("run time"),
-        Column("peak memory"),
-        Column("kind", False),
-        Column("file"),
-        Column("parameters"),
-        Column("trained with", False),
-    )
-    table = []
-    for arm in arms:
-        own = facts.training[arm]
-        group = ", ".join(other for other in own.get("group", ()) if other != arm) or "alone"
-        sizes = [
-            Cell(f"{own['run_time_s']:,.0f} s", own["run_time_s"]),
-            Cell(f"{own['peak_memory_bytes'] / 1e9:.2f} GB", own["peak_memory_bytes"]),
-        ]
-        kind = {"rss": "whole process", "cuda": "GPU, allocated"}.get(
-            own["peak_memory_kind"], own["peak_memory_kind"]
-        )
-        table.append(
-            row(
-                Cell(arm),
-                *sizes,
-                Cell(kind),
-                Cell(f"{own['file_bytes'] / 1e6:.1f} MB", own["file_bytes"]),
-                cell(own["parameters"], ",d"),
-                Cell(group),
-            )
-        )
-    for arm, values in REFERENCE.items():
-        numbers = [
-            Cell(f"{values['run_time_s']:,.0f} s", values["run_time_s"]),
-            Cell(f"{values['memory'] / 1e9:.1f} GB", values["memory"]),
-        ]
-        table.append(
-            row(
-                Cell(arm),
-                *numbers,
-                Cell("GPU"),
-                Cell(f"{values['file'] / 1e6:.0f} MB", values["file"]),
-                cell(None),
-                Cell("alone"),
-            )
-        )
     stacked = any(len(facts.training[arm].get("group", ())) > 1 for arm in arms)
     note = " Arms trained together in one pass share its time and memory." if stacked else ""
     beside = max(facts.training[arm].get("side_by_side", 1) for arm in arms)
@@ -539,6 +489,47 @@ def _cost_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         )
         + ".",
         drawing=draw_costs(costs, reference, looks),
-        table=Table("Cost of each arm", columns, tuple(table)),
+        table=_cost_table(facts, arms),
         reference="Figure 1 of the reference study.",
     )
+
+
+def _cost_table(facts: Facts, arms: Sequence[str]) -> Table:
+    columns = (
+        Column("arm", False),
+        Column("run time"),
+        Column("peak memory"),
+        Column("kind", False),
+        Column("file"),
+        Column("parameters"),
+        Column("trained with", False),
+    )
+    kinds = {"rss": "whole process", "cuda": "GPU, allocated"}
+    rows = []
+    for arm in arms:
+        own = facts.training[arm]
+        group = ", ".join(other for other in own.get("group", ()) if other != arm) or "alone"
+        rows.append(
+            row(
+                Cell(arm),
+                Cell(f"{own['run_time_s']:,.0f} s", own["run_time_s"]),
+                Cell(f"{own['peak_memory_bytes'] / 1e9:.2f} GB", own["peak_memory_bytes"]),
+                Cell(kinds.get(own["peak_memory_kind"], own["peak_memory_kind"])),
+                Cell(f"{own['file_bytes'] / 1e6:.1f} MB", own["file_bytes"]),
+                cell(own["parameters"], ",d"),
+                Cell(group),
+            )
+        )
+    for arm, values in REFERENCE.items():
+        rows.append(
+            row(
+                Cell(arm),
+                Cell(f"{values['run_time_s']:,.0f} s", values["run_time_s"]),
+                Cell(f"{values['memory'] / 1e9:.1f} GB", values["memory"]),
+                Cell("GPU"),
+                Cell(f"{values['file'] / 1e6:.0f} MB", values["file"]),
+                cell(None),
+                Cell("alone"),
+            )
+        )
+    return Table("Cost of each arm", columns, tuple(rows))

@@ -10,18 +10,16 @@ run folders give equal bytes.
 import base64
 import hashlib
 import html
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lorascope import __version__
 from lorascope.evaluation.scores import ALL, BASE
 from lorascope.evaluation.verdict import describe_difference
+from lorascope.report.album import Album, pictures_of
 from lorascope.report.conditions import SIGNS, Condition, judge_conditions
 from lorascope.report.evidence import (
     NOT_MEASURED,
@@ -29,10 +27,8 @@ from lorascope.report.evidence import (
     Facts,
     Picture,
     answer_of,
-    count,
     list_limits,
     list_warnings,
-    open_picture,
 )
 from lorascope.report.figures import Figure, build_figures
 from lorascope.report.tables import (
@@ -41,14 +37,10 @@ from lorascope.report.tables import (
     build_contrast_table,
     build_fact_tables,
     build_reference_table,
-    cell,
 )
 from lorascope.store import PEFT_WEIGHTS, RunDir, export_name, write_bytes, write_text
 
 MAX_HTML_BYTES = 5_000_000
-MAX_PREVIEWS = 6  # in a row
-EMBED_SIDE_PX = 256
-LOSSLESS_SIDE_PX = 96  # pictures up to this side are embedded as they are
 
 
 @dataclass(frozen=True)
@@ -80,30 +72,6 @@ class Section:
     texts: tuple[str, ...]
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A picture as the page shows it; without `source` it is only linked."""
-
-    arm: str
-    path: str
-    score: str
-    alt: str
-    source: str = ""
-    side: int = 0
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """The pictures of one prompt and seed side by side."""
-
-    key: str
-    category: str
-    prompt: str
-    seed: int
-    note: str
-    pictures: tuple[Shown, ...]
 
 
 def build_report(run: RunDir) -> Report:
@@ -162,7 +130,7 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
             open_questions[1:-1] = [f"{len(open_questions) - 2} more stand below."]
         items.append(("Not decided", " ".join(open_questions) or "Nothing is left open.", ""))
     hero_arms = (BASE, *([keep] if keep else []), *(arm for arm in facts.detailed if arm != keep))[:4]
-    hero = [picture for arm in hero_arms for picture in _pictures_of(facts, arm)[:1]]
+    hero = [picture for arm in hero_arms for picture in pictures_of(facts, arm)[:1]]
     return {
         "headline": answer.headline,
         "verb": verb,
@@ -203,235 +171,6 @@ def _picture_note(picture: Picture) -> str:
 def _mean_text(facts: Facts, arm: str) -> str:
     row = facts.summary.get((arm, ALL))
     return f"mean CLIP score {row.mean:.2f}" if row else NOT_MEASURED
-
-
-def _pictures_of(facts: Facts, arm: str) -> list[Picture]:
-    return [picture for picture in facts.pictures if picture.arm == arm]
-
-
-def _embed(path: Path) -> tuple[str, int]:
-    """A picture as a data URI, with its side in pixels: small ones as they are, others as WebP of at most
-    `EMBED_SIDE_PX`.
-    """
-    image = open_picture(path).convert("RGB")
-    lossless = max(image.size) <= LOSSLESS_SIDE_PX
-    if max(image.size) > EMBED_SIDE_PX:
-        factor = EMBED_SIDE_PX / max(image.size)
-        image = image.resize(
-            (max(1, round(image.width * factor)), max(1, round(image.height * factor))),
-            Image.Resampling.LANCZOS,
-        )
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", lossless=lossless, quality=75, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), max(image.size)
-
-
-class Album:
-    """Chooses the prompts to show and embeds pictures, the most telling first, until the budget is used."""
-
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
-        self.by_place = {(p.arm, p.category, p.index, p.seed): p for p in facts.pictures}
-        self.seeds = list(dict.fromkeys(p.seed for p in facts.pictures))
-        self.prompts = list(dict.fromkeys((p.category, p.index) for p in facts.pictures))
-        drawn = [arm for arm in (BASE, *facts.arms) if _pictures_of(facts, arm)]
-        self.first = [arm for arm in drawn if arm == BASE or arm in facts.detailed]
-        self.others = [arm for arm in drawn if arm not in self.first]
-        self.chosen = self._choose()
-        self._cache: dict[str, tuple[str, int]] = {}
-
-    def _choose(self) -> dict[tuple[str, int], str]:
-        """The prompts to show, each with why: two of each category, then the largest gains and losses of the
-        others.
-        """
-        chosen = {}
-        for category in dict.fromkeys(category for category, _ in self.prompts):
-            for place in [place for place in self.prompts if place[0] == category][:2]:
-                chosen[place] = f"{category}, among the first two"
-        arm = self.judged
-        if arm is not None:
-            effects = sorted(
-                self.facts.effects[arm, ALL].per_prompt,
-                key=lambda item: (-item.difference, item.category, item.prompt_index),
-            )
-            left = [item for item in effects if (item.category, item.prompt_index) not in chosen]
-            gains = [item for item in left[:2] if item.difference > 0]
-            losses = [item for item in left[::-1][:2] if item.difference < 0 and item not in gains]
-            for items, word in ((gains, "gains"), (losses, "losses")):
-                for item in items:
-                    chosen[item.category, item.prompt_index] = (
-                        f"{item.category}, among {arm}'s largest {word} "
-                        f"({cell(item.difference, '+.1f').text})"
-                    )
-        return chosen
-
-    @property
-    def judged(self) -> str | None:
-        """The arm whose gains and losses choose prompts: the kept one, else the best."""
-        arm = (self.facts.verdict.keep if self.facts.verdict else None) or next(iter(self.facts.ranked), None)
-        return arm if arm is not None and (arm, ALL) in self.facts.effects else None
-
-    @property
-    def rule(self) -> str:
-        """How the prompts were chosen, in words."""
-        text = "The first two prompts of each category"
-        if self.judged is not None:
-            text += (
-                ", then of all others the two with the largest gains and the two with the largest losses "
-                f"of {self.judged} against the base"
-            )
-        seed = f" Pictures in a row start from the same noise, seed {self.seeds[0]};" if self.seeds else ""
-        return (
-            f"{text}. Nobody picked them by eye.{seed} the number is the CLIP score."
-            if self.facts.scores
-            else f"{text}.{seed} scores were not measured."
-        )
-
-    def blocks(self) -> list[list[Picture]]:
-        """Pictures in the order in which they are worth embedding; a block is embedded whole or not at
-        all.
-        """
-        rest = [place for place in self.prompts if place not in self.chosen]
-        blocks = [self._take(self.first, list(self.chosen), self.seeds[:1])]
-        blocks += [[picture for _, row in self._preview_rows() for _, picture in row]]
-        blocks += [self._take([arm], rest, self.seeds[:1]) for arm in self.first]
-        blocks += [self._take([arm], self.prompts, self.seeds[:1]) for arm in self.others]
-        blocks += [
-            self._take([arm], self.prompts, [seed])
-            for seed in self.seeds[1:]
-            for arm in (*self.first, *self.others)
-        ]
-        return [block for block in blocks if block]
-
-    def _take(
-        self, arms: Iterable[str], places: Sequence[tuple[str, int]], seeds: Sequence[int]
-    ) -> list[Picture]:
-        keys = [(arm, *place, seed) for seed in seeds for place in places for arm in arms]
-        return [self.by_place[key] for key in keys if key in self.by_place]
-
-    def embedded(self, picture: Picture) -> tuple[str, int]:
-        """Data URI and side of a picture, made once; empty if its file is not there."""
-        if picture.path not in self._cache:
-            path = self._file_of(picture)
-            self._cache[picture.path] = ("", 0) if path is None else _embed(path)
-        return self._cache[picture.path]
-
-    def _file_of(self, picture: Picture) -> Path | None:
-        """The picture's file, if it is there and inside the run folder."""
-        root = self.facts.run.path.resolve()
-        path = (root / picture.path).resolve()
-        return path if picture.path and path.is_relative_to(root) and path.is_file() else None
-
-    def fill(self, budget_bytes: int) -> set[str]:
-        """Paths of the pictures that fit into the budget."""
-        taken: set[str] = set()
-        left = budget_bytes
-        for block in self.blocks():
-            size = 0
-            for picture in block:
-                size += len(self.embedded(picture)[0]) + 400
-                if size > left:
-                    return taken
-            taken |= {picture.path for picture in block if self.embedded(picture)[0]}
-            left -= size
-        return taken
-
-    def show(self, picture: Picture, taken: set[str]) -> Shown:
-        """A picture for the page."""
-        score = "" if picture.score is None else cell(picture.score, ".1f").text
-        alt = f"{picture.arm}: {picture.prompt} (seed {picture.seed})"
-        if picture.path in taken:
-            source, side = self.embedded(picture)
-            return Shown(picture.arm, picture.path, score, alt, source, side)
-        return Shown(picture.arm, picture.path if self._file_of(picture) else "", score, alt)
-
-    def content(self, taken: set[str]) -> dict[str, Any]:
-        """The chosen prompts and the contact sheet."""
-        chosen = [
-            self._prompt_row(place, self.seeds[0], self.first, note, taken)
-            for place, note in self.chosen.items()
-        ]
-        sheet = []
-        for seed in self.seeds:
-            for place in self.prompts:
-                skip = self.first if seed == self.seeds[0] and place in self.chosen else []
-                arms = [
-                    a
-                    for a in (*self.first, *self.others)
-                    if a not in skip and (p := self.by_place.get((a, *place, seed))) and p.path in taken
-                ]
-                if arms:
-                    sheet.append(self._prompt_row(place, seed, arms, f"{place[0]}, seed {seed}", taken))
-        left_out = sum(
-            picture.path not in taken and self._file_of(picture) is not None
-            for picture in self.facts.pictures
-        )
-        note = (
-            f"{left_out:,} pictures are not embedded, to keep this page under 5 MB; they lie in the "
-            "folder images, by arm."
-            if left_out
-            else "Every picture of the run is on this page."
-        )
-        return {
-            "rule": self.rule,
-            "chosen": chosen,
-            "previews": self.previews(taken),
-            "sheet": sheet,
-            "sheet_title": f"Contact sheet: {count(len(sheet), 'further row')} of pictures",
-            "sheet_note": note
-            + (
-                " The contact sheet does not repeat the prompts above for the arms shown there."
-                if sheet
-                else ""
-            ),
-        }
-
-    def _preview_rows(self) -> list[tuple[str, list[tuple[int, Picture]]]]:
-        """For each arm in detail and each preview prompt the pictures by epoch, the base first, at most
-        `MAX_PREVIEWS`.
-        """
-        rows = []
-        for arm in (arm for arm in self.facts.detailed if arm != BASE):
-            by_prompt: dict[tuple[str, int], list[tuple[int, Picture]]] = {}
-            for epoch, picture in self.facts.previews:
-                if picture.arm in (BASE, arm):
-                    by_prompt.setdefault((picture.category, picture.index), []).append((epoch, picture))
-            for row in by_prompt.values():
-                places = {round(place * (len(row) - 1) / (MAX_PREVIEWS - 1)) for place in range(MAX_PREVIEWS)}
-                rows.append((arm, [row[place] for place in sorted(places)]))
-        return rows
-
-    def previews(self, taken: set[str]) -> list[PromptRow]:
-        """How the fixed prompts looked as each arm was trained."""
-        rows = []
-        for arm, row in self._preview_rows():
-            first = row[0][1]
-            shown = [
-                replace(
-                    self.show(picture, taken),
-                    arm=f"epoch {epoch}" if epoch else BASE,
-                    alt=f"{arm}, epoch {epoch}: {picture.prompt}",
-                )
-                for epoch, picture in row
-            ]
-            key = f"{arm}-{first.category}-{first.index:03d}"
-            rows.append(
-                PromptRow(
-                    key, first.category, first.prompt, first.seed, f"{arm} during training", tuple(shown)
-                )
-            )
-        return rows
-
-    def _prompt_row(
-        self, place: tuple[str, int], seed: int, arms: Iterable[str], note: str, taken: set[str]
-    ) -> PromptRow:
-        pictures = [self.by_place[arm, *place, seed] for arm in arms if (arm, *place, seed) in self.by_place]
-        shown = tuple(self.show(picture, taken) for picture in pictures)
-        prompt = pictures[0].prompt if pictures else ""
-        return PromptRow(f"{place[0]}-{place[1]:03d}-{seed}", place[0], prompt, seed, note, shown)
-
-
-# The whole --------------------------------------------------------------------------------------------------
 
 
 def _content(facts: Facts, answer: Answer, figures: Mapping[str, Figure]) -> dict[str, Any]:
@@ -565,18 +304,7 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
         excess = len(page.encode()) - MAX_HTML_BYTES
         if excess < 0 or not taken:
             return page
-        budget = (
-            min(
-                budget,
-                sum(
-                    len(album.embedded(picture)[0]) + 400
-                    for picture in facts.pictures
-                    if picture.path in taken
-                ),
-            )
-            - excess
-            - 1
-        )
+        budget = min(budget, album.size(taken)) - excess - 1
 
 
 def _render_markdown(facts: Facts, content: dict[str, Any]) -> str:

@@ -1,0 +1,75 @@
+"""The report's album: prompts by rule, pictures of the run folder alone, and no more than the budget."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorascope.evaluation.prompts import Prompt
+from lorascope.evaluation.sampling import Job, save_picture
+from lorascope.evaluation.scores import BASE, paired_differences, read_scores
+from lorascope.report.album import Album, _embed
+from lorascope.report.evidence import Facts
+from lorascope.schema import SampleSection
+from lorascope.store import RunDir
+from synthetic_run import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("runs") / "two", num_prompts=8, sample_seeds=(0, 1), num_steps=80)
+
+
+def test_prompts_are_chosen_by_rule(run: RunDir) -> None:
+    album = Album(Facts(run))
+    first = [("normal", 0), ("normal", 1), ("abstract", 0), ("abstract", 1)]
+    effect = paired_differences(read_scores(run), "r16", resamples=500)
+    rest = sorted(
+        (item for item in effect.per_prompt if (item.category, item.prompt_index) not in first),
+        key=lambda item: item.difference,
+        reverse=True,
+    )
+    extremes = [(item.category, item.prompt_index) for item in (*rest[:2], rest[-1], rest[-2])]
+    assert list(album.chosen) == [*first, *extremes]
+
+
+def test_pictures_are_taken_in_blocks_until_the_budget_is_used(run: RunDir) -> None:
+    album = Album(Facts(run))
+    everything = album.fill(10**9)
+    assert len(everything) == 96  # 16 prompts, 2 seeds, the base and two arms
+    first = {picture.path for picture in album.blocks()[0]}
+    assert len(first) == 24  # the eight chosen prompts of the base and both arms, of the first seed
+    assert album.fill(album.size(first)) == first
+    assert album.fill(album.size(first) - 1) == set()
+    assert album.fill(album.size(everything)) == everything
+
+
+def test_previews_count_as_the_pictures_that_they_are(run: RunDir, tmp_path: Path) -> None:
+    copied = RunDir(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    job = Job(Prompt("normal", 0, "a rocket"), 0)
+    for arm, epoch in ((BASE, 0), ("r16", 1)):
+        pixels = np.full((64, 64, 3), 20 * epoch, np.uint8)
+        save_picture(copied.preview_path(arm, epoch, job.file_name), pixels, job, arm, SampleSection())
+    album = Album(Facts(copied))
+    everything = album.fill(10**9)
+    assert any(path.startswith("previews/") for path in everything)
+    assert album.fill(album.size(everything)) == everything
+
+
+def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "large", num_prompts=1, side_px=512, num_steps=8)
+    uri, side = _embed(run.images_dir / "base" / "normal-000-0.png")
+    assert side == 256
+    assert uri.startswith("data:image/webp;base64,")
+    assert len(uri) < 20_000
+
+
+def test_picture_outside_the_run_folder_is_not_embedded(run: RunDir, tmp_path: Path) -> None:
+    copied = RunDir(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    picture = run.images_dir / "r16" / "normal-000-0.png"
+    (copied.images_dir / "r16" / "normal-000-0.png").unlink()
+    (copied.images_dir / "r16" / "normal-000-0.png").symlink_to(picture)
+    album = Album(Facts(copied))
+    assert album.embedded(album.by_place["r16", "normal", 0, 0]) == ("", 0)
+    assert album.embedded(album.by_place["r64", "normal", 0, 0])[1] == 64
