@@ -195,7 +195,10 @@ def test_buckets_hold_pictures_of_one_shape_repeated_ones_so_often() -> None:
         text_states=None,
     )
     assert [bucket.tolist() for bucket in encoded.buckets()] == [[3], [0, 2, 2, 2], [1, 1]]
-    assert encoded.num_entries == 7 and encoded.first(2).num_entries == 3
+    assert encoded.num_entries == 7 and encoded.first(2).num_entries == 3 and len(encoded.first(9)) == 4
+    chosen = encoded.subset([2, 0])
+    assert chosen.repeats == (3, 1) and [tuple(row.shape[3:]) for row in chosen.latents] == [(4, 8), (4, 8)]
+    assert len(encoded.subset([])) == 0 and encoded.subset([]).buckets() == []
 
 
 def test_a_shard_of_another_base_is_refused(base: Base, dataset: Dataset, tmp_path: Path) -> None:

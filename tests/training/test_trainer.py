@@ -20,13 +20,12 @@ from lorascope.schema import (
     TrainSection,
 )
 from lorascope.seeding import seeded
+from lorascope.training.probe import probe_losses
 from lorascope.training.trainer import (
     CheckpointPart,
     StepRecord,
     Trainer,
     count_steps,
-    probe_losses,
-    probe_records,
     read_checkpoint_facts,
     split_checkpoint,
 )
@@ -106,10 +105,10 @@ def test_training_lowers_the_loss_at_fixed_noise(exact_base: Base, pictures: Enc
     base = exact_base
     trainer = make_trainer(base, pictures, R8, section=SECTION.model_copy(update={"epochs": 8}))
     trainer.bank.attach()
-    before = probe_losses(base, trainer.bank, [Slice(0, 0.0)], pictures, True)
+    before = probe_losses(base, trainer.bank, [Slice(0, 0.0)], pictures, [True])[0]
     run(trainer)
     trainer.bank.attach()
-    after = probe_losses(base, trainer.bank, [Slice(0, 0.0), Slice(0)], pictures, True)
+    after = probe_losses(base, trainer.bank, [Slice(0, 0.0), Slice(0)], pictures, [True])[0]
     trainer.bank.detach()
     torch.testing.assert_close(before[0], after[0], rtol=SAME, atol=0)
     assert after[1].mean() < 0.97 * before[0].mean()
@@ -242,37 +241,6 @@ def test_an_epoch_never_counts_beyond_the_last(base: Base, pictures: Encoded) ->
     assert epochs == [*sorted(set(epochs))] and epochs[0] == 4 / trainer.train.num_entries and epochs[-1] == 1
 
 
-def test_probes_are_the_same_each_time_whatever_else_is_in_the_batch(
-    exact_base: Base, pictures: Encoded
-) -> None:
-    base = exact_base
-    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [R4]).attach()
-    alone = probe_losses(base, bank, [Slice(0, 0.0)], pictures, False)
-    beside = probe_losses(base, bank, [Slice(0), Slice(0, 0.0)], pictures.first(3), False)
-    bank.detach()
-    assert alone.shape == (1, 10, 4)
-    torch.testing.assert_close(beside[1], alone[0, :3], rtol=SAME, atol=0)
-
-
-def test_probe_records_are_paired_means_with_students_interval() -> None:
-    from scipy import stats
-
-    generator = seeded("records")
-    reference, losses = torch.rand(2, 12, 4, generator=generator)
-    records = {record["band"]: record for record in probe_records(losses, reference, 1000)}
-    assert list(records) == ["0-250", "250-500", "500-750", "750-1000", "all"]
-    difference = (losses - reference).mean(dim=1).double().numpy()
-    low, high = stats.t.interval(0.95, 11, loc=difference.mean(), scale=stats.sem(difference))
-    assert records["all"]["difference"] == pytest.approx(difference.mean(), rel=1e-5)
-    assert (records["all"]["difference_low"], records["all"]["difference_high"]) == pytest.approx(
-        (low, high), rel=1e-5
-    )
-    assert (
-        records["0-250"]["loss"] == pytest.approx(losses[:, 0].mean().item())
-        and records["all"]["count"] == 12
-    )
-
-
 def test_a_bf16_base_trains_float32_adapters_to_nearly_the_same_losses(
     pipeline_folder: Path, base: Base, pictures: Encoded
 ) -> None:
@@ -396,7 +364,7 @@ def test_batches_hold_one_shape_and_every_epoch_every_picture_its_number_of_time
     shapes = [tuple(trainer.feed.load(number)[0].shape) for number in range(12)]
     assert set(shapes) == {(10, 4, 4, 16), (10, 4, 8, 8)}
     assert len(run(trainer)) == 12
-    probe = probe_losses(base, trainer.bank.attach(), [Slice(0)], mixed, True)
+    probe = probe_losses(base, trainer.bank.attach(), [Slice(0)], mixed, [True])[0]
     trainer.bank.detach()
     assert probe.shape == (1, 10, 4) and probe.isfinite().all()
 

@@ -103,13 +103,17 @@ class Encoded:
 
     def first(self, count: int) -> "Encoded":
         """The first `count` pictures."""
+        return self.subset(range(min(count, len(self))))
+
+    def subset(self, indices: Sequence[int]) -> "Encoded":
+        """The pictures `indices`, in that order."""
         return replace(
             self,
-            latents=self.latents[:count],
-            captions=self.captions[:count],
-            digests=self.digests[:count],
-            repeats=self.repeats[:count],
-            caption_index=self.caption_index[:count],
+            latents=tuple(self.latents[index] for index in indices),
+            captions=tuple(self.captions[index] for index in indices),
+            digests=tuple(self.digests[index] for index in indices),
+            repeats=tuple(self.repeats[index] for index in indices),
+            caption_index=self.caption_index[torch.tensor(list(indices), dtype=torch.int64)],
         )
 
 

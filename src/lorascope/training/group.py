@@ -40,14 +40,13 @@ from lorascope.schema import StudyConfig, TrainSection
 from lorascope.store import JsonLines, RunDir, digest_json, write_json
 from lorascope.training.footprint import resolve_checkpointing
 from lorascope.training.packing import ArmGroup
+from lorascope.training.probe import probe_losses, probe_records
 from lorascope.training.trackers import Trackers
 from lorascope.training.trainer import (
     CheckpointPart,
     StepRecord,
     Trainer,
     count_steps,
-    probe_losses,
-    probe_records,
     read_checkpoint_facts,
     split_checkpoint,
 )
@@ -250,10 +249,15 @@ class Group:
         """The denoising loss of each slice by split and whether captions were given: float32 [S, pictures,
         bands] each.
         """
-        return {
-            (split, conditional): probe_losses(self.base, self.bank, slices, pictures, conditional).cpu()
+        conditions = (True, False)
+        measured = {
+            split: probe_losses(self.base, self.bank, slices, pictures, conditions)
             for split, pictures in self.probed.items()
-            for conditional in (True, False)
+        }
+        return {
+            (split, conditional): losses
+            for split, table in measured.items()
+            for conditional, losses in zip(conditions, table, strict=True)
         }
 
     def _probe_base(self) -> dict[tuple[str, bool], torch.Tensor]:

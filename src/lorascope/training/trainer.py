@@ -1,6 +1,4 @@
-"""Training of a group of arms in one pass, and the denoising loss at fixed noise that shows what each
-learned.
-"""
+"""Training of a group of arms in one pass: the loop and its checkpoints."""
 
 import json
 import math
@@ -12,24 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import AdapterBank
 from lorascope.base.loading import Base
 from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.data.encoding import Encoded
 from lorascope.errors import StorageError, WeightsError
-from lorascope.machine.transfer import send
 from lorascope.schema import DataSection, TrainSection
-from lorascope.seeding import seeded
 from lorascope.training.feed import Feed
-from lorascope.training.objective import add_noise, prediction_target, sample_losses
 from lorascope.training.optimizers import learning_rates
 from lorascope.training.step import Step
-
-NUM_BANDS = 4
-PROBE_BATCH = 8  # pictures per slice at once
-_PROBED_SLICES = 8  # at once: beside a training's recorded passes a GPU has little room
 
 
 @dataclass(frozen=True)
@@ -237,100 +227,3 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
             f"{path}: damaged checkpoint ({what}): delete it and run the same command again, "
             "which trains its arms from the start"
         ) from error
-
-
-@torch.inference_mode()
-def probe_losses(
-    base: Base, bank: AdapterBank, slices: Sequence[Slice], pictures: Encoded, conditional: bool
-) -> torch.Tensor:
-    """Denoising loss of each slice at fixed (picture, noise, timestep): float32 [S, pictures, bands].
-
-    One timestep in each of `NUM_BANDS` equal bands, with its noise, is drawn by the picture's digest and the
-    band, so every model and epoch meets the same. `conditional` gives the caption, else the empty caption.
-    """
-    parts = []
-    for start in range(0, len(slices), _PROBED_SLICES):
-        part = slices[start : start + _PROBED_SLICES]
-        bank.select(part)
-        parts.append(_probe_selected(base, bank, len(part), pictures, conditional))
-    return torch.cat(parts)
-
-
-def _probe_selected(
-    base: Base, bank: AdapterBank, num_slices: int, pictures: Encoded, conditional: bool
-) -> torch.Tensor:
-    """As `probe_losses`, for the slices that the bank has selected."""
-    width = len(base.alphas_cumprod) // NUM_BANDS
-    losses = torch.empty(num_slices, len(pictures), NUM_BANDS, device=base.device)
-    for bucket in pictures.buckets():
-        for indices in bucket.unique().split(PROBE_BATCH):
-            views = pictures.posterior(indices, torch.zeros_like(indices, dtype=torch.bool))
-            mean, std = (send(part, base.device) for part in views)
-            text = _probe_text(base, bank, pictures, indices, conditional, num_slices).to(base.unet.dtype)
-            columns = send(indices, base.device)
-            for band in range(NUM_BANDS):
-                generators = [seeded("probe", pictures.digests[index], band) for index in indices.tolist()]
-                drawn = [torch.randint(band * width, (band + 1) * width, (), generator=g) for g in generators]
-                noises = [torch.randn((2, *mean.shape[1:]), generator=g) for g in generators]
-                timesteps = send(torch.stack(drawn), base.device)
-                start, noise = send(torch.stack(noises), base.device).unbind(dim=1)
-                latents = mean + std * start
-                noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
-                target = prediction_target(
-                    latents, noise, timesteps, base.alphas_cumprod, base.prediction_type
-                )
-                noisy, timesteps, target = (
-                    part.repeat(num_slices, *[1] * (part.dim() - 1)) for part in (noisy, timesteps, target)
-                )
-                prediction = base.unet(noisy.to(base.unet.dtype), timesteps, text).sample
-                losses[:, columns, band] = sample_losses(prediction, target).view(num_slices, -1)
-    return losses.cpu()
-
-
-def _probe_text(
-    base: Base,
-    bank: AdapterBank,
-    pictures: Encoded,
-    indices: torch.Tensor,
-    conditional: bool,
-    num_slices: int,
-) -> torch.Tensor:
-    """Text states of some pictures under each slice: [S * B, tokens, width]."""
-    if pictures.text_states is not None:
-        dropped = torch.full_like(indices, not conditional, dtype=torch.bool)
-        return pictures.text(indices, dropped).repeat(num_slices, 1, 1)
-    captions = [pictures.captions[index] if conditional else "" for index in indices.tolist()]
-    if bank.adapts_text:
-        return base.encode_text(captions * num_slices)
-    return base.encode_text(captions).repeat(num_slices, 1, 1)
-
-
-def probe_records(losses: torch.Tensor, reference: torch.Tensor, num_timesteps: int) -> list[dict[str, Any]]:
-    """Mean loss and paired difference from the base per band and over all: from [pictures, bands] of a model
-    and the base.
-
-    The 95 % interval is Student's t over pictures.
-    """
-    width = num_timesteps // NUM_BANDS
-    names = [f"{band * width}-{(band + 1) * width}" for band in range(NUM_BANDS)]
-    columns = [(name, losses[:, band], reference[:, band]) for band, name in enumerate(names)]
-    columns.append(("all", losses.mean(dim=1), reference.mean(dim=1)))
-    records = []
-    for name, loss, base_loss in columns:
-        difference = (loss - base_loss).double()
-        count = len(difference)
-        half = (
-            float(stats.t.ppf(0.975, count - 1) * difference.std() / math.sqrt(count)) if count > 1 else 0.0
-        )
-        mean = float(difference.mean())
-        records.append(
-            {
-                "band": name,
-                "loss": float(loss.double().mean()),
-                "difference": mean,
-                "difference_low": mean - half,
-                "difference_high": mean + half,
-                "count": count,
-            }
-        )
-    return records
