@@ -24,7 +24,7 @@ def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:
 
     device.install()  # before the package takes what it replaces
     from lorascope.config import load_study
-    from lorascope.doctor import checks, examination
+    from lorascope.doctor import examination, kernels
     from lorascope.machine import speed
     from lorascope.study import Study
     from lorascope.training import step, tuning
@@ -33,7 +33,7 @@ def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:
     speed._SIDE["cuda"] = 64
     tuning._ATTENTION_FLOPS["cuda"], tuning._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e4, 1e6, 0.0
     tuning._MOST_S, tuning._REPLAYS = 2.0, 1
-    checks._ATTENTION_FLOPS["cuda"] = 1e6
+    kernels._ATTENTION_FLOPS["cuda"] = 1e6
     examination._PASS_FLOPS["cuda"], examination._MAX_SIDE_PX["cuda"] = 1e7, 32
     study = Study(load_study(study_file, overrides=["device=cuda"], environment={}), run_dir)
     seen: dict[str, Any] = {}

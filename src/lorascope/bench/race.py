@@ -173,6 +173,7 @@ def _race(runs: Sequence[Run], protocol: Protocol, result: dict[str, Any]) -> li
 
 
 def row_of(entry: Entry, status: str, reason: str | None) -> dict[str, Any]:
+    """What is told of an entry whether it is timed or not; `reason` says why it failed or was skipped."""
     return {
         "name": entry.name,
         "label": entry.label,

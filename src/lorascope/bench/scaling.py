@@ -36,6 +36,7 @@ def measure_scaling(
     result: dict[str, Any],
     again: bool,
 ) -> None:
+    """Time every point and put them into `result`, unless it has them; nothing else runs meanwhile."""
     if result.get("scaling") and not again:
         return
     points = []

@@ -16,17 +16,6 @@ from lorascope import __version__
 from lorascope.base.configs import read_configs
 from lorascope.base.loading import DTYPES, load_base
 from lorascope.console import log, track
-from lorascope.doctor.checks import (
-    LatentShape,
-    check_attention,
-    check_channels_last,
-    check_half_vae,
-    check_memory,
-    check_recorded_step,
-    check_resume,
-    check_stacked_arms,
-    check_workers,
-)
 from lorascope.doctor.findings import (
     ATTENTION,
     CHANNELS_LAST,
@@ -41,6 +30,16 @@ from lorascope.doctor.findings import (
     recall,
     remember,
 )
+from lorascope.doctor.kernels import check_attention
+from lorascope.doctor.resources import check_memory, check_workers
+from lorascope.doctor.steps import (
+    LatentShape,
+    check_channels_last,
+    check_recorded_step,
+    check_resume,
+    check_stacked_arms,
+)
+from lorascope.doctor.vae import check_half_vae
 from lorascope.errors import first_line
 from lorascope.machine.facts import device_name, driver_version, package_version
 from lorascope.machine.memory import free_cached, is_out_of_memory
