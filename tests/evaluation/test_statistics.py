@@ -16,9 +16,11 @@ from lorascope.evaluation.statistics import (
     holm,
     nested_interval,
     prompts_needed,
+    ratio_interval,
     seeds_needed,
     sign_flip_p,
     smallest_detectable_effect,
+    unpaired_interval,
     variance_components,
 )
 from synthetic_scores import draws
@@ -269,3 +271,46 @@ def test_holm_by_hand() -> None:
     for wrong in ([0.1, math.nan], [1.2], [[0.1]]):
         with pytest.raises(ValueError, match="p-values"):
             holm(wrong)
+
+
+# Unpaired differences and ratios ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(6, 9), (40, 12)])
+def test_unpaired_interval_of_normal_values_is_welchs(sizes: tuple[int, int]) -> None:
+    first, second = (stats.norm.ppf((np.arange(size) + 0.5) / size) for size in sizes)
+    first = 3 * first + 1
+    low, high = unpaired_interval(first, second, 40_000) or (math.nan, math.nan)
+    theirs = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    width = theirs.high - theirs.low
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.04 * width)
+    assert unpaired_interval(first, second) == unpaired_interval(first, second)
+
+
+def test_unpaired_interval_of_few_constant_or_broken_values() -> None:
+    assert unpaired_interval([1.0] * 5, [1.0] * 9) is None and unpaired_interval([1.0] * 9, []) is None
+    assert unpaired_interval([1.5] * 6, [1.0] * 7) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="values must be finite"):
+        unpaired_interval([1.0] * 6, [math.nan] * 6)
+
+
+def test_at_the_ends_of_a_ratios_interval_a_t_test_of_the_difference_has_its_p_value() -> None:
+    generator = np.random.default_rng(4)
+    below = generator.normal(2, 1, 12)
+    above = 0.5 * below + generator.normal(0, 0.4, 12)
+    low, high = ratio_interval(above, below) or (math.nan, math.nan)
+    assert low < above.mean() / below.mean() < high
+    for end in (low, high):
+        assert stats.ttest_1samp(above - end * below, 0).pvalue == pytest.approx(0.05, rel=1e-6)
+    mirrored = ratio_interval(-above, below) or (math.nan, math.nan)
+    assert mirrored == pytest.approx((-high, -low))
+
+
+def test_a_ratio_without_a_clear_denominator_or_with_few_values_has_no_interval() -> None:
+    values = np.array([-1.0, 1.2, -0.9, 1.1, -1.0, 1.0])
+    assert ratio_interval(np.ones(6), values) is None
+    assert ratio_interval(np.ones(6), np.zeros(6)) is None
+    assert ratio_interval(np.ones(5), np.ones(5)) is None
+    assert ratio_interval(0.5 * np.arange(1, 9), np.arange(1, 9)) == pytest.approx((0.5, 0.5))
+    with pytest.raises(ValueError, match="values must be finite"):
+        ratio_interval(np.ones(6), [math.inf] * 6)

@@ -1,5 +1,5 @@
-"""Statistics over arrays of values per prompt, or per training seed and prompt: bootstrap intervals, sign
-flips, Holm's adjustment, spreads and power.
+"""Statistics over arrays of values per prompt or picture, or per training seed and prompt: intervals of means
+and ratios, sign flips, Holm's adjustment, spreads and power.
 """
 
 import dataclasses
@@ -66,6 +66,66 @@ def expanded_tail(count: int, level: float) -> float:
     """
     quantile = stats.t.ppf((1 + level) / 2, count - 1) * math.sqrt(count / (count - 1))
     return float(stats.norm.sf(quantile))
+
+
+def unpaired_interval(
+    first: ArrayLike, second: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """Bootstrap interval of the mean of `first` [n] minus that of `second` [m], two samples without pairs.
+
+    Each is resampled alone, and the width is stretched to that of Welch's interval. None where either has
+    fewer than `MIN_PROMPTS` values. Raises ValueError where values are not finite.
+    """
+    samples = [np.asarray(values, np.float64) for values in (first, second)]
+    if not all(np.isfinite(sample).all() for sample in samples):
+        raise ValueError("values must be finite")
+    if min(map(len, samples)) < MIN_PROMPTS:
+        return None
+    difference = float(samples[0].mean() - samples[1].mean())
+    if all(np.all(sample == sample[0]) for sample in samples):
+        return difference, difference
+    generator = np.random.default_rng(seed)
+    means = []
+    for sample in samples:
+        counts = generator.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), resamples)
+        means.append(counts @ (sample - sample.mean()) / len(sample))
+    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
+    errors = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
+    spread = math.sqrt(sum(float(sample.var()) / len(sample) for sample in samples))
+    # Welch and Satterthwaite.
+    freedom = sum(errors) ** 2 / sum(
+        error**2 / (len(sample) - 1) for error, sample in zip(errors, samples, strict=True)
+    )
+    quantile = float(stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2))
+    reach = quantile * math.sqrt(sum(errors)) / spread
+    return difference + float(low) * reach, difference + float(high) * reach
+
+
+def ratio_interval(
+    numerators: ArrayLike, denominators: ArrayLike, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Fieller's interval of the mean of `numerators` [n] over that of their paired `denominators` [n].
+
+    It holds each ratio r for which the mean of numerators - r x denominators could be 0 (Fieller 1954). None
+    for fewer than `MIN_PROMPTS` pairs, and where the denominators' own mean could be 0: then no ratio can be
+    ruled out. Raises ValueError where values are not finite.
+    """
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    if not (np.isfinite(above).all() and np.isfinite(below).all()):
+        raise ValueError("values must be finite")
+    count = len(above)
+    if count < MIN_PROMPTS:
+        return None
+    factor = float(stats.t.ppf((1 + level) / 2, count - 1)) ** 2 / count
+    (of_above, of_both), (_, of_below) = factor * np.cov(above, below)
+    square = float(below.mean() ** 2 - of_below)
+    if square <= 0:
+        return None
+    middle = float(above.mean() * below.mean() - of_both)
+    rest = float(above.mean() ** 2 - of_above)
+    # Rounding may leave a little below 0 where all ratios are alike.
+    reach = math.sqrt(max(0.0, middle**2 - square * rest))
+    return (middle - reach) / square, (middle + reach) / square
 
 
 def nested_interval(
