@@ -1,8 +1,12 @@
 """Adapters in memory: what a module adds to a layer, and which modules belong to Stable Diffusion v1.5."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from lorascope.adapters.adapter import Adapter, LoraModule, misfits
+from lorascope.errors import AdapterError
 from random_adapters import ATTENTION, sd15_adapter
 
 
@@ -25,6 +29,19 @@ def test_without_alpha_the_scale_is_one() -> None:
     module = LoraModule(torch.ones(2, 3), torch.ones(4, 2), None)
     assert module.effective_alpha == 2.0 and module.scale == 1.0
     assert torch.equal(module.update(), torch.full((4, 3), 2.0))
+
+
+def test_strength_goes_into_alpha() -> None:
+    module = LoraModule(torch.ones(2, 3), torch.ones(4, 2), None)
+    adapter = Adapter({"a": module, "b": replace(module, alpha=6.0)}, "kohya", {"x": "y"})
+    scaled = adapter.at_strength(0.5)
+    assert {path: found.alpha for path, found in scaled.modules.items()} == {"a": 1.0, "b": 3.0}
+    assert scaled.metadata == adapter.metadata
+    for path, found in scaled.modules.items():
+        torch.testing.assert_close(found.update(), 0.5 * adapter.modules[path].update())
+    dora = Adapter({"a": replace(module, dora_scale=torch.ones(4, 1))}, "kohya", {})
+    with pytest.raises(AdapterError, match="DoRA: its update does not grow with alpha"):
+        dora.at_strength(0.5)
 
 
 def test_modules_of_another_model_are_named() -> None:

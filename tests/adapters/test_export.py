@@ -2,8 +2,11 @@
 
 import datetime
 import json
+import math
 from pathlib import Path
+from typing import get_args
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -18,6 +21,8 @@ from lorascope.adapters.export import (
     write_study_files,
 )
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
+from lorascope.adapters.inspection import inspect_adapter
+from lorascope.adapters.inspection_text import as_text
 from lorascope.base.loading import Base, load_base
 from lorascope.base.weights import read_header
 from lorascope.config import load_study
@@ -140,6 +145,90 @@ def test_an_arm_is_exported_by_name_and_checkpoint(run: tuple[RunDir, StudyConfi
         export_arm(run_dir, config, "r8", "kohya")
     with pytest.raises(ConfigError, match="no best adapter of arm 'r8' here .train.keep_best keeps it"):
         export_arm(run_dir, config, "r8", "kohya", checkpoint="best")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT 0.21 with transformers 5
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_a_strength_is_in_the_file_for_every_loader(
+    run: tuple[RunDir, StudyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    """Our loader, diffusers and PEFT take from the file what the arm adds, times the strength."""
+    run_dir, config = run
+    monkeypatch.chdir(tmp_path)
+    written = export_arm(run_dir, config, "r4", layout, dtype="fp32", strength=0.6)
+    endings = {"kohya": ".safetensors", "diffusers": "-diffusers.safetensors", "peft": "-peft"}
+    assert written.path == Path(f"cats-r4-strength-0.6{endings[layout]}")
+    trained = load_adapter(run_dir.adapters_dir / "r4").modules
+    loaded = load_adapter(written.path)
+    assert loaded.metadata["lorascope_strength"] == "0.6" and not loaded.leftover
+    for path, module in loaded.modules.items():
+        torch.testing.assert_close(module.update(), 0.6 * trained[path].update())
+        assert torch.equal(module.down, trained[path].down) and module.alpha == pytest.approx(1.2)
+    pipeline, plain = load_pipeline(Path(config.base.model)), load_pipeline(Path(config.base.model))
+    if layout == "peft":
+        unet = peft.PeftModel.from_pretrained(pipeline.unet, str(written.path)).merge_and_unload()
+    else:
+        pipeline.load_lora_weights(str(written.path))
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        unet = pipeline.unet
+    for path, module in trained.items():
+        name = path.removeprefix("unet.")
+        difference = unet.get_submodule(name).weight - plain.unet.get_submodule(name).weight
+        # fp32: the difference of two weights about 1, each rounded at 6e-8
+        torch.testing.assert_close(difference.detach(), 0.6 * module.update(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_strength_changes_nothing_else(run: tuple[RunDir, StudyConfig], tmp_path: Path) -> None:
+    """Readers take the file as before, inspect shows the strength, conversion keeps it, 1 leaves no trace."""
+    run_dir, config = run
+    plain = export_arm(run_dir, config, "r4", "kohya", tmp_path / "plain.safetensors", name="a")
+    one = export_arm(run_dir, config, "r4", "kohya", tmp_path / "one.safetensors", name="a", strength=1.0)
+    assert plain.path.read_bytes() == one.path.read_bytes()
+    half = export_arm(
+        run_dir, config, "r4", "kohya", tmp_path / "half.safetensors", strength=0.5, checkpoint="best"
+    )
+    found = inspect_adapter(half.path)
+    assert found.metadata["ss_output_name"] == "cats-r4-best-strength-0.5"
+    assert found.metadata["ss_network_alpha"] == "1.0" and not any("say" in text for text in found.remarks)
+    assert set(found.hashes.values()) == {"matches"}
+    assert [reading.verdict for reading in found.readings] == [
+        reading.verdict for reading in inspect_adapter(plain.path).readings
+    ]
+    assert "strength in alpha           0.5" in as_text(found)
+    for layout in ("kohya", "diffusers", "peft"):
+        again = convert(half.path, tmp_path / f"again-{layout}.safetensors", layout)
+        assert load_adapter(again.path).metadata["lorascope_strength"] == "0.5"
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.5, 2.1, math.inf, math.nan])
+def test_a_strength_out_of_range_is_refused(run: tuple[RunDir, StudyConfig], strength: float) -> None:
+    run_dir, config = run
+    with pytest.raises(ConfigError, match=r"--strength \S+: must be above 0 and at most 2: give the weight"):
+        export_arm(run_dir, config, "r4", "kohya", strength=strength)
+
+
+def test_a_merged_model_holds_as_much_of_the_update(run: tuple[RunDir, StudyConfig], tmp_path: Path) -> None:
+    run_dir, config = run
+    module = load_adapter(run_dir.adapters_dir / "r4").modules[f"unet.{ATTENTION}.to_q"]
+    weight = load_pipeline(Path(config.base.model)).unet.get_submodule(f"{ATTENTION}.to_q").weight
+    expected = weight + 0.25 * module.update()
+    folder = export_arm(
+        run_dir, config, "r4", "merged-diffusers", tmp_path / "model", "fp32", strength=0.25
+    ).path
+    merged = load_pipeline(folder).unet.get_submodule(f"{ATTENTION}.to_q").weight
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    assert json.loads((folder / "lorascope.json").read_text())["strength"] == 0.25
+    file = export_arm(
+        run_dir, config, "r4", "merged-ldm", tmp_path / "m.safetensors", "fp32", strength=0.25
+    ).path
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    torch.testing.assert_close(safetensors.torch.load_file(file)[name], expected, rtol=1e-5, atol=1e-5)
+    assert header_of(file)["lorascope_strength"] == "0.25"
+    with pytest.raises(AdapterError, match="has this adapter merged in already"):
+        convert(run_dir.adapters_dir / "r4", tmp_path / "twice", "merged-diffusers", base=str(folder))
 
 
 def test_nothing_is_overwritten_unasked(run: tuple[RunDir, StudyConfig], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lorascope
+from lorascope.base.weights import read_header
 from lorascope.cli.app import main
 from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED
 
@@ -99,6 +100,12 @@ def test_export_and_convert_write_files(
         )
         captured = capsys.readouterr()
         assert captured.out == f"{tmp_path / name}\n" and "rounding error" in captured.err
+    weak = str(tmp_path / "weak.safetensors")
+    assert main(["export", str(finished), "--arm", "r2", "--strength", "0.5", "--out", weak]) == EXIT_DONE
+    capsys.readouterr()
+    assert read_header(Path(weak)).metadata["lorascope_strength"] == "0.5"
+    code, line = error_of(capsys, "export", str(finished), "--arm", "r2", "--strength", "60")
+    assert code == EXIT_INPUT and "--strength 60: must be above 0 and at most 2" in line
     assert (tmp_path / "model" / "model_index.json").is_file()
     assert (
         main(["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "d.safetensors"), "--dtype", "fp32"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorascope.base.layers import stable_diffusion_layers
+from lorascope.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,22 @@ class Adapter:
     leftover: tuple[str, ...] = ()  # keys that belong to no module
     faults: tuple[str, ...] = ()  # what is wrong with it, a sentence each; `load_adapter` raises the first
     notes: tuple[str, ...] = ()  # what else of it a user should know, a sentence each
+
+    def at_strength(self, strength: float) -> "Adapter":
+        """The same adapter with `strength` in its alphas: at weight 1 it does what this does at `strength`.
+
+        Raises `AdapterError` for DoRA, whose update is no multiple of alpha.
+        """
+        if any(module.dora_scale is not None for module in self.modules.values()):
+            raise AdapterError(
+                "DoRA: its update does not grow with alpha, so alpha holds no strength: leave it at 1 and "
+                "give the weight to the program that draws"
+            )
+        modules = {
+            path: replace(module, alpha=module.effective_alpha * strength)
+            for path, module in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def components(self) -> dict[str, dict[str, LoraModule]]:
         """The modules of `unet` and `text_encoder`, by path within the component; a component without modules

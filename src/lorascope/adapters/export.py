@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorascope.adapters.adapter import Adapter, misfits
-from lorascope.adapters.files import Dtype, Layout, Written, load_adapter, save_adapter
+from lorascope.adapters.files import STRENGTH, Dtype, Layout, Written, load_adapter, save_adapter
 from lorascope.adapters.merge import MergedFormat, write_merged
 from lorascope.adapters.metadata import kohya_metadata, tag_frequency
 from lorascope.console import log
@@ -15,6 +15,7 @@ from lorascope.schema import Arm, BaseSection, StudyConfig
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, export_name, read_table
 
 Format = Literal[Layout, MergedFormat]
+_MAX_STRENGTH = 2.0  # beyond, a percentage or a slip of the hand is likelier than a wish
 
 
 def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str, Any]:
@@ -94,13 +95,20 @@ def export_arm(
     name: str | None = None,
     checkpoint: Literal["best", "last"] = "last",
     force: bool = False,
+    strength: float = 1.0,
 ) -> Written:
     """Write one trained arm of a run in any format; the merged ones load the run's base.
 
-    By default the file lies in the current folder and is called after study and arm. Raises `ConfigError` for
-    an arm or checkpoint that is not there and for an `out` that exists, unless `force`; `AdapterError` as
-    `save_adapter` and `merge_weights` do.
+    By default the file lies in the current folder and is called after study and arm. `strength`, above 0 and
+    at most 2, goes into alpha, or into the merged weights: the file at weight 1 is the arm at that weight.
+    Raises `ConfigError` for an arm or checkpoint that is not there, for a strength out of range and for an
+    `out` that exists, unless `force`; `AdapterError` as `save_adapter` and `merge_weights` do.
     """
+    if not 0 < strength <= _MAX_STRENGTH:
+        raise ConfigError(
+            f"--strength {strength:g}: must be above 0 and at most {_MAX_STRENGTH:g}: give the weight that "
+            "you draw with, such as 0.6"
+        )
     arms = {arm.name: arm for arm in config.expand_arms()}
     if arm_name not in arms:
         raise ConfigError(f"--arm {arm_name!r}: not an arm of this run: choose one of {', '.join(arms)}")
@@ -112,15 +120,16 @@ def export_arm(
             else ": train it, or choose one that did not fail"
         )
         raise ConfigError(f"{folder}: no {checkpoint} adapter of arm {arm_name!r} here{kept}")
-    name = plain_name(name or f"{config.name}-{arm_name}" + ("-best" if checkpoint == "best" else ""))
+    marks = ("-best" if checkpoint == "best" else "") + ("" if strength == 1 else f"-strength-{strength:g}")
+    name = plain_name(name or f"{config.name}-{arm_name}{marks}")
     out, dtype = out or Path(export_name(name, layout)), dtype or default_dtype(layout)
     require_free(out, force)
     run_dir.require_unchanged(arm_name)
     match layout:
         case "merged-diffusers" | "merged-ldm":
-            return write_merged(config.base, load_adapter(folder), out, layout, dtype, name)
+            return write_merged(config.base, load_adapter(folder), out, layout, dtype, name, strength)
         case _:
-            return _write_layout(run_dir, config, arms[arm_name], folder, layout, out, dtype, name)
+            return _write_layout(run_dir, config, arms[arm_name], folder, layout, out, dtype, name, strength)
 
 
 def _write_layout(
@@ -132,9 +141,12 @@ def _write_layout(
     out: Path,
     dtype: Dtype,
     name: str,
+    strength: float = 1.0,
 ) -> Written:
     """One adapter file of a run, with the run's metadata."""
     adapter = load_adapter(folder)
+    if strength != 1:
+        adapter = adapter.at_strength(strength)
     manifest = run_dir.manifest()
     metadata = kohya_metadata(
         adapter,
@@ -144,6 +156,8 @@ def _write_layout(
         resolution_px=config.data.resolution_px,
         prediction_type=manifest.get("base", {}).get("prediction_type", "epsilon"),
     )
+    if strength != 1:
+        metadata[STRENGTH] = str(strength)
     return _noted(save_adapter(adapter, out, layout, dtype, metadata), adapter)
 
 
@@ -187,7 +201,7 @@ def write_adapter(adapter: Adapter, out: Path, layout: Layout, dtype: Dtype, nam
     kept = {
         key: value
         for key, value in adapter.metadata.items()
-        if key.startswith(("ss_", "modelspec.")) and key not in own
+        if (key.startswith(("ss_", "modelspec.")) or key == STRENGTH) and key not in own
     }
     training = {key: value for key, value in kept.items() if key.startswith("ss_")}
     return _noted(

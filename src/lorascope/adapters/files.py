@@ -25,6 +25,7 @@ from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, write_json
 
 Layout = Literal["kohya", "peft", "diffusers"]
 Dtype = Literal["fp32", "fp16", "bf16"]
+STRENGTH = "lorascope_strength"  # a key of headers: what alpha was multiplied by on its way into the file
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -103,9 +104,9 @@ def save_adapter(
     configuration with patterns in the other two, since diffusers refuses a file that has both. Convolutions
     are written with four dimensions. A Tucker core is folded into `down` where the layout has none. An
     adapter with text-encoder modules becomes a `peft` folder of two, `unet/` and `text_encoder/`. `metadata`
-    goes into the header of `kohya` and `diffusers` files; the hashes of WebUI and the ModelSpec standard are
-    added to `kohya`. Raises `AdapterError` for what the layout cannot hold and for weights beyond the range
-    of `dtype`.
+    goes into the header of `kohya` and `diffusers` files, and of it `STRENGTH` into that of `peft`; the
+    hashes of WebUI and the ModelSpec standard are added to `kohya`. Raises `AdapterError` for what the layout
+    cannot hold and for weights beyond the range of `dtype`.
     """
     notes = list(adapter.notes)
     if adapter.leftover:
@@ -135,7 +136,7 @@ def save_adapter(
         case "diffusers":
             num_bytes = _save_diffusers(rounded, path, metadata or {}, notes)
         case "peft":
-            num_bytes = _save_peft(rounded, path, notes)
+            num_bytes = _save_peft(rounded, path, metadata or {}, notes)
     return Written(path, num_bytes, rounding.relative_error, tuple(notes))
 
 
@@ -273,8 +274,9 @@ def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], n
     return path.stat().st_size
 
 
-def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
+def _save_peft(adapter: Adapter, folder: Path, metadata: Mapping[str, str], notes: list[str]) -> int:
     """A PEFT folder of the U-Net's adapter, or one a component."""
+    own = {STRENGTH: metadata[STRENGTH]} if STRENGTH in metadata else {}
     components = adapter.components()
     if set(components) != {"unet"}:
         notes.append(
@@ -308,7 +310,7 @@ def _save_peft(adapter: Adapter, folder: Path, notes: list[str]) -> int:
         packed = json.dumps(
             {f"base_model.model.{key}": value for key, value in options.items()}, sort_keys=True
         )
-        save_tensors(target / PEFT_WEIGHTS, tensors, {"format": "pt", "lora_adapter_metadata": packed})
+        save_tensors(target / PEFT_WEIGHTS, tensors, {"format": "pt", "lora_adapter_metadata": packed, **own})
         kind = {
             "peft_type": "LORA",
             "task_type": None,

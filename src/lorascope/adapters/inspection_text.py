@@ -46,6 +46,7 @@ _TRAINING = {
     "ss_seed": "seed",
     "ss_training_started_at": "training started",
     "ss_training_comment": "comment",
+    "lorascope_strength": "strength in alpha",
     "lora_adapter_metadata": "PEFT configuration",
 }
 

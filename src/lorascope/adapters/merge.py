@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lorascope.adapters.adapter import Adapter, LoraModule
-from lorascope.adapters.files import DTYPES, Dtype, Written
+from lorascope.adapters.files import DTYPES, STRENGTH, Dtype, Written
 from lorascope.base.loading import Base, is_sd15, load_base
 from lorascope.base.saving import save_ldm
 from lorascope.base.weights import read_header
@@ -107,7 +107,9 @@ def _without_kernel_of_one(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 @contextmanager
-def merged_into(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) -> Iterator[MergeReport]:
+def merged_into(
+    base: Base, adapter: Adapter, dtype: torch.dtype | None = None, strength: float = 1.0
+) -> Iterator[MergeReport]:
     """Within, the layers of `base` that an adapter adapts hold it merged in, as `merge_weights` does;
     afterwards their own tensors again.
 
@@ -119,7 +121,7 @@ def merged_into(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) 
         f"{name}.{key}": weight for name, part in parts.items() for key, weight in part.named_parameters()
     }
     state = {key: weight.data for key, weight in weights.items()}
-    merged, report = merge_weights(state, adapter, dtype=dtype)
+    merged, report = merge_weights(state, adapter, strength, dtype)
     own = {
         key: tensor for key, tensor in state.items() if merged[key] is not tensor
     }  # of the layers that change
@@ -133,12 +135,19 @@ def merged_into(base: Base, adapter: Adapter, dtype: torch.dtype | None = None) 
 
 
 def write_merged(
-    section: BaseSection, adapter: Adapter, out: Path, layout: MergedFormat, dtype: Dtype, name: str
+    section: BaseSection,
+    adapter: Adapter,
+    out: Path,
+    layout: MergedFormat,
+    dtype: Dtype,
+    name: str,
+    strength: float = 1.0,
 ) -> Written:
     """Write a whole model with an adapter merged in: a diffusers folder, or one file in the original LDM
     layout.
 
-    Merging is done in float32. Raises `AdapterError` where the base had this very adapter merged in before.
+    Merging is done in float32. Raises `AdapterError` where the base had this very adapter merged in before,
+    at whatever strength.
     """
     base = load_base(section, torch.device("cpu"), "fp32")
     digest = adapter_digest(adapter)
@@ -148,10 +157,10 @@ def write_merged(
             f"{section.model}: has this adapter merged in already: merge into the model it was trained on"
         )
     save = _save_pipeline if layout == "merged-diffusers" else _save_checkpoint
-    with merged_into(base, adapter, DTYPES[dtype]) as report:
+    with merged_into(base, adapter, DTYPES[dtype], strength) as report:
         for part in (*base.components.values(), base.vae):
             part.to(DTYPES[dtype])
-        num_bytes = save(base, out, name, [*before, digest])
+        num_bytes = save(base, out, name, [*before, digest], strength)
     notes = [
         (
             f"{report.num_modules} modules merged in float32; the rounding error is relative to the update, "
@@ -201,20 +210,21 @@ def _merged_before(section: BaseSection, base: Base) -> list[str]:
     return [str(digest) for digest in merged] if isinstance(merged, list) else []
 
 
-def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str]) -> int:
+def _save_pipeline(base: Base, folder: Path, name: str, merged: list[str], strength: float) -> int:
     """Write a complete diffusers pipeline folder; returns its size in bytes."""
     partial = folder.with_name(f".{folder.name}.partial")
     with storage_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         base.build_pipeline().save_pretrained(partial, safe_serialization=True)
-        write_json(partial / _MERGED_JSON, {"name": name, "merged": merged})
+        own = {} if strength == 1 else {"strength": strength}
+        write_json(partial / _MERGED_JSON, {"name": name, "merged": merged, **own})
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _save_checkpoint(base: Base, path: Path, name: str, merged: list[str]) -> int:
+def _save_checkpoint(base: Base, path: Path, name: str, merged: list[str], strength: float) -> int:
     """Write one checkpoint file in the original layout; returns its size in bytes."""
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -223,6 +233,7 @@ def _save_checkpoint(base: Base, path: Path, name: str, merged: list[str]) -> in
         "modelspec.title": name,
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
         "lorascope_merged": json.dumps(merged),
+        **({} if strength == 1 else {STRENGTH: str(strength)}),
     }
     save_ldm(base, path, base.unet.dtype, metadata)
     return path.stat().st_size

@@ -54,6 +54,10 @@ def export(
     checkpoint: Annotated[
         Literal["best", "last"], Parameter(help="adapter of the lowest held-out loss, or of the last step")
     ] = "last",
+    strength: Annotated[
+        float,
+        Parameter(help="weight to put into alpha: 1 in any program then draws what this drew"),
+    ] = 1.0,
     force: Force = False,
 ) -> int:
     """Write a trained arm as a file for other programs, or the base with the arm merged in.
@@ -66,6 +70,8 @@ def export(
 
     lorascope export runs/paper --arm r16 --format merged-ldm          one checkpoint file, nothing else
     needed
+
+    lorascope export runs/paper --arm r16 --strength 0.6               weight 1 draws what 0.6 drew
     """
     set_level(False, False)
     if not (run / "study.toml").is_file():
@@ -74,7 +80,8 @@ def export(
     from lorascope.store import RunDir
 
     config = load_study(run / "study.toml", environment={})
-    _print_written(export_arm(RunDir(run), config, arm, layout, out, dtype, name, checkpoint, force))
+    written = export_arm(RunDir(run), config, arm, layout, out, dtype, name, checkpoint, force, strength)
+    _print_written(written)
     return EXIT_DONE
 
 
