@@ -36,6 +36,7 @@ from lorascope.store import (
     write_json,
     write_text,
 )
+from synthetic_run import make_run
 
 TRAIN = {"kind": "train", "step": 1, "epoch": 0.1, "arm": "r4", "loss": 0.5, "grad_norm": None, "lr": 1e-3}
 PROBE = {
@@ -742,7 +743,16 @@ def test_a_damaged_record_is_named_with_its_line(record: Any, reason: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", '{"stages": []}', '{"stages": {"data": 1}}', '{"stages": {"a": {}}}']
+    "content",
+    [
+        "[]",
+        '{"stages": []}',
+        '{"stages": {"data": 1}}',
+        '{"stages": {"a": {}}}',
+        '{"stages": {"a": {"inputs": "x"}}}',
+        '{"stages": {}, "device": 3}',
+        '{"stages": {}, "versions": {"torch": 2}}',
+    ],
 )
 def test_a_manifest_that_is_none_is_named(content: str, tmp_path: Path) -> None:
     write_text(RunDir(tmp_path).manifest_json, content)
@@ -772,7 +782,7 @@ def test_an_adapter_that_changed_after_its_training_is_named(tmp_path: Path) -> 
     with pytest.raises(StorageError, match="was removed after training"):
         run.require_unchanged("r4")
     write_json(facts, {})
-    with pytest.raises(StorageError, match=r"training\.json: damaged \('failed' is missing\): delete it"):
+    with pytest.raises(StorageError, match=r"training\.json: damaged \(no `failed`, or not of its type\)"):
         run.failure("r4")
 
 
@@ -784,10 +794,10 @@ MERGED = {"relative_error": 1e-6, "tolerance": 1e-3, "mean_pixel_difference": 0.
     [
         ([], "not a JSON object"),
         ({"r8": MERGED}, "arm 'r8' is not of this study"),
-        ({"r4": [1]}, "r4: not a JSON object"),
-        ({"r4": {**MERGED, "relative_error": "1"}}, "r4: no relative_error, or not of its type"),
-        ({"r4": {**MERGED, "tolerance": True}}, "r4: no tolerance, or not of its type"),
-        ({"r4": {key: MERGED[key] for key in MERGED if key != "ok"}}, "r4: no ok, or not of its type"),
+        ({"r4": [1]}, "no `r4`, or not of its type"),
+        ({"r4": {**MERGED, "relative_error": "1"}}, "no `r4.relative_error`, or not of its type"),
+        ({"r4": {**MERGED, "tolerance": True}}, "no `r4.tolerance`, or not of its type"),
+        ({"r4": {key: MERGED[key] for key in MERGED if key != "ok"}}, "no `r4.ok`, or not of its type"),
     ],
 )
 def test_a_merge_check_that_is_none_is_named(content: object, reason: str, tmp_path: Path) -> None:
@@ -801,6 +811,45 @@ def test_a_merge_check_that_is_none_is_named(content: object, reason: str, tmp_p
     assert str(error.value) == (
         f"{run.merge_check_json}: damaged ({reason}): delete it and run the same command again"
     )
+
+
+def test_what_is_known_of_a_training_is_checked_and_after_its_end_not_made_again(tmp_path: Path) -> None:
+    run, path = RunDir(tmp_path), tmp_path / "adapters" / "r4" / "training.json"
+    with pytest.raises(StorageError, match=r"training\.json: not there: run the stage that writes it first"):
+        run.training("r4")
+    write_json(path, {"failed": None, "steps": 3})
+    assert run.training("r4", "steps")["steps"] == 3
+    with pytest.raises(StorageError, match=r"training\.json: damaged \(no `epochs`, or not of its type\)"):
+        run.training("r4", "steps", "epochs")
+    write_json(path, {"failed": None, "best": {"step": 3}})
+    with pytest.raises(StorageError, match=r"training\.json: damaged \(no `best\.epoch`, or not"):
+        run.training("r4")
+    run.finish("train", "inputs", 1.0)
+    lost = r"training\.json: lost or damaged after training: put the file back .* in another run folder$"
+    with pytest.raises(StorageError, match=lost):
+        run.training("r4")
+    path.unlink()
+    with pytest.raises(StorageError, match=lost):
+        run.training("r4")
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"train": [{"id": "a", "caption": "a"}]}, r"train\[0\]\.digest"),
+        ({"heldout": {}}, "heldout"),
+        ({"refused": [{"id": "a"}]}, r"refused\[0\]\.reason"),
+        ({"duplicates": [{"ids": [1]}]}, r"duplicates\[0\]\.ids\[0\]"),
+        ({"fingerprint": None}, "fingerprint"),
+    ],
+)
+def test_a_data_json_that_is_none_is_named(change: dict[str, object], place: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", stages=("data",))
+    write_json(run.data_json, {**run.data(), **change})
+    with pytest.raises(
+        StorageError, match=rf"data\.json: damaged \(no `{place}`, or not of its type\): delete it and run"
+    ):
+        run.data()
 
 
 @given(content=st.binary(max_size=40) | st.lists(JSON, max_size=3).map(

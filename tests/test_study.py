@@ -385,6 +385,22 @@ def test_a_lost_data_json_is_made_again_if_the_data_is_the_same(
     assert not (tmp_path / "other" / "data.json").exists()
 
 
+@pytest.mark.parametrize(
+    "lost", ["merge_check.json", "scores.parquet", "images/r8/normal-001-0.png", "features.safetensors"]
+)
+def test_what_was_lost_of_a_finished_run_is_made_again(
+    lost: str, study_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / lost).unlink()
+    study = make_study(study_file, run)
+    with study.working("test"):
+        for stage in (study.sample, study.check_merge, study.score):
+            stage()
+    assert digests(run) == digests(finished)
+    assert (run / lost).exists() is (lost != "features.safetensors")  # which nothing needs any more
+
+
 def test_a_missing_picture_is_named_before_scoring(study_file: Path, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     manifest = read_json(run / "manifest.json")

@@ -17,11 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from filelock import lock_descriptor
 
 from lorascope.errors import LorascopeError, StorageError
+from lorascope.shapes import Each, Maybe, Number, Shape, Text, find_fault
 
 _PARTIAL = ".partial"
 _LOCK_WAIT_S = 2.0
@@ -203,16 +204,16 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: damaged ({error}): delete it and run the same command again") from error
 
 
-def read_table(path: Path, *keys: str) -> dict[str, Any]:
-    """As `read_json`, of an object with at least these keys; anything else is damage too."""
+def read_table(path: Path, shape: Mapping[str, Shape]) -> dict[str, Any]:
+    """As `read_json`, of an object of this shape; anything else is damage too."""
     table = read_json(path)
     if not isinstance(table, dict):
-        reason = "not a JSON object"
-    elif missing := [key for key in keys if key not in table]:
-        reason = f"{missing[0]!r} is missing"
+        reason: str | None = "not a JSON object"
     else:
-        return table
-    raise StorageError(f"{path}: damaged ({reason}): delete it and run the same command again")
+        reason = find_fault(table, shape)
+    if reason:
+        raise StorageError(f"{path}: damaged ({reason}): delete it and run the same command again")
+    return cast("dict[str, Any]", table)
 
 
 def export_name(name: str, layout: str) -> str:
@@ -393,25 +394,47 @@ def _fault(record: Mapping[str, Any], arms: Collection[str]) -> str | None:
     return f"no {wrong[0]}, or not of its type" if wrong else None
 
 
-_MERGE_FIGURES = ("relative_error", "tolerance")
-
-
-def _merge_fault(results: Mapping[str, Any], arms: Collection[str]) -> str | None:
-    """What is wrong with the content of `merge_check.json`."""
-    for arm, result in results.items():
-        if arm not in arms:
-            return f"arm {arm[:80]!r} is not of this study"
-        if not isinstance(result, dict):
-            return f"{arm}: not a JSON object"
-        if wrong := [key for key in _MERGE_FIGURES if not _is_number(result.get(key))]:
-            return f"{arm}: no {wrong[0]}, or not of its type"
-        if not isinstance(result.get("ok"), bool):
-            return f"{arm}: no ok, or not of its type"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+# What is read of the JSON files; they hold more.
+_EXAMPLES = [{"id": str, "caption": str, "digest": str, "repeats?": int, "width_px?": int, "height_px?": int}]
+_DATA: Shape = {
+    "source": str,
+    "resolution_px": int,
+    "num_rows": int,
+    "num_train": int,
+    "refused": [{"id": str, "reason": str}],
+    "treated": [{"id": str, "treatment": str}],
+    "duplicates": [{"ids": [str]}],
+    "remarks?": [str],
+    "train": _EXAMPLES,
+    "heldout": _EXAMPLES,
+    "fingerprint": str,
+}
+_TRAINING: Shape = {
+    "failed": Text,
+    "steps?": int,
+    "epochs?": Number,
+    "parameters?": int,
+    "group?": [str],
+    "side_by_side?": int,
+    "run_time_s?": Number,
+    "peak_memory_bytes?": int,
+    "peak_memory_kind?": str,
+    "file_bytes?": int,
+    "final_loss?": Number,
+    "best?": Maybe({"epoch": Number}),
+    "digests?": Each(str),
+}
+_MERGES = Each({"relative_error": Number, "tolerance": Number, "ok": bool})
+_MANIFEST: Shape = {
+    "stages?": Each({"inputs": Text, "seconds": Number}),
+    "versions?": Each(Text),
+    "device?": {"memory_bytes?": int | None},
+    "base?": {"model?": str, "digest?": str, "prediction_type?": str},
+    "adapter?": {},
+    "command?": str,
+    "started?": str,
+    "finished?": str,
+}
 
 
 class RunDir:
@@ -453,12 +476,22 @@ class RunDir:
 
     def failure(self, arm: str) -> str | None:
         """Why a trained arm stopped before its end; None where it did not."""
-        failure: str | None = self.training(arm, "failed")["failed"]
+        failure: str | None = self.training(arm)["failed"]
         return failure
 
     def training(self, arm: str, *keys: str) -> dict[str, Any]:
         """What is known of an arm's training once it has ended, at least these keys."""
-        return read_table(self.adapters_dir / arm / "training.json", *keys)
+        path = self.adapters_dir / arm / "training.json"
+        try:
+            return read_table(path, {**_TRAINING, **{key: _TRAINING[f"{key}?"] for key in keys}})
+        except StorageError as error:
+            if "train" not in self.manifest()["stages"]:
+                raise
+            # the train stage would be skipped, and must not write over adapters that were drawn and scored
+            raise StorageError(
+                f"{path}: lost or damaged after training: put the file back from a copy, or train again in "
+                "another run folder"
+            ) from error
 
     def adapter_digests(self, arm: str) -> dict[str, str]:
         """SHA-256 of every file of the arm's adapters by its name in their folder, those in `best/` too."""
@@ -468,8 +501,8 @@ class RunDir:
 
     def require_unchanged(self, arm: str) -> None:
         """Raise `StorageError` where an adapter of the arm is not what its training wrote."""
-        known, found = self.training(arm).get("digests"), self.adapter_digests(arm)
-        for name, digest in known.items() if isinstance(known, dict) else ():  # versions before wrote none
+        known, found = self.training(arm).get("digests", {}), self.adapter_digests(arm)
+        for name, digest in known.items():  # versions before wrote none
             if found.get(name) != digest:
                 state = "was changed or cut" if name in found else "was removed"
                 raise StorageError(
@@ -483,12 +516,19 @@ class RunDir:
         """
         if not self.merge_check_json.exists():
             return {}
-        results = read_table(self.merge_check_json)
-        if reason := _merge_fault(results, tuple(arms)):
+        results, known = read_table(self.merge_check_json, {}), set(arms)
+        reason = find_fault(results, _MERGES)
+        if strangers := [arm for arm in results if arm not in known]:
+            reason = f"arm {strangers[0][:80]!r} is not of this study"
+        if reason:
             raise StorageError(
                 f"{self.merge_check_json}: damaged ({reason}): delete it and run the same command again"
             )
         return results
+
+    def data(self) -> dict[str, Any]:
+        """The content of `data.json`; raises `StorageError` where it is missing or damaged."""
+        return read_table(self.data_json, _DATA)
 
     def metrics_part(self, arm: str) -> Path:
         """Where an arm's records lie while training is unfinished; those of the base too, as of an arm called
@@ -523,16 +563,8 @@ class RunDir:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty before the first stage."""
-        manifest = {"stages": {}, **(read_table(self.manifest_json) if self.manifest_json.exists() else {})}
-        stages = manifest["stages"]
-        if not isinstance(stages, dict) or not all(
-            isinstance(stage, dict) and "inputs" in stage for stage in stages.values()
-        ):
-            raise StorageError(
-                f"{self.manifest_json}: damaged (`stages` are no stages): delete it and run the same command "
-                "again"
-            )
-        return manifest
+        known = read_table(self.manifest_json, _MANIFEST) if self.manifest_json.exists() else {}
+        return {"stages": {}, **known}
 
     def is_finished(self, stage: str, inputs: str) -> bool:
         """Whether `stage` ended with the inputs of this digest."""

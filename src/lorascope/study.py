@@ -50,7 +50,7 @@ from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, digest_json, read_table, write_json
+from lorascope.store import RunDir, digest_json, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material
 from lorascope.training.trackers import require_trackers
@@ -258,7 +258,7 @@ class Study:
     @functools.cached_property
     def dataset(self) -> Dataset:
         """The pictures of the run, from `data.json`."""
-        return load_dataset(self.config.data, read_table(self.run_dir.data_json))
+        return load_dataset(self.config.data, self.run_dir.data())
 
     # -- encode ----------------------------------------------------------------------------------------------
 
@@ -361,11 +361,11 @@ class Study:
     def sample(self) -> None:
         """Draw every prompt with the base and every arm; writes `images/`."""
         inputs = sample_inputs(self.config, self._train_inputs())
-        if self.run_dir.is_finished("sample", inputs):
-            return
         section = self.config.sample
-        arms = self.trained_arms()
         jobs = plan_jobs(self.prompts, section.seeds)
+        if self.run_dir.is_finished("sample", inputs) and not self._missing_pictures(jobs):
+            return
+        arms = self.trained_arms()
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
 
         def image_path(model: str, job: Job) -> Path:
@@ -390,12 +390,19 @@ class Study:
             len(models),
         )
 
+    def _missing_pictures(self, jobs: Sequence[Job]) -> bool:
+        """Whether a picture of the sample stage is not there (any more)."""
+        names = [arm.name for arm in self.config.expand_arms() if self.run_dir.failure(arm.name) is None]
+        return not all(
+            self.run_dir.image_path(name, job.file_name).exists() for name in ("base", *names) for job in jobs
+        )
+
     # -- merge -----------------------------------------------------------------------------------------------
 
     def check_merge(self) -> None:
         """Compare merged with unmerged output for every arm; writes `merge_check.json`."""
         inputs = merge_inputs(self.config, self._train_inputs())
-        if self.run_dir.is_finished("merge_check", inputs):
+        if self.run_dir.is_finished("merge_check", inputs) and self.run_dir.merge_check_json.exists():
             return
         arms, section = self.trained_arms(), self.config.sample
         job = plan_jobs(self.prompts, section.seeds)[0]
@@ -417,7 +424,7 @@ class Study:
     def score(self) -> None:
         """CLIP similarity of every picture, and calibration rows; writes `scores.parquet`."""
         inputs = score_inputs(self.config, self._train_inputs())
-        if self.run_dir.is_finished("score", inputs):
+        if self.run_dir.is_finished("score", inputs) and self.run_dir.scores_parquet.exists():
             return
         jobs = plan_jobs(self.prompts, self.config.sample.seeds)
         generated = list_pictures(self.run_dir, self.trained_arms(), jobs)

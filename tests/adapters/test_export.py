@@ -73,10 +73,12 @@ def run(base: Base, pipeline_folder: Path, tmp_path: Path) -> tuple[RunDir, Stud
     save_adapter(bank.adapter(0), folder, "peft", "fp32")
     bank.parameters.mul_(2)
     save_adapter(bank.adapter(0), folder / "best", "peft", "fp32")
-    write_json(folder / "training.json", {"steps": 12, "epochs": 3})
-    write_json(
-        run_dir.data_json, {"num_train": 2, "train": [{"caption": "a cat"}, {"caption": "a cat, red"}]}
-    )
+    write_json(folder / "training.json", {"steps": 12, "epochs": 3, "failed": None})
+    captions = {"a": "a cat", "b": "a cat, red"}
+    rows = [{"id": name, "caption": caption, "digest": ""} for name, caption in captions.items()]
+    counts = {"resolution_px": 64, "num_rows": 2, "num_train": 2}
+    lists: dict[str, list[object]] = {"heldout": [], "refused": [], "treated": [], "duplicates": []}
+    write_json(run_dir.data_json, {"source": "pictures", "fingerprint": "", "train": rows, **counts, **lists})
     write_json(
         run_dir.manifest_json, {"started": STARTED.isoformat(), "base": {"prediction_type": "epsilon"}}
     )

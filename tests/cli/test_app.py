@@ -80,7 +80,12 @@ def test_stages_run_one_by_one(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "| base " in out and out.strip().endswith("report.html")
     assert main(["score", run, "--json"]) == EXIT_DONE
-    assert {row["arm"] for row in json.loads(capsys.readouterr().out)["summary"]} >= {"base", "r2"}
+    shown = json.loads(capsys.readouterr().out)
+    assert {row["arm"] for row in shown["summary"]} >= {"base", "r2"}
+    assert main(["study", str(tiny), "--run-dir", run, "--json"]) == EXIT_DONE
+    answer = json.loads(capsys.readouterr().out)
+    assert shown["verdict"]["keep"] == answer["keep"]
+    assert shown["verdict"]["headline"] in answer["answer"]
 
 
 def test_export_and_convert_write_files(

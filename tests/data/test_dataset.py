@@ -131,6 +131,21 @@ def test_load_dataset_of_another_study(tmp_path: Path) -> None:
             load_dataset(other, summary)
 
 
+@pytest.mark.parametrize(
+    "change", [{"caption": "other"}, {"digest": "0" * 64}, {"repeats": 2}, {"width_px": 8}]
+)
+def test_a_summary_that_is_not_of_its_fingerprint_is_refused(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.parquet", plain(4))
+    summary = json.loads(json.dumps(prepare(path).summary))
+    summary["train"][0]["of a later version"] = 1
+    assert load_dataset(section(path), summary).summary == summary
+    summary["train"][0] |= change
+    with pytest.raises(DataError, match=r"^data.json: damaged \(its pictures and captions are not .* again$"):
+        load_dataset(section(path), summary)
+
+
 def test_pictures_that_changed_or_went_away(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", plain(4))
     summary = prepare(path).summary

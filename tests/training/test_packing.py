@@ -172,14 +172,17 @@ WHOLE = {"arms": ["a0", "a1"], "gradient_checkpointing": False}
     [
         ({"groups": [{**WHOLE, "arms": ["a0"]}]}, "it does not hold every arm of this study once"),
         ({"groups": [{**WHOLE, "arms": ["a0", "a9"]}]}, "it does not hold every arm of this study once"),
-        ({"groups": 3}, "`groups` are no groups"),
-        ({"groups": [[]]}, "`groups` are no groups"),
-        ({"groups": [{**WHOLE, "arms": []}]}, "`groups` are no groups"),
-        ({"groups": [{**WHOLE, "arms": [[]]}]}, "`groups` are no groups"),
-        ({"groups": [{**WHOLE, "gradient_checkpointing": "false"}]}, "`groups` are no groups"),
-        ({"groups": [{"arms": ["a0", "a1"]}]}, "`groups` are no groups"),
-        ({"workers": None}, "`workers` is None, must be from 1 to 1"),
-        ({"workers": True}, "`workers` is True, must be from 1 to 1"),
+        ({"groups": 3}, "no `groups`, or not of its type"),
+        ({"groups": [[]]}, r"no `groups\[0\]`, or"),
+        ({"groups": [WHOLE, {**WHOLE, "arms": []}]}, "it does not hold every arm of this study once"),
+        ({"groups": [{**WHOLE, "arms": [[]]}]}, r"no `groups\[0\].arms\[0\]`, or"),
+        (
+            {"groups": [{**WHOLE, "gradient_checkpointing": 0}]},
+            r"no `groups\[0\].gradient_checkpointing`",
+        ),
+        ({"groups": [{"arms": ["a0", "a1"]}]}, r"no `groups\[0\].gradient_checkpointing`"),
+        ({"workers": True}, "no `workers`, or not of its type"),
+        ({"workers": 0}, "`workers` is 0, must be from 1 to 1"),
         ({"workers": 2}, "`workers` is 2, must be from 1 to 1"),
     ],
 )
@@ -201,7 +204,7 @@ def test_a_plan_of_arms_that_cannot_share_a_pass_or_without_a_key_is_refused(tmp
     with pytest.raises(StorageError, match=r"\(arms of several batch sizes .* share a group\): delete it"):
         Packing.load(path, "x", longer)
     path.write_text('{"inputs": "x", "workers": 1}')
-    with pytest.raises(StorageError, match=r"\('groups' is missing\): delete it"):
+    with pytest.raises(StorageError, match=r"\(no `groups`, or not of its type\): delete it"):
         Packing.load(path, "x", arms)
 
 

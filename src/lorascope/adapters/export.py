@@ -12,7 +12,7 @@ from lorascope.adapters.metadata import kohya_metadata, tag_frequency
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.schema import Arm, BaseSection, StudyConfig
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, export_name, read_table
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, export_name
 
 Format = Literal[Layout, MergedFormat]
 _MAX_STRENGTH = 2.0  # beyond, a percentage or a slip of the hand is likelier than a wish
@@ -20,8 +20,8 @@ _MAX_STRENGTH = 2.0  # beyond, a percentage or a slip of the hand is likelier th
 
 def _training_facts(run_dir: RunDir, config: StudyConfig, arm: Arm) -> dict[str, Any]:
     """The `ss_` keys of a trained arm, from what the run folder holds."""
-    training = run_dir.training(arm.name)
-    data = read_table(run_dir.data_json)
+    training = run_dir.training(arm.name, "steps", "epochs")
+    data = run_dir.data()
     section = config.train
     return {
         "ss_sd_model_name": Path(config.base.model).name,

@@ -93,11 +93,7 @@ def stage_command(name: str) -> Callable[..., int]:
                 case _:
                     getattr(job, name)()
         if name == "score":
-            from lorascope.evaluation.score_text import scores_as_dict, scores_as_markdown
-            from lorascope.evaluation.scores import read_scores
-
-            scores = read_scores(job.run_dir)
-            say(json.dumps(scores_as_dict(scores), indent=2) if as_json else scores_as_markdown(scores))
+            _print_scores(job, as_json)
         elif name == "report":
             say(json.dumps({"report": str(job.run_dir.report_html)}) if as_json else job.run_dir.report_html)
         elif name in ("train", "sample"):
@@ -107,6 +103,16 @@ def stage_command(name: str) -> Callable[..., int]:
     command.__name__ = name
     command.__doc__ = STAGES[name]
     return command
+
+
+def _print_scores(job: "Study", as_json: bool) -> None:
+    from lorascope.evaluation.score_text import scores_as_dict, scores_as_markdown
+    from lorascope.report.evidence import Facts
+
+    facts = Facts(job.run_dir)
+    assert facts.scores is not None
+    shown = (facts.scores, facts.verdict, job.config.score.resamples)
+    say(json.dumps(scores_as_dict(*shown), indent=2) if as_json else scores_as_markdown(*shown))
 
 
 def _new_study(config: StudyConfig, run_dir: Path | None) -> "Study":

@@ -9,7 +9,7 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from lorascope.store import digest_json
 
 _SHOWN_REFUSALS = 3
 _SHOWN_KINDS = 8
+_EXAMPLE_KEYS = tuple(item.name for item in fields(Example))
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def load_dataset(section: DataSection, summary: dict[str, Any]) -> Dataset:
     """The data set that `prepare_data` described in `summary` (the content of `data.json`), without the
     checks.
 
-    Raises `DataError` if `summary` belongs to another source or resolution, or the source is gone.
+    Raises `DataError` if `summary` belongs to another source or resolution, if it says other things of the
+    pictures than its fingerprint is of, or if the source is gone.
     """
     name, _, revision = summary["source"].partition("@")
     if section.source not in (summary["source"], name) or section.resolution_px != summary["resolution_px"]:
@@ -231,9 +233,17 @@ def load_dataset(section: DataSection, summary: dict[str, Any]) -> Dataset:
         "height_px": section.resolution_px,
     }  # as run folders of before buckets have it
     train, heldout = (
-        tuple(Example(**{**square, **example}) for example in summary[split])
+        tuple(
+            Example(**{**square, **{key: example[key] for key in _EXAMPLE_KEYS if key in example}})
+            for example in summary[split]
+        )
         for split in ("train", "heldout")
     )
+    if summary["fingerprint"] != _fingerprint(section.resolution_px, train, heldout):
+        raise DataError(
+            "data.json: damaged (its pictures and captions are not those that its fingerprint is of): "
+            "delete it and run the data stage again"
+        )
     return Dataset(train, heldout, summary, source)
 
 

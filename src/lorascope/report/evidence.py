@@ -30,11 +30,10 @@ from lorascope.evaluation.scores import (
 )
 from lorascope.evaluation.verdict import Style, Verdict, choose_arm, describe_difference, read_styles
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, read_regular, read_table
+from lorascope.store import RunDir, read_regular
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
-_DATA_KEYS = ("num_rows", "train", "heldout", "refused", "treated", "duplicates")
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,7 @@ class Facts:
                 f"{run.path}: nothing to report yet: no arm has finished stage `train`; run `lorascope "
                 f"train {run.path}` first"
             )
-        self.data: dict[str, Any] | None = (
-            read_table(run.data_json, *_DATA_KEYS) if run.data_json.exists() else None
-        )
+        self.data = run.data() if run.data_json.exists() else None
         self.merges = run.merges(self.settings)
         self.metrics = run.read_metrics(self.settings)
         self.probes = [record for record in self.metrics if record.get("kind") == "probe"]

@@ -13,6 +13,7 @@ from typing import Any
 from lorascope.errors import StorageError
 from lorascope.machine.workers import num_cores, threads_per_worker
 from lorascope.schema import Arm, StudyConfig
+from lorascope.shapes import Shape
 from lorascope.store import read_table, write_json
 
 # an arm's share of a step: 113 ms alone, 78 of 2, 68 of 4, 67 of 8 (docs/performance.md): more gain nothing
@@ -29,6 +30,12 @@ _LEAST_FLOPS = {
     "cpu": 5e11,
     "cuda": 2e15,
 }  # what a worker must have to do: its start takes as long as some 2e11 on one core
+
+_PLAN: Shape = {
+    "inputs": str,
+    "workers": int,
+    "groups": [{"arms": [str], "gradient_checkpointing": bool}],
+}  # of groups.json
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Packing:
         """
         if not path.exists():
             return None
-        known = read_table(path, "inputs", "workers", "groups")
+        known = read_table(path, _PLAN)
         if known["inputs"] != inputs:
             return None
         if reason := _fault(known, arms):
@@ -100,25 +107,17 @@ class Packing:
 
 
 def _fault(known: Mapping[str, Any], arms: Sequence[Arm]) -> str | None:
-    """What is wrong with a kept plan for these arms."""
+    """What is wrong with a kept plan, of the right shape, for these arms."""
     groups, workers = known["groups"], known["workers"]
-    if not isinstance(groups, list) or not all(map(_is_group, groups)):
-        return "`groups` are no groups"
-    if type(workers) is not int or not 1 <= workers <= len(groups):
-        return f"`workers` is {str(workers)[:20]}, must be from 1 to {len(groups)}, the number of groups"
-    if sorted(name for group in groups for name in group["arms"]) != sorted(arm.name for arm in arms):
+    if not 1 <= workers <= len(groups):
+        return f"`workers` is {workers}, must be from 1 to {len(groups)}, the number of groups"
+    names = [name for group in groups for name in group["arms"]]
+    if sorted(names) != sorted(arm.name for arm in arms) or not all(group["arms"] for group in groups):
         return "it does not hold every arm of this study once"
     kinds = {arm.name: (arm.batch_size, arm.epochs) for arm in arms}
     if any(len({kinds[name] for name in group["arms"]}) > 1 for group in groups):
         return "arms of several batch sizes or numbers of epochs share a group"
     return None
-
-
-def _is_group(group: object) -> bool:
-    if not isinstance(group, dict) or type(group.get("gradient_checkpointing")) is not bool:
-        return False
-    names = group.get("arms")
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
 
 
 def describe_passes(passes: Sequence[Sequence[str]], num_workers: int) -> list[str]:
