@@ -27,12 +27,12 @@ def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:
     from lorascope.doctor import examination, kernels
     from lorascope.machine import speed
     from lorascope.study import Study
-    from lorascope.training import step, tuning
+    from lorascope.training import step, timing, tuning
 
     # Timed as a GPU is, on less work: all of it is done by this CPU.
     speed._SIDE["cuda"] = 64
-    tuning._ATTENTION_FLOPS["cuda"], tuning._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e4, 1e6, 0.0
-    tuning._MOST_S, tuning._REPLAYS = 2.0, 1
+    tuning._ATTENTION_FLOPS["cuda"], timing._PASS_FLOPS["cuda"], tuning._LEAST_FLOPS = 1e4, 1e6, 0.0
+    tuning._MOST_S, timing._REPLAYS = 2.0, 1
     kernels._ATTENTION_FLOPS["cuda"] = 1e6
     examination._PASS_FLOPS["cuda"], examination._MAX_SIDE_PX["cuda"] = 1e7, 32
     study = Study(load_study(study_file, overrides=["device=cuda"], environment={}), run_dir)

@@ -14,8 +14,8 @@ from lorascope.base.loading import load_base
 from lorascope.data.encoding import Encoded
 from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
 from lorascope.seeding import seeded
+from lorascope.training.timing import Workload, survey
 from lorascope.training.trainer import Trainer
-from lorascope.training.tuning import Workload, survey
 
 
 @dataclasses.dataclass

@@ -31,8 +31,9 @@ from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
 from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
+from lorascope.training.timing import build_workload
 from lorascope.training.trainer import Trainer
-from lorascope.training.tuning import Tuning, build_workload, tune
+from lorascope.training.tuning import Tuning, tune
 
 LR, SCALE, SEED = (
     5e-4,

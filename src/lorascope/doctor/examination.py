@@ -46,7 +46,8 @@ from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.machine.threads import limited_threads
 from lorascope.schema import BaseSection
 from lorascope.store import digest_json
-from lorascope.training.tuning import build_workload, precisions_on, survey
+from lorascope.training.timing import build_workload, survey
+from lorascope.training.tuning import precisions_on
 
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "numpy")
 _PASS_FLOPS = {"cpu": 1e10, "mps": 1e11, "cuda": 5e12}  # of a pass over a picture: sides are halved to it
