@@ -1,5 +1,6 @@
 """Models from a folder's weights and a checkpoint file's: a clear line for what is damaged."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lorascope.base.ldm import from_diffusers, list_pairs
 from lorascope.base.loading import Base, load_base
 from lorascope.base.models import load_folder
 from lorascope.base.saving import save_ldm
-from lorascope.base.weights import load_tensors, save_tensors
+from lorascope.base.weights import load_tensors, read_header, save_tensors
 from lorascope.errors import BaseModelError, WeightsError
 from lorascope.schema import BaseSection
 
@@ -184,6 +185,12 @@ def test_a_checkpoint_that_predicts_v_must_be_said_to(checkpoint: Path) -> None:
         load_base(BaseSection(model=str(checkpoint), prediction_type="v_prediction"), CPU).prediction_type
         == "v_prediction"
     )
+    own = json.dumps({"scheduler/scheduler_config.json": json.dumps({"prediction_type": "v_prediction"})})
+    carried = json.loads(read_header(checkpoint).metadata["lorascope.configs"]) | json.loads(own)
+    whole = checkpoint.read_bytes()
+    rewrite(checkpoint, lambda tensors: None, **{"lorascope.configs": json.dumps(carried)})
+    assert load(checkpoint).prediction_type == "v_prediction", "its configuration says so"
+    checkpoint.write_bytes(whole)
     rewrite(checkpoint, lambda tensors: tensors.pop("v_pred"), **{"modelspec.prediction_type": "v"})
     with pytest.raises(BaseModelError, match="says that it predicts v"):
         load(checkpoint)

@@ -142,6 +142,12 @@ def test_min_snr_weights_equal_diffusers_recipe(prediction_type: str) -> None:
     )
 
 
+def test_min_snr_weights_are_finite_where_all_or_nothing_is_noise() -> None:
+    alphas = torch.tensor([1.0, 0.5, 0.0])
+    assert min_snr_weights(torch.arange(3), alphas, "epsilon", 5.0).tolist() == [0, 1, 1]
+    assert min_snr_weights(torch.arange(3), alphas, "v_prediction", 5.0).tolist() == [0, 0.5, 0]
+
+
 def test_training_losses_are_the_mean_square_unless_told_otherwise() -> None:
     prediction, target = torch.randn((2, 3, *SHAPE), generator=seeded("losses"))
     alphas, timesteps = torch.linspace(0.99, 0.01, 1000), torch.tensor([5, 500, 990])

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    PNDMScheduler,
-    SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    schedulers,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -32,7 +29,7 @@ from lorascope.base.configs import (
 from lorascope.base.ldm import list_pairs
 from lorascope.base.location import PATTERNS, WEIGHT_STEMS, locate
 from lorascope.base.models import load_file, load_folder
-from lorascope.base.schedule import noise_schedule, read_scheduler
+from lorascope.base.schedule import build_scheduler, noise_schedule, read_scheduler
 from lorascope.console import log, size
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
@@ -114,18 +111,15 @@ class Base:
         return replace(self, **parts, alphas_cumprod=self.alphas_cumprod.cpu(), device=cpu)
 
     def build_pipeline(self) -> StableDiffusionPipeline:
-        """A diffusers pipeline of this base, with the scheduler that it names (PNDM, as SD v1.5's, without
-        one) and no safety checker.
+        """A diffusers pipeline of this base, with the scheduler of `build_scheduler` and no safety
+        checker.
         """
-        kind: Any = getattr(schedulers, str(self.scheduler_config.get("_class_name")), None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-            kind = PNDMScheduler
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=kind.from_config(self.scheduler_config),
+            scheduler=build_scheduler(self.scheduler_config, self.alphas_cumprod.cpu()),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -198,6 +192,7 @@ def load_base(base: BaseSection | str, device: torch.device | str = "auto", prec
     check_tokenizer(tokenizer, configs["text_encoder"], place)
     if section.prediction_type != "auto":
         scheduler_config = {**scheduler_config, "prediction_type": section.prediction_type}
+    is_told = section.prediction_type != "auto" or scheduler_config.get("prediction_type") == "v_prediction"
     dtype = DTYPES[precision]
     if place.is_dir():
         facts = {
@@ -208,7 +203,7 @@ def load_base(base: BaseSection | str, device: torch.device | str = "auto", prec
         models = load_folder(place, dtype)
     else:
         facts = {"source": "checkpoint file", "folder": None, "digest": kept_digest(place)}
-        models = load_file(place, configs, dtype, section.prediction_type)
+        models = load_file(place, configs, dtype, is_told)
     return freeze(models, tokenizer, configs, scheduler_config, device, name=place.name, **facts)
 
 

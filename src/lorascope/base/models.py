@@ -49,10 +49,13 @@ def load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def load_file(
-    path: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype, prediction_type: str
+    path: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype, is_told: bool
 ) -> dict[str, Any]:
     """The models of one checkpoint file in the original layout, whose names and shapes are checked before
     data is read.
+
+    `is_told`: the study or the scheduler's configuration says what it predicts. Else a file that says `v` is
+    refused, since SD v1.5's configuration says noise.
     """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         mapped, metadata = load_tensors(path), {}
@@ -62,7 +65,7 @@ def load_file(
         metadata, shapes = header.metadata, {name: info.shape for name, info in header.tensors.items()}
     if family := family_of_tensors(shapes):
         raise BaseModelError(f"{path}: is {family}: {WANTED}")
-    if prediction_type == "auto" and ("v_pred" in shapes or metadata.get("modelspec.prediction_type") == "v"):
+    if not is_told and ("v_pred" in shapes or metadata.get("modelspec.prediction_type") == "v"):
         raise BaseModelError(f'{path}: says that it predicts v: set base.prediction_type = "v_prediction"')
     pairs = list_pairs(configs)
     stored_names = {canonical_name(name): name for name in shapes if name not in _FLAGS}

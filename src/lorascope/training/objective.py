@@ -167,4 +167,6 @@ def min_snr_weights(
     """
     alphas = alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # not min / SNR: 0 / 0 where all is noise
+    return snr.clamp(max=gamma) / (snr + 1)
