@@ -48,7 +48,7 @@ def test_a_folder_keeps_the_configuration_it_began_with(tmp_path: Path) -> None:
         freeze(run, smoke("train.epochs=99", "sample.steps=7"))
 
 
-@pytest.mark.parametrize("key", ["data.source", "base.model", "score.model"])
+@pytest.mark.parametrize("key", ["data.source", "base.model", "score.model", "score.style_model"])
 @pytest.mark.parametrize(
     ("run", "read", "place"),
     [

@@ -251,3 +251,6 @@ def test_a_key_that_came_later_changes_no_digest_at_its_default() -> None:
     assert study("data.folder_repeats=false").digest("data") == digest_json(
         {"data": {**values, "folder_repeats": False}}
     )
+    score = study().model_dump(mode="json")["score"]
+    assert score.pop("style_model") is None
+    assert study().digest("score") == digest_json({"score": score})

@@ -25,12 +25,12 @@ def require_apart(run: RunDir, config: StudyConfig) -> None:
         "data.source": config.data.source,
         "base.model": config.base.model,
         "score.model": config.score.model,
+        "score.style_model": config.score.style_model,
     }
     for key, value in keys.items():
-        read = Path(value).expanduser()
-        if value == "pocket" or not _exists(read):
+        if value is None or value == "pocket" or not _exists(Path(value).expanduser()):
             continue
-        read = _resolved(read)
+        read = _resolved(Path(value).expanduser())
         if folder.is_relative_to(read):
             place = "lies in"
         elif read.is_relative_to(folder):

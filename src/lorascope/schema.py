@@ -24,7 +24,7 @@ REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.ne
 MAX_ARMS = 1024
 # Keys that came after there were run folders: digests leave them out at their defaults, or those folders
 # would train again.
-_LATER_KEYS = (("data", "folder_repeats"),)
+_LATER_KEYS = (("data", "folder_repeats"), ("score", "style_model"))
 
 
 def _off_or_of_use(value: float) -> float:
@@ -440,6 +440,11 @@ class ScoreSection(Section):
         description="`pocket`, a CLIP folder, or a hub id such as `openai/clip-vit-large-patch14`",
     )
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
+    style_model: Text | None = Field(
+        default=None,
+        description="a second model that measures style beside the scorer: a DINOv2 or CLIP folder, or a hub "
+        "id such as `facebook/dinov2-base`",
+    )
     batch_size: BatchSize = Field(default=64, description="pictures scored at once")
     resamples: Whole = Field(
         default=10_000, ge=100, le=1_000_000, description="bootstrap resamples over prompts"

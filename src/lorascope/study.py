@@ -26,7 +26,7 @@ from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
 from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError
-from lorascope.evaluation.features import check_encoder, load_encoder
+from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder
 from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.prompts import Prompt, check_prefix, describe_cut, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_jobs
@@ -119,6 +119,7 @@ class Study:
         check_optimizer(self.config)
         require_trackers(self.config.trackers)
         check_encoder(self.config.score)
+        check_style_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
         tokenizer, prefix = self.base.tokenizer, self.config.sample.prompt_prefix or ""
         count = functools.partial(count_tokens, tokenizer)

@@ -13,11 +13,29 @@ import pytest
 import torch
 from PIL import Image
 from torchmetrics.functional.multimodal import clip_score as reference_clip_score
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
 
-from lorascope.base.weights import save_tensors
+from lorascope.base.weights import load_tensors, save_tensors
 from lorascope.errors import BaseModelError, HubError, RunError, StorageError
-from lorascope.evaluation.features import CachedEncoder, ClipEncoder, load_encoder
+from lorascope.evaluation.features import (
+    CachedEncoder,
+    ClipEncoder,
+    StyleEncoder,
+    check_style_encoder,
+    load_encoder,
+    load_style_encoder,
+)
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import BASE, NOISE, REAL, SHUFFLED, Generated, read_scores
 from lorascope.evaluation.scoring import clip_score, score_run
@@ -243,6 +261,20 @@ def drop_weights(path: Path, folder: Path) -> Path:
     return path
 
 
+def copy_without_tokenizer(path: Path, folder: Path) -> Path:
+    path.mkdir()
+    for file in folder.iterdir():
+        if "tokenizer" not in file.name:
+            (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def break_tokenizer(path: Path, folder: Path) -> Path:
+    copy_without_tokenizer(path, folder)
+    (path / "tokenizer.json").write_text("{")
+    return path
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -254,6 +286,8 @@ def drop_weights(path: Path, folder: Path) -> Path:
         ),
         (lambda path, folder: write_config(path, model_type="clip"), "cannot be loaded as CLIP"),
         (drop_weights, "lacks 1 weights of a CLIP model, such as visual_projection.weight"),
+        (copy_without_tokenizer, "its tokenizer has no vocabulary"),
+        (break_tokenizer, "its tokenizer cannot be loaded"),
     ],
 )
 def test_what_is_no_clip_folder_is_refused(
@@ -269,6 +303,121 @@ def test_an_unreachable_hub_is_one_line() -> None:
     with pytest.raises(HubError, match="score.model = 'someone/clip': not complete in the cache") as error:
         load_encoder(ScoreSection(model="someone/clip"), CPU)
     assert "\n" not in str(error.value)
+
+
+def make_dinov2(path: Path, num_registers: int) -> Path:
+    """A random DINOv2 of a few thousand weights: pictures of 28 px in 2 x 2 patches."""
+    torch.manual_seed(1)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,  # as on the hub, larger than what the preprocessing gives
+        "patch_size": 14,
+    }
+    if num_registers:
+        config = Dinov2WithRegistersConfig(**sizes, num_register_tokens=num_registers)
+        Dinov2WithRegistersModel(config).save_pretrained(path)
+    else:
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        path
+    )
+    return path
+
+
+def load_style(folder: Path) -> StyleEncoder:
+    encoder = load_style_encoder(ScoreSection(style_model=str(folder), batch_size=3), CPU)
+    assert encoder is not None
+    return encoder
+
+
+@pytest.mark.parametrize("num_registers", [0, 2])
+@pytest.mark.parametrize("layer", [0, 2, 7])
+def test_style_features_match_dinov2_called_by_hand(tmp_path: Path, num_registers: int, layer: int) -> None:
+    encoder = load_style(make_dinov2(tmp_path, num_registers))
+    model_class = Dinov2WithRegistersModel if num_registers else Dinov2Model
+    model, images = model_class.from_pretrained(tmp_path).eval(), draw(4)
+    pixels = BitImageProcessorPil.from_pretrained(tmp_path)(images=images, return_tensors="pt")
+    with torch.no_grad():
+        states = model(**pixels, output_hidden_states=True).hidden_states
+    patches = states[min(layer, 3)][:, 1 + num_registers :].numpy()
+    assert patches.shape == (4, 4, 16)
+    expected = np.concatenate([patches.mean(axis=1), patches.std(axis=1)], axis=1)
+    np.testing.assert_allclose(encoder.encode_hidden(images, layer), expected, atol=10 * ROUNDING)
+    assert encoder.hidden_layer(layer) == min(layer, 3)
+    assert encoder.identity["model"] == str(tmp_path)
+    assert encoder.identity["preprocessing"]["crop_px"]["height"] == 28
+
+
+def test_a_clip_folder_gives_the_style_features_of_its_own_tower(encoder: ClipEncoder, folder: Path) -> None:
+    images = draw(4)
+    np.testing.assert_array_equal(load_style(folder).encode_hidden(images), encoder.encode_hidden(images))
+
+
+def test_style_features_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, images, path = load_style(folder), draw(4), tmp_path / "style.safetensors"
+    expected = encoder.cached(path).encode_hidden(images)
+    again = encoder.cached(path)
+    monkeypatch.setattr(again, "_tower", None)  # the model is not asked
+    monkeypatch.setattr(again, "hidden_layer", lambda layer: layer)
+    np.testing.assert_array_equal(again.encode_hidden(images), expected)
+    np.testing.assert_array_equal(encoder.encode_hidden(images), expected)
+
+
+def test_without_a_second_model_there_is_none() -> None:
+    assert check_style_encoder(ScoreSection()) is None
+    assert load_style_encoder(ScoreSection(), CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda path: path, "no such file or folder"),
+        (lambda path: path.mkdir() or path, "no readable config.json there"),
+        (
+            lambda path: write_config(path, model_type="siglip"),
+            "holds a model of type 'siglip', must be 'clip' or 'dinov2' or 'dinov2_with_registers'",
+        ),
+        (lambda path: write_config(path, model_type=["clip"]), r"type \['clip'\], must be"),
+        (lambda path: write_config(path, model_type="dinov2"), "cannot be loaded as DINOv2"),
+    ],
+)
+def test_what_is_no_style_model_is_refused(
+    build: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
+    section = ScoreSection(style_model=str(build(tmp_path / "style")))
+    with pytest.raises(BaseModelError, match=rf"score\.style_model = .*: .*{message}") as error:
+        load_style_encoder(section, CPU)
+    assert "\n" not in str(error.value)
+    assert "give" in str(error.value)
+
+
+def test_style_models_are_read_from_safetensors_alone(tmp_path: Path) -> None:
+    make_dinov2(tmp_path, 0)
+    weights = tmp_path / "model.safetensors"
+    torch.save(Dinov2Model.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(
+        BaseModelError, match="cannot be loaded as DINOv2 .*: give a folder with a Dinov2Model"
+    ):
+        load_style(tmp_path)
+
+
+def test_a_style_model_with_missing_or_broken_weights_is_refused(tmp_path: Path) -> None:
+    make_dinov2(tmp_path, 0)
+    weights = dict(load_tensors(tmp_path / "model.safetensors"))
+    weights["layernorm.bias"][:] = torch.nan  # it is not in the way of hidden layers
+    weights["encoder.layer.1.mlp.fc1.bias"][:] = torch.nan
+    save_tensors(tmp_path / "model.safetensors", weights, {"format": "pt"})
+    encoder = load_style(tmp_path)
+    assert np.isfinite(encoder.encode_hidden(draw(1), 1)).all()
+    with pytest.raises(RunError, match="picture 0 of the list: its feature by .* is not finite: check the"):
+        encoder.encode_hidden(draw(1))
+    del weights["layernorm.bias"]
+    save_tensors(tmp_path / "model.safetensors", weights, {"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"lacks 1 weights of a DINOv2 model, such as layernorm\.bias"):
+        load_style(tmp_path)
 
 
 class Counting:

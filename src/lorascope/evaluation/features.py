@@ -4,8 +4,9 @@ A text is padded to the model's full length and every batch is cut from the list
 function of the list alone; among other lists a row differs by float noise at most.
 """
 
+import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import (
+    AutoTokenizer,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+)
 
 from lorascope.base.location import resolve_model
 from lorascope.base.weights import load_sealed, save_sealed
@@ -34,21 +42,28 @@ _READERS = 4  # threads that decode pictures
 Picture: TypeAlias = Path | Image.Image | NDArray[np.uint8]
 Features: TypeAlias = NDArray[np.float32]
 
-_PATTERNS = [
+_IMAGE_PATTERNS = [
     "config.json",
     "model.safetensors",
     "model-?????-of-?????.safetensors",
     "model.safetensors.index.json",
-]
-_PATTERNS += [
     "preprocessor_config.json",
     "processor_config.json",
+]
+_PATTERNS = [
+    *_IMAGE_PATTERNS,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
 ]
+# What each model type of a folder is read by: the model and its preprocessing.
+_SCORERS = {"clip": (CLIPModel, CLIPImageProcessorPil)}
+_STYLE_MODELS = _SCORERS | {
+    "dinov2": (Dinov2Model, BitImageProcessorPil),
+    "dinov2_with_registers": (Dinov2WithRegistersModel, BitImageProcessorPil),
+}
 
 
 class ClipEncoder:
@@ -269,7 +284,61 @@ class CachedEncoder:
         return CachedEncoder(self.encoder, path)
 
 
+class StyleEncoder:
+    """The image tower of a second model in fp32, CLIP's or DINOv2, for its hidden features alone.
+
+    A witness beside the scorer's own: what both say of a style is not the liking of one model.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, identity: dict[str, Any], device: torch.device, batch_size: int
+    ) -> None:
+        self.identity = identity
+        self.batch_size = batch_size
+        self.device = device
+        self._tower = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
+        self._processor = processor
+        # The class token, and DINOv2's registers where it has some.
+        self._num_others = 1 + int(getattr(self._tower.config, "num_register_tokens", 0))
+        self._file: FeatureFile | None = None
+
+    def encode_hidden(self, pictures: Sequence[Picture], layer: int = STYLE_LAYER) -> Features:
+        """As `ClipEncoder.encode_hidden`; registers are left out as the class token is."""
+        if self._file is None:
+            return self._encode(pictures, layer)
+        names = [f"hidden-{self.hidden_layer(layer)}:{_digest(picture)}" for picture in pictures]
+        return self._file.take([names], lambda: [self._encode(pictures, layer)])[0]
+
+    def hidden_layer(self, layer: int = STYLE_LAYER) -> int:
+        """The hidden layer that stands for `layer`: the last one where the model has fewer."""
+        return _within(layer, self._tower)
+
+    def cached(self, path: Path) -> "StyleEncoder":
+        """This encoder with its features kept in the `FeatureFile` at `path`, no other encoder's."""
+        encoder = copy.copy(self)
+        encoder._file = FeatureFile(path, self.identity, self.device, self.batch_size)
+        return encoder
+
+    def _encode(self, pictures: Sequence[Picture], layer: int) -> Features:
+        taken = self.hidden_layer(layer)
+
+        def encode(part: Sequence[Picture], start: int) -> torch.Tensor:
+            with _catching(self._tower, taken) as caught:
+                self._tower(pixel_values=_pixels(self._processor, part, start).to(self.device))
+            return _over_patches(caught.pop(), self._num_others)
+
+        def refuse(position: int) -> RunError:
+            return RunError(
+                f"{_name(pictures[position], position)}: its feature by {self.identity['model']} is not "
+                "finite: check the model's weights, or use another score.style_model"
+            )
+
+        width = 2 * int(self._tower.config.hidden_size)
+        return _in_batches(pictures, self.batch_size, encode, width, refuse)
+
+
 _REMEDY = "give a folder with a CLIPModel in safetensors, its tokenizer and its preprocessing"
+_STYLE_REMEDY = "give a folder with a Dinov2Model or CLIPModel in safetensors and its preprocessing"
 
 
 def check_encoder(section: ScoreSection) -> Path:
@@ -278,14 +347,18 @@ def check_encoder(section: ScoreSection) -> Path:
     Raises `BaseModelError` for a missing folder, an unreachable hub, or a folder of another kind of model.
     """
     folder = resolve_model(section.model, section.revision, "scorer", _PATTERNS, "score.model")
-    whose = f"score.model = {section.model!r}: {folder}"
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{whose}: no readable config.json there: {_REMEDY}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "clip":
-        raise BaseModelError(f"{whose}: holds a model of type {kind!r}, must be 'clip': {_REMEDY}")
+    _model_type(folder, f"score.model = {section.model!r}: {folder}", _SCORERS, _REMEDY)
+    return folder
+
+
+def check_style_encoder(section: ScoreSection) -> Path | None:
+    """As `check_encoder`, of the second model for style; None where the study names none."""
+    if section.style_model is None:
+        return None
+    folder = resolve_model(section.style_model, None, "scorer", _IMAGE_PATTERNS, "score.style_model")
+    _model_type(
+        folder, f"score.style_model = {section.style_model!r}: {folder}", _STYLE_MODELS, _STYLE_REMEDY
+    )
     return folder
 
 
@@ -297,26 +370,81 @@ def load_encoder(section: ScoreSection, device: torch.device) -> ClipEncoder:
     """
     folder = check_encoder(section)
     whose = f"score.model = {section.model!r}: {folder}"
+    model, processor = _load(folder, whose, _SCORERS, _REMEDY)
+    tokenizer = _load_tokenizer(folder, whose)
+    identity = _identity(section.model, folder, processor) | {"scale": SCALE}
+    return ClipEncoder(model, processor, tokenizer, identity, device, section.batch_size)
+
+
+def load_style_encoder(section: ScoreSection, device: torch.device) -> StyleEncoder | None:
+    """Load the second model for style, as `load_encoder` loads the scorer; None where the study names none.
+
+    Raises `BaseModelError` as `check_style_encoder` does, and for a folder that holds no whole model.
+    """
+    folder = check_style_encoder(section)
+    if folder is None or section.style_model is None:
+        return None
+    whose = f"score.style_model = {section.style_model!r}: {folder}"
+    model, processor = _load(folder, whose, _STYLE_MODELS, _STYLE_REMEDY)
+    identity = _identity(section.style_model, folder, processor)
+    return StyleEncoder(model, processor, identity, device, section.batch_size)
+
+
+def _model_type(folder: Path, whose: str, known: Mapping[str, Any], remedy: str) -> str:
+    """The type of model a folder says it holds, one of `known`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{whose}: no readable config.json there: {remedy}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in known:
+        wanted = " or ".join(repr(name) for name in known)
+        raise BaseModelError(f"{whose}: holds a model of type {kind!r}, must be {wanted}: {remedy}")
+    return kind
+
+
+def _load(folder: Path, whose: str, known: Mapping[str, Any], remedy: str) -> tuple[Any, Any]:
+    """The model of a folder in fp32, from safetensors, and its preprocessing."""
+    kind = _model_type(folder, whose, known, remedy)
+    model_class, processor_class = known[kind]
+    name = "CLIP" if kind == "clip" else "DINOv2"
     try:
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-        model, loading = CLIPModel.from_pretrained(folder, output_loading_info=True, **options)
-        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, loading = model_class.from_pretrained(folder, output_loading_info=True, **options)
+        processor = processor_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the libraries raise anything here, from KeyError to SafetensorError
-        raise BaseModelError(f"{whose}: cannot be loaded as CLIP ({first_line(error)}): {_REMEDY}") from error
+        raise BaseModelError(
+            f"{whose}: cannot be loaded as {name} ({first_line(error)}): {remedy}"
+        ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise BaseModelError(
-            f"{whose}: lacks {len(missing)} weights of a CLIP model, such as {missing[0]}: {_REMEDY}"
+            f"{whose}: lacks {len(missing)} weights of a {name} model, such as {missing[0]}: {remedy}"
         )
-    identity = {
-        "model": section.model,
+    return model, processor
+
+
+def _load_tokenizer(folder: Path, whose: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises anything here, from KeyError to OSError
+        raise BaseModelError(
+            f"{whose}: its tokenizer cannot be loaded ({first_line(error)}): {_REMEDY}"
+        ) from error
+    # Without files the library makes one that takes every word for unknown, and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise BaseModelError(f"{whose}: its tokenizer has no vocabulary: {_REMEDY}")
+    return tokenizer
+
+
+def _identity(model: str, folder: Path, processor: Any) -> dict[str, Any]:
+    """What makes features: the model, by name and content, and how pictures become its input."""
+    return {
+        "model": model,
         "digest": digest_folder(folder, digest=kept_digest),
         "dtype": "float32",
         "preprocessing": _preprocessing(processor),
-        "scale": SCALE,
     }
-    return ClipEncoder(model, processor, tokenizer, identity, device, section.batch_size)
 
 
 def _preprocessing(processor: Any) -> dict[str, Any]:
