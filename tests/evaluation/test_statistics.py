@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lorascope.evaluation.statistics import (
+    Resamples,
     bootstrap_interval,
     expanded_tail,
     holm,
@@ -314,3 +315,12 @@ def test_a_ratio_without_a_clear_denominator_or_with_few_values_has_no_interval(
     assert ratio_interval(0.5 * np.arange(1, 9), np.arange(1, 9)) == pytest.approx((0.5, 0.5))
     with pytest.raises(ValueError, match="values must be finite"):
         ratio_interval(np.ones(6), [math.inf] * 6)
+
+
+def test_resamples_are_those_of_the_bootstrap_interval() -> None:
+    values = np.random.default_rng(1).normal(3, 2, 11)
+    drawn = Resamples(11, 5000)
+    assert drawn.interval(drawn.means(values)) == pytest.approx(bootstrap_interval(values, 5000))
+    assert drawn.means(values).shape == (5000,)
+    few = Resamples(5, 100)
+    assert few.interval(few.means(values[:5])) is None

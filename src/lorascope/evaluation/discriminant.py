@@ -9,6 +9,8 @@ from lorascope.evaluation.two_samples import auc
 
 # Two rows of each kind to fit a half and two to check it: one row alone has no spread.
 MIN_ROWS = 4
+# Below this AUC, positions say more about chance than about style.
+MIN_AUC = 0.8
 DEFAULT_SHRINKAGE = 0.2
 
 

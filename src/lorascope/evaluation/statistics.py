@@ -128,6 +128,39 @@ def ratio_interval(
     return (middle - reach) / square, (middle + reach) / square
 
 
+class Resamples:
+    """Bootstrap samples of `count` prompts, drawn once, for many quantities over the same prompts.
+
+    The draws are those of `bootstrap_interval`: functions of (seed, count, resamples).
+    """
+
+    def __init__(self, count: int, resamples: int = 10_000, seed: int = 0) -> None:
+        self.count = count
+        generator = np.random.default_rng(seed)
+        # How often each sample holds every prompt, [resamples, count].
+        self._times = np.empty((resamples, count), np.uint16)
+        for start in range(0, resamples, 4096):
+            part = self._times[start : start + 4096]
+            drawn = generator.integers(0, count, part.shape) + count * np.arange(len(part))[:, None]
+            part[:] = np.bincount(drawn.ravel(), minlength=part.size).reshape(part.shape)
+
+    def means(self, values: ArrayLike) -> NDArray[np.float64]:
+        """The mean of `values` [count] in every sample: [resamples]."""
+        sample = np.asarray(values, np.float64)
+        return np.asarray(self._times @ sample / self.count)
+
+    def interval(self, drawn: NDArray[np.float64], level: float = 0.95) -> tuple[float, float] | None:
+        """The expanded percentile interval of a statistic, given its value in every sample.
+
+        None for fewer than `MIN_PROMPTS` prompts.
+        """
+        if self.count < MIN_PROMPTS:
+            return None
+        tail = expanded_tail(self.count, level)
+        low, high = np.quantile(drawn, [tail, 1 - tail])
+        return float(low), float(high)
+
+
 def nested_interval(
     values: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float] | None:

@@ -14,11 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
-from lorascope.evaluation.discriminant import MIN_ROWS, StyleAxis, fit_style_axis
+from lorascope.evaluation.discriminant import MIN_AUC, MIN_ROWS, StyleAxis, fit_style_axis
 from lorascope.evaluation.two_samples import mmd_p, squared_mmd
 
-# Below this, positions say more about chance than about style.
-MIN_AUC = 0.8
 _NUM_HALVINGS = 200
 
 
