@@ -88,8 +88,8 @@ def default_kernel(device_type: str, dtype: torch.dtype, gradients: bool) -> Ker
 
 
 class AttentionProcessor:
-    """Computes the attention layers of a U-Net by the kernels chosen for their shapes, as diffusers'
-    `AttnProcessor2_0` does otherwise.
+    """Computes the attention layers of a U-Net by the kernels chosen for their shapes, in place of diffusers'
+    `AttnProcessor2_0`.
 
     A shape that was not timed gets the kernel of the timed one most like it: the same heads, likewise to
     itself or to the text, the nearest number of queries. Where there is none, `default_kernel`.

@@ -1,5 +1,5 @@
-"""Models and data sets of the hub: fetched once, taken from the local cache afterwards, and one clear message
-per failure.
+"""Models and data sets of the hub: fetched once, then taken from the local cache. Each failure has one clear
+message.
 
 The transfer is huggingface_hub's own. Files of a snapshot appear in its cache complete or not at all; an
 interrupted fetch keeps those that arrived whole.
@@ -75,9 +75,7 @@ def fetch_snapshot(
 
 
 def _fetch(repo_id: str, kind: str, revision: str | None, patterns: list[str], what: str) -> Path:
-    """One try. Raises what the client raises; of a missing network and a missing copy, the network's
-    error.
-    """
+    """One try. Raises what the client raises; with neither network nor copy, the network's error."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -221,9 +219,7 @@ def _entry_errors() -> tuple[type[Exception], ...]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The client hides the hub's answer behind "not found in the cache": what that was raised from, if
-    anything.
-    """
+    """The error that tells most: the client hides the hub's answer behind "not found in the cache"."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__
@@ -243,9 +239,8 @@ def _may_pass(error: BaseException) -> bool:
         return status in (408, 429) or status >= 500
     if _is_transport(root):
         return not _names(root) & (_NO_CONNECTION | _BAD_TOKEN)
-    return isinstance(root, OSError) and "Consistency check failed" in str(
-        root
-    )  # fewer bytes came than announced
+    # The client's words where fewer bytes came than announced.
+    return isinstance(root, OSError) and "Consistency check failed" in str(root)
 
 
 def _status(error: BaseException) -> int | None:

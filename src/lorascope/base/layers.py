@@ -94,8 +94,8 @@ def unet_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
     Input and output blocks are counted through, one for each resnet or downsampler.
     """
-    yield from {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}.items()
-    yield from {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}.items()
+    yield from (("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"))
+    yield from (("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"))
     num_layers, num_blocks = config["layers_per_block"], len(config["block_out_channels"])
     for block in range(num_blocks):
         index = 1 + block * (num_layers + 1)

@@ -36,22 +36,21 @@ _HARMLESS_PREFIXES = (
     "cond_stage_model.transformer.text_projection.",
 )
 _HARMLESS_NAMES = {
-    *(
-        "betas",
-        "alphas_cumprod",
-        "alphas_cumprod_prev",
-        "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod",
-        "scale_factor",
-    ),
-    *(
-        "log_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod",
-        "posterior_variance",
-        "logvar",
-    ),
-    *("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights"),
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "lvlb_weights",
+    "logvar",
+    "scale_factor",
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
 }
 
@@ -97,9 +96,8 @@ def list_pairs(configs: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
     for component, prefix in PREFIXES.items():
         with torch.device("meta"):
             model: Any = build_component(component, configs[component])
-        modules = {"unet": unet_names, "vae": _vae_modules}.get(
-            component
-        )  # the text encoder's names are the same in both
+        # The text encoder's names are the same in both layouts.
+        modules = {"unet": unet_names, "vae": _vae_modules}.get(component)
         try:
             table = dict(modules(model.config)) if modules else None
         except TypeError as error:  # a list in place of a number: blocks of different depths
@@ -117,13 +115,9 @@ def list_pairs(configs: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
 def _vae_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Module paths in the autoencoder."""
     num_layers, num_blocks = config["layers_per_block"], len(config["block_out_channels"])
-    yield from {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}.items()
+    yield from (("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"))
     for half, blocks, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        for ours, theirs in {
-            "conv_in": "conv_in",
-            "conv_norm_out": "norm_out",
-            "conv_out": "conv_out",
-        }.items():
+        for ours, theirs in (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out")):
             yield f"{half}.{ours}", f"{half}.{theirs}"
         for ours, theirs in _VAE_ATTENTION.items():
             yield f"{half}.mid_block.attentions.0.{ours}", f"{half}.mid.attn_1.{theirs}"

@@ -43,7 +43,7 @@ _PICTURE_BYTES = 2 * 2**30  # what drawing one picture may take
 
 @dataclass(frozen=True)
 class Base:
-    """Everything frozen, on one device. No tensor in here ever changes."""
+    """The frozen model's parts on one device. No tensor in here ever changes."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -55,7 +55,7 @@ class Base:
     digest: str
     configs: dict[str, dict[str, Any]]  # of unet, vae and text_encoder, as in their config.json
     scheduler_config: dict[str, Any]
-    alphas_cumprod: torch.Tensor  # float32 [T], in (0, 1), falling
+    alphas_cumprod: torch.Tensor  # float32 [T] in [0, 1], falling: `schedule.noise_schedule`
     device: torch.device
     half_vae: bool = True  # whether the VAE may work in fp16 on a GPU
 
@@ -156,9 +156,8 @@ class Base:
         `pixels` is float32 [n, 3, H, W] in [-1, 1].
         """
         moments = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.parameters
-        posterior = DiagonalGaussianDistribution(
-            moments.float()
-        )  # its exponential underflows in half precision
+        # In half precision its exponential underflows.
+        posterior = DiagonalGaussianDistribution(moments.float())
         factor = self.vae.config.scaling_factor
         return posterior.mean * factor, posterior.std * factor
 

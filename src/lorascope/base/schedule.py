@@ -42,8 +42,8 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
 
 
 def noise_schedule(config: Mapping[str, Any]) -> torch.Tensor:
-    """How much of a picture is left at each timestep (`alphas_cumprod` of diffusers): float32 [T], falling, in
-    [0, 1].
+    """How much of a picture is left at each timestep, as diffusers' `alphas_cumprod`: float32 [T] in [0, 1],
+    falling.
 
     As in diffusers, `trained_betas` go before the start and end of a schedule. Raises `BaseModelError` for a
     configuration that gives none, or that no picture can be drawn by.
@@ -79,8 +79,8 @@ def noise_schedule(config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def build_scheduler(config: Mapping[str, Any], alphas_cumprod: torch.Tensor) -> SchedulerMixin:
-    """The scheduler that a configuration with this noise schedule names, or PNDM (as SD v1.5's) where it names
-    none.
+    """The scheduler that a configuration with this noise schedule names; where it names none PNDM, as SD
+    v1.5's.
 
     Where diffusers has no such scheduler, or it would draw by another noise schedule or prediction than the
     base's, it is PNDM or, where that would too, DDIM; the log says so.

@@ -36,18 +36,15 @@ _BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
-_UNREADABLE = (
-    "F4",
-    "F6_E2M3",
-    "F6_E3M2",
-)  # packed: an element is no whole byte, and torch has no such numbers
+# Packed: an element is no whole byte, and torch has no such numbers.
+_UNREADABLE = ("F4", "F6_E2M3", "F6_E3M2")
 _DIGEST_KEY = "lorascope.digest"  # metadata of sealed files
 _HIDDEN = "a global named as it runs"
+# A pickle's instructions that look up a global: named beside them, or only as it runs.
 _NEEDS = {
-    "GLOBAL": "",
-    "INST": "",
+    **dict.fromkeys(("GLOBAL", "INST"), ""),
     **dict.fromkeys(("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"), _HIDDEN),
-}  # instructions that look one up
+}
 _TENSOR_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch Size"
     r"|torch (Float|Half|BFloat16|Double|Long|Int|Short|Char|Byte|Bool)Storage|torch\.storage UntypedStorage"

@@ -25,8 +25,8 @@ _MESSAGES = (
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: on a GPU those of its memory, on a CPU and on Apple's GPUs, which
-    share its memory, those of the machine or of its container.
+    """Bytes that can still be allocated: of a CUDA GPU's own memory; elsewhere of the machine's or of its
+    container's, which Apple's GPUs share.
 
     Memory that only caches files counts as free, since the system gives it up.
     """
@@ -51,8 +51,8 @@ def machine_bytes() -> int:
 
 
 def _container_free(own: Path, root: Path) -> Iterator[int]:
-    """What each control group that holds this process leaves, version 2 or 1; a number beyond all memory
-    where none does.
+    """What is left to this process by each control group that holds it, of version 2 or 1, and first a number
+    beyond all memory, since there may be none.
 
     `own` lists the process's groups, `root` is where they are mounted. A container sees its own group at the
     root or at the path that `own` names, and groups above it limit it too.
@@ -95,7 +95,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def free_cached(device: torch.device) -> None:
-    """Give back what nothing holds any more: on a GPU to other programs, which torch keeps it from."""
+    """Let go of what nothing holds any more: on a GPU, torch would keep it from other programs."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -141,8 +141,8 @@ def _peak_of_life() -> int:
 
 
 def reserved_peak(device: torch.device) -> int:
-    """Bytes of a GPU that torch held at most since the last reset, in use or not, which others lacked; 0 on a
-    CPU.
+    """The most bytes of a GPU that torch has held since the last reset, in use or not: other programs could
+    not have them. 0 on a CPU.
     """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
@@ -155,10 +155,8 @@ def _status_bytes(key: str) -> int:
 
 @contextmanager
 def parked(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Within, modules that are not needed on their GPU lie in the machine's memory; where that is the
-    device's too nothing happens.
-
-    They come back with the same bits.
+    """Within, modules that their GPU can do without lie in the machine's memory; they come back with the same
+    bits. Nothing happens where the device has no memory of its own.
     """
     away = modules if device.type == "cuda" else ()
     for module in away:

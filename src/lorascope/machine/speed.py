@@ -1,6 +1,4 @@
-"""How fast a device is: seconds of calls, and the rate of a large matrix product, which other work is held
-against.
-"""
+"""How fast a device is: seconds of calls, and the rate of a large matrix product to hold them against."""
 
 import time
 from collections.abc import Callable

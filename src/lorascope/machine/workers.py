@@ -201,9 +201,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **environment},
-            pass_fds=inherited
-            if os.name == "posix"
-            else (),  # elsewhere it ends within a moment of its parent
+            # Elsewhere a worker holds no lock, but ends within a moment of its parent.
+            pass_fds=inherited if os.name == "posix" else (),
             encoding="utf-8",
             errors="replace",
         )
@@ -260,16 +259,8 @@ class _Worker:
         code = self._process.wait()
         errors.join(timeout=5)  # a process that a library left behind may hold it open
         self.end()
-        heard.put(
-            (
-                self,
-                {
-                    "end": f"was ended by {signal.Signals(-code).name}"
-                    if code < 0
-                    else f"ended with exit code {code}"
-                },
-            )
-        )
+        death = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        heard.put((self, {"end": death}))
 
     def _hear_errors(self, stream: IO[str], heard: "queue.SimpleQueue[Any]") -> None:
         with stream:

@@ -21,10 +21,12 @@ class Condition:
 
     @property
     def css(self) -> str:
+        """The state as the page's style sheet names it."""
         return self.state.replace(" ", "-")
 
     @property
     def sign(self) -> str:
+        """The state as a character, so that it is not told by colour alone."""
         return SIGNS[self.state]
 
 
@@ -68,10 +70,8 @@ def _same_training(facts: Facts) -> Condition:
     return Condition(
         name,
         "caution",
-        (
-            f"Settings were trained with different seeds out of {shown}: a part of their difference is the "
-            "seed's."
-        ),
+        f"Settings were trained with different seeds out of {shown}: a part of their difference is the "
+        "seed's.",
     )
 
 
@@ -115,10 +115,8 @@ def _same_noise(facts: Facts) -> Condition:
     return Condition(
         name,
         "yes",
-        (
-            f"The base and every arm drew the same {basis}, each from the same noise. Scoring refuses a run "
-            "where one is missing."
-        ),
+        f"The base and every arm drew the same {basis}, each from the same noise. Scoring refuses a run "
+        "where one is missing.",
     )
 
 
@@ -142,9 +140,8 @@ def _leaks(facts: Facts) -> list[Condition]:
     else:
         text = (
             f"No digest and no group of near duplicates lies on both sides ({len(train)} training, "
-            f"{len(heldout)} held-out pictures; "
+            f"{len(heldout)} held-out pictures; {found} of duplicates found in the source and handled)."
         )
-        text += f"{found} of duplicates found in the source and handled)."
         conditions = [Condition(split, "yes", text)]
     asked = {_plain(picture.prompt): picture.prompt for picture in facts.pictures}
     if not asked:
@@ -177,10 +174,8 @@ def _training_seeds(facts: Facts) -> Condition:
         return Condition(
             name,
             "caution",
-            (
-                "One training run per setting: the report describes these files, and cannot separate rank "
-                "from luck."
-            ),
+            "One training run per setting: the report describes these files, and cannot separate rank "
+            "from luck.",
         )
     return Condition(
         name,
@@ -202,9 +197,8 @@ def _same_gain(facts: Facts) -> Condition:
         )
     text = (
         f"The gain lr x alpha / rank x √rank goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} "
-        f"({high}), {ratio:.2g} times as much: "
+        f"({high}), {ratio:.2g} times as much: what looks like rank may be strength."
     )
-    text += "what looks like rank may be strength."
     return Condition(name, "caution", text)
 
 
@@ -219,10 +213,8 @@ def _merged(facts: Facts) -> Condition:
         return Condition(
             name,
             "no",
-            (
-                f"Merged and unmerged outputs differ for {', '.join(bad)} ({measured}): use the adapter "
-                "unmerged."
-            ),
+            f"Merged and unmerged outputs differ for {', '.join(bad)} ({measured}): use the adapter "
+            "unmerged.",
         )
     missing = [arm for arm in facts.arms if arm not in facts.merges]
     if missing:
@@ -291,10 +283,8 @@ def _scorer_apart(facts: Facts) -> Condition:
         return Condition(
             name,
             "caution",
-            (
-                f"{model} holds Stable Diffusion 1's own text encoder: base and arms are judged by the "
-                "model that steers them."
-            ),
+            f"{model} holds Stable Diffusion 1's own text encoder: base and arms are judged by the "
+            "model that steers them.",
         )
     return Condition(name, NOT_MEASURED, f"Whether {model} shares weights with the base is not known.")
 
@@ -308,8 +298,6 @@ def _all_finished(facts: Facts) -> Condition:
     return Condition(
         name,
         "caution",
-        (
-            f"{len(missing)} of {len(facts.settings)} arms did not finish ({shown}). Those left may be the "
-            "easier settings."
-        ),
+        f"{len(missing)} of {len(facts.settings)} arms did not finish ({shown}). Those left may be the "
+        "easier settings.",
     )

@@ -113,18 +113,12 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
             if verdict
             else None
         )
-        items.append(
-            ("Style", style or "Whether it learned the style was not measured: no held-out loss.", "")
-        )
+        unknown = "Whether it learned the style was not measured: no held-out loss."
+        items.append(("Style", style or unknown, ""))
     if verdict is not None:
-        runner_up = verdict.runner_up or "none: no other arm qualifies"
-        items.append(
-            (
-                "Runner-up",
-                runner_up if verdict.runner_up is None else f"{runner_up}, {_mean_text(facts, runner_up)}",
-                "",
-            )
-        )
+        second = verdict.runner_up
+        runner_up = f"{second}, {_mean_text(facts, second)}" if second else "none: no other arm qualifies"
+        items.append(("Runner-up", runner_up, ""))
         open_questions = list(verdict.undecided)
         if len(open_questions) > 3:
             open_questions[1:-1] = [f"{len(open_questions) - 2} more stand below."]

@@ -62,10 +62,10 @@ def cell(value: float | None, form: str = ".2f") -> Cell:
     """A number with a true minus sign, or `not measured`."""
     if value is None or not math.isfinite(value):
         return Cell(NOT_MEASURED, None, True)
-    return Cell(
-        format(value, form).replace("-", "\N{MINUS SIGN}") if not form.endswith("g") else format(value, form),
-        float(value),
-    )
+    text = format(value, form)
+    if not form.endswith("g"):  # `1e-4` keeps its hyphen
+        text = text.replace("-", "\N{MINUS SIGN}")
+    return Cell(text, float(value))
 
 
 def interval(low: float | None, high: float | None) -> Cell:
@@ -208,7 +208,7 @@ def build_fact_tables(facts: Facts) -> list[Table]:
         "threads": device.get("threads"),
         "memory": f"{memory / 2**30:.1f} GiB" if memory else None,
         "adapted layers": adapter.get("modules"),
-        ("base dtype"): base.get("dtype"),
+        "base dtype": base.get("dtype"),
         "prediction": base.get("prediction_type"),
     }
     keep = facts.verdict.keep if facts.verdict else None
