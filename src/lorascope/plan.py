@@ -1,5 +1,6 @@
 """What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,14 @@ from lorascope.schema import StudyConfig
 from lorascope.training.footprint import Estimate
 from lorascope.training.group import section_of
 from lorascope.training.optimizers import check_optimizer
-from lorascope.training.packing import TRAIN_TO_FORWARD_FLOPS, ArmGroup, describe_passes
-from lorascope.training.passes import count_models, pass_memory, plan_passes
+from lorascope.training.packing import TRAIN_TO_FORWARD_FLOPS, ArmGroup, Packing, describe_passes
+from lorascope.training.passes import Counts, count_models, pass_memory, plan_passes
 from lorascope.training.trackers import require_trackers
 from lorascope.training.trainer import count_steps
 
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
-_EFFICIENCY = {
-    "cpu": 0.25,
-    "cuda": 0.3,
-    "mps": 0.25,
-}  # share of a matrix product's speed that U-Nets reach: a rough guess
+# share of a matrix product's speed that U-Nets reach: a rough guess
+_EFFICIENCY = {"cpu": 0.25, "cuda": 0.3, "mps": 0.25}
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def plan_study(config: StudyConfig) -> Plan:
     """
     check_optimizer(config)
     require_trackers(config.trackers)
-    arms, train, sample = config.expand_arms(), config.train, config.sample
+    arms, sample = config.expand_arms(), config.sample
     prompts = load_prompts(sample.prompts, sample.num_prompts)
     check_prefix(sample.prompt_prefix or "", prompts)
     check_additions(config.data)
@@ -133,7 +131,7 @@ def plan_study(config: StudyConfig) -> Plan:
     repeats, remarks = count_repeats(config.data)
     steps = [count_steps(section_of(config, ArmGroup((arm,))), entries) for arm in arms] if entries else None
     models = count_models(config)
-    flops, targets = models.flops, models.targets
+    targets = models.targets
     passes = plan_passes(config, device, models, entries)
     free = free_bytes(device)
     estimates = [
@@ -141,36 +139,11 @@ def plan_study(config: StudyConfig) -> Plan:
         for group in passes.groups
     ]
     largest = max(estimates, key=lambda estimate: estimate.training_bytes)
-    seconds = None
-    if steps:
-        batches = sum(number * arm.batch_size for number, arm in zip(steps, arms, strict=True))
-        encoded = (num_train or 0) * (2 if config.data.flip else 1)
-        encoding = encoded * flops["encode"] + (num_train or 0) * flops["text"]
-        adapts_text = any(target.component == "text_encoder" for target in targets)
-        training = (
-            TRAIN_TO_FORWARD_FLOPS
-            * (flops["unet"] + adapts_text * flops["text"])
-            * batches
-            * train.accumulation_steps
-        )
-        training *= _CHECKPOINTING_FLOPS if largest.checkpointing else 1
-        denoising = flops["unet"] * sample.steps * (1 if sample.guidance == 1 else 2)
-        sampling = (denoising + flops["decode"] + flops["text"]) * (num_pictures + num_previews)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        seconds = (encoding + training + sampling) / (
-            matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type]
-        )
+    num_drawn = num_pictures + num_previews
+    seconds = (
+        None if steps is None else _seconds(config, device, models, steps, num_drawn, largest.checkpointing)
+    )
     counts = [count_parameters(targets, arm) for arm in arms]
-    latent_bytes = (
-        (num_train or 0) * (2 if config.data.flip else 1) * 2 * 4 * 4 * (config.data.resolution_px // 8) ** 2
-    )
-    picture_bytes = (num_pictures + num_previews) * 2 * config.data.resolution_px**2
-    copy_bytes = 4 * (2 if train.keep_best else 1) + (4 if config.export.dtype == "fp32" else 2) * len(
-        config.export.formats
-    )
-    checkpoint_bytes = (
-        3 * 4 * max(counts) * sum(sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :])
-    )
     return Plan(
         name=config.name,
         base=config.base.model,
@@ -182,7 +155,7 @@ def plan_study(config: StudyConfig) -> Plan:
         num_train=num_train,
         repeats=repeats,
         remarks=remarks,
-        accumulation_steps=train.accumulation_steps,
+        accumulation_steps=config.train.accumulation_steps,
         steps=max(steps) if steps else None,
         passes=[group.names for group in passes.groups],
         side_by_side=passes.num_workers,
@@ -193,5 +166,40 @@ def plan_study(config: StudyConfig) -> Plan:
         memory_bytes=largest.total_bytes * (1 if device.type == "cuda" else passes.num_workers),
         free_bytes=free,
         estimated_s=seconds,
-        estimated_bytes=copy_bytes * sum(counts) + checkpoint_bytes + picture_bytes + latent_bytes,
+        estimated_bytes=_disk_bytes(config, passes, counts, num_drawn),
     )
+
+
+def _seconds(
+    config: StudyConfig,
+    device: torch.device,
+    models: Counts,
+    steps: Sequence[int],
+    num_drawn: int,
+    checkpointing: bool,
+) -> float:
+    """A rough time of all stages that compute, from the `steps` of each arm and the pictures to draw."""
+    flops, num_train = models.flops, config.data.num_train or 0
+    batches = sum(number * arm.batch_size for number, arm in zip(steps, config.expand_arms(), strict=True))
+    encoded = num_train * (2 if config.data.flip else 1)
+    encoding = encoded * flops["encode"] + num_train * flops["text"]
+    adapts_text = any(target.component == "text_encoder" for target in models.targets)
+    training = TRAIN_TO_FORWARD_FLOPS * (flops["unet"] + adapts_text * flops["text"])
+    training *= batches * config.train.accumulation_steps
+    training *= _CHECKPOINTING_FLOPS if checkpointing else 1
+    denoising = flops["unet"] * config.sample.steps * (1 if config.sample.guidance == 1 else 2)
+    sampling = (denoising + flops["decode"] + flops["text"]) * num_drawn
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    speed = matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type]
+    return (encoding + training + sampling) / speed
+
+
+def _disk_bytes(config: StudyConfig, passes: Packing, counts: Sequence[int], num_drawn: int) -> int:
+    """What the run folder and the latents kept for it take; `counts` are the parameters of each arm."""
+    data, num_copies = config.data, 2 if config.train.keep_best else 1
+    latents = (data.num_train or 0) * (2 if data.flip else 1) * 2 * 4 * 4 * (data.resolution_px // 8) ** 2
+    pictures = num_drawn * 2 * data.resolution_px**2
+    exported = (4 if config.export.dtype == "fp32" else 2) * len(config.export.formats)
+    at_once = sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :]
+    checkpoints = 3 * 4 * max(counts) * sum(at_once)
+    return (4 * num_copies + exported) * sum(counts) + checkpoints + pictures + latents
