@@ -28,6 +28,7 @@ _BESIDE_STEPS = {
     "AdapterBank.adapter",
     "Trainer.save_checkpoint",
     "_probe_selected",
+    "probe_losses",
 }
 # Where drawing may: before the first step of a batch, and after the last, when its pictures are checked and
 # taken.

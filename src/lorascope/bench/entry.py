@@ -35,13 +35,10 @@ from lorascope.training.timing import build_workload
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Tuning, tune
 
-LR, SCALE, SEED = (
-    5e-4,
-    2.0,
-    0,
-)  # the pocket study's; alpha = 2 x rank, so that an arm which leaves alpha out is found out
+# The pocket study's. Alpha is twice the rank: an arm that leaves alpha out is found out.
+LR, SCALE, SEED = 5e-4, 2.0, 0
 _KEPT_BATCHES = 32  # made before the timing, then used again: peers get theirs for nothing
-_START_METHOD = "spawn"  # what a fork shares does not count as its peak memory
+_START_METHOD = "spawn"  # a fork's peak memory would leave out what it shares
 
 
 class Trajectory(NamedTuple):
@@ -49,9 +46,8 @@ class Trajectory(NamedTuple):
 
     losses: np.ndarray  # [steps, N]
     norms: np.ndarray  # [steps, N]: gradients before clipping
-    weights: dict[
-        str, torch.Tensor
-    ]  # `<layer>.down` [N, r, in] and `<layer>.up` [N, out, r] afterwards, fp32
+    # `<layer>.down` [N, r, in] and `<layer>.up` [N, out, r] afterwards, fp32
+    weights: dict[str, torch.Tensor]
 
 
 # The work ---------------------------------------------------------------------------------------------------
@@ -267,7 +263,7 @@ def elsewhere(function: Callable[..., None], *arguments: Any) -> None:
 
 
 class LaneError(Exception):
-    """An entry stopped; `out_of_memory` says whether for that."""
+    """An entry stopped; `out_of_memory` says whether for want of memory."""
 
     def __init__(self, reason: str, out_of_memory: bool = False) -> None:
         super().__init__(reason)
@@ -348,9 +344,8 @@ def _handlers(
     torch.set_num_threads(threads)
     device = torch.device(conditions.device)
     if device.type == "cuda" and entry.recipe is not None and entry.recipe.cached:
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # a careful user's choice for fp32 adapters beside a bf16 base
+        # a careful user's choice for fp32 adapters beside a bf16 base
+        torch.set_float32_matmul_precision("high")
     runners: list[Runner] = []
 
     def build() -> tuple[float, str]:

@@ -100,11 +100,10 @@ class Run:
         self.entry = entry
         self.lanes = [Lane(entry, conditions, folder, place) for place in range(entry.num_processes)]
         self.blocks: list[float] = []  # seconds a step, all lanes at once
-        self.memory: list[
-            tuple[int, str, int]
-        ] = []  # peak, its kind and, on a GPU, the reserved peak; of each lane
+        # of each lane: its peak, what kind that is, and on a GPU the reserved peak
+        self.memory: list[tuple[int, str, int]] = []
         self.setup_s = self.first_step_s = 0.0
-        self.precision: str = entry.precision  # once it is built, that which `auto` came to
+        self.precision: str = entry.precision  # what `auto` came to, once it is built
         self.crowded = False
 
     def ask(self, command: str, *arguments: Any) -> list[Any]:

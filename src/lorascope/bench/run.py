@@ -127,9 +127,8 @@ def run_alone(
     conditions = _conditions(base, device, batch_size, peers_dir, fast_paths)
     entry = entry.within(fast_paths)
     with TemporaryDirectory(prefix="lorascope-bench-") as folder:
-        elsewhere(
-            prepare_workload, conditions, Path(folder)
-        )  # so that this process's peak memory is the arm's
+        # elsewhere, so that this process's peak memory is the arm's
+        elsewhere(prepare_workload, conditions, Path(folder))
         elsewhere(tune_all, [entry], conditions, Path(folder))
         started = time.perf_counter()
         runner = build_runner(entry, conditions, Path(folder))

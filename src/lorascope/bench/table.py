@@ -1,6 +1,4 @@
-"""What a benchmark's result says, as a Markdown table and a plot, and put between the markers of a
-document.
-"""
+"""A benchmark's result as a Markdown table and a plot, by themselves or in a document."""
 
 import re
 from collections.abc import Mapping, Sequence

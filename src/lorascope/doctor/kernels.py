@@ -20,11 +20,8 @@ from lorascope.machine.memory import is_out_of_memory
 from lorascope.seeding import seeded
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-_ATTENTION_FLOPS = {
-    "cpu": 2e8,
-    "mps": 2e9,
-    "cuda": 4e10,
-}  # of one attention, forward: as many heads as this allows
+# of one attention, forward: as many heads as this allows
+_ATTENTION_FLOPS = {"cpu": 2e8, "mps": 2e9, "cuda": 4e10}
 # Kernels add in another order and round elsewhere than the plain formula does in the same dtype.
 # flash-attention's own tests allow twice the plain formula's largest error in outputs, and three times that
 # in gradients; one epsilon is for results that the plain formula happens to round right.

@@ -31,9 +31,8 @@ class _Drawn(NamedTuple):
 
     indices: torch.Tensor  # int64 [B]
     draws: Draws
-    posterior: (
-        tuple[torch.Tensor, torch.Tensor] | None
-    )  # mean and std, float32 [B, c, h, w] each; None: they lie on the GPU
+    # mean and std, float32 [B, c, h, w] each; None: they lie on the GPU
+    posterior: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Feed:

@@ -315,9 +315,8 @@ class _FusedAttentionBytes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(
-            query
-        )  # laid out as the query: the heads come together again without a copy
+        # laid out as the query: the heads come together again without a copy
+        output = torch.empty_like(query)
         ctx.save_for_backward(
             query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
         )

@@ -135,9 +135,8 @@ class Group:
                     self._record_step(record)
                     if record.step in epoch_ends:
                         self._end_epoch(record.step, epoch_ends[record.step], base_losses)
-                    is_last = (
-                        stops() and record.step == trainer.step
-                    )  # else the step after it is done already, and its record comes
+                    # else the step after it is done already, and its record comes
+                    is_last = stops() and record.step == trainer.step
                     if is_last or keeps(record.step):
                         self._save_checkpoint()
                     tally.advance(1, self._figures(record))

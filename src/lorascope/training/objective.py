@@ -64,9 +64,8 @@ def batch_indices(
 class Draws:
     """What training positions see besides their picture. B positions, on the CPU."""
 
-    posterior_noise: (
-        torch.Tensor
-    )  # float32 [B, c, h, w], standard normal: which latent the VAE's posterior gives
+    # float32 [B, c, h, w], standard normal: which latent the VAE's posterior gives
+    posterior_noise: torch.Tensor
     noise: torch.Tensor  # float32 [B, c, h, w], standard normal, plus the offset: what the U-Net must predict
     timesteps: torch.Tensor  # int64 [B], in [0, num_timesteps)
     dropped: torch.Tensor  # bool [B]: captions replaced by the empty one

@@ -26,16 +26,14 @@ _LEAST_ARMS_CPU = 2
 # what a pass costs beside its arms, in arms: less than the 0.7 by those figures, so that no worker is left
 # without work
 _PASS = 0.2
-_LEAST_FLOPS = {
-    "cpu": 5e11,
-    "cuda": 2e15,
-}  # what a worker must have to do: its start takes as long as some 2e11 on one core
+# what a worker must have to do: its start takes as long as some 2e11 on one core
+_LEAST_FLOPS = {"cpu": 5e11, "cuda": 2e15}
 
-_PLAN: Shape = {
+_PLAN: Shape = {  # of groups.json
     "inputs": str,
     "workers": int,
     "groups": [{"arms": [str], "gradient_checkpointing": bool}],
-}  # of groups.json
+}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def pass_memory(
         )
     elif loaded is None:
         budget -= weights_bytes(components)
-    # The widest arm makes the cost of all: of hundreds of arms most passes cost the same.
+    # All arms of a pass cost as much as the widest: of hundreds of arms most passes cost the same.
     batch_size = arms[0].batch_size
     key = (max(arm.rank for arm in arms), len(arms), batch_size, checkpointing, budget, loaded is None)
     if (estimate := counts.passes.get(key)) is None:

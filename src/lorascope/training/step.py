@@ -82,9 +82,8 @@ class Step:
         self.losses = torch.zeros(num_arms, device=device)  # of the step so far
         self.norms = torch.zeros(num_arms, device=device)  # of the gradients, before clipping
         self.lrs = torch.zeros(num_arms, device=device)
-        self.active = torch.ones(
-            num_arms, dtype=torch.bool, device=device
-        )  # arms that have met nothing that is not finite
+        # arms that have met nothing that is not finite
+        self.active = torch.ones(num_arms, dtype=torch.bool, device=device)
         self.unet = torch.compile(base.unet, dynamic=False) if section.compile else base.unet
         self.loss_scale = LossScale(num_arms, device) if base.unet.dtype == torch.float16 else None
         if section.gradient_checkpointing:

@@ -252,9 +252,8 @@ def _start_trackio(study: str, name: str, config: dict[str, Any]) -> _Run:
         study, name=name, config=config, resume="allow", embed=False, auto_log_cpu=False, auto_log_gpu=False
     )
     with redirect_stdout(sys.stderr):
-        contextvars.copy_context().run(
-            tracker.start
-        )  # a start ends the run that was started before in its context
+        # a start ends the run that was started before in its context
+        contextvars.copy_context().run(tracker.start)
 
     def send_image(caption: str, pixels: np.ndarray, step: int) -> None:
         tracker.run.log({caption: trackio.Image(pixels, caption=caption)}, step=step)

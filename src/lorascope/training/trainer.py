@@ -123,9 +123,8 @@ class Trainer:
 
     def _epoch(self, step: int) -> float:
         seen = step * self.section.batch_size * self.section.accumulation_steps / self.train.num_entries
-        return min(
-            seen, self.section.epochs
-        )  # the last batch may be filled up with pictures of a further pass
+        # the last batch may be filled up with pictures of a further pass
+        return min(seen, self.section.epochs)
 
     def save_checkpoint(self, path: Path, inputs: str, facts: dict[str, Any]) -> None:
         """Write the whole state atomically; `facts` is what the caller needs to go on, as JSON."""
@@ -170,9 +169,8 @@ class _Pending:
         skipped = torch.zeros_like(compute.losses)
         if compute.loss_scale is not None:
             skipped = compute.loss_scale.skipped_steps
-        values = torch.stack(
-            [compute.losses, compute.norms, compute.lrs, (~compute.active).float(), skipped]
-        )  # (5, N)
+        figures = (compute.losses, compute.norms, compute.lrs, (~compute.active).float(), skipped)
+        values = torch.stack(figures)  # (5, N)
         self._values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
         self._event = torch.cuda.Event() if values.is_cuda else None
         if self._event is not None:

@@ -43,16 +43,14 @@ from lorascope.training.timing import (
 
 _USUAL_STACK = 4  # arms in a pass, before they are packed into the memory that is free
 _LEAST_FLOPS = 1e9  # of a forward pass: below, differences are noise and nothing is timed
-_LEAST_GAIN, _LEAST_GAIN_S = (
-    1.1,
-    2e-4,
-)  # of another kernel than the default: the factor, and seconds in a pass over the U-Net
+# of another kernel than the default: the factor, and seconds in a pass over the U-Net
+_LEAST_GAIN, _LEAST_GAIN_S = 1.1, 2e-4
 _LEAST_GAIN_PRECISION = 1.08  # of bf16 on a CPU, which costs accuracy
 _LEAST_GAIN_FORMAT = 1.03
 _MAX_SCORES_BYTES = 2**28  # of one layer, for the kernel that keeps them
 _MAX_REMEMBERED = 100
-_MOST_S = 20.0  # on a machine busy with other work, what has not been timed by then stays with its default
-# Work of one timed call, forward: enough to be typical, little enough that the whole takes seconds.
+_MOST_S = 20.0  # on a busy machine: what was not timed by then keeps its default
+# Work of a timed attention, forward: enough to be typical, little enough that the whole takes seconds.
 _ATTENTION_FLOPS = {"cpu": 2e9, "cuda": 2e11}
 
 
@@ -302,9 +300,8 @@ def _fastest_kernel(
     flops = 4 * shape.queries * shape.keys * shape.head_dim  # of a head of a sample
     timed = max(1, min(batch * shape.heads, int(_ATTENTION_FLOPS[device.type] / flops)))
     samples, heads = max(1, timed // shape.heads), min(shape.heads, timed)
-    passes = (
-        num_layers * batch * shape.heads / (samples * heads)
-    )  # of the timed call in a pass over the U-Net
+    # of the timed call in a pass over the U-Net
+    passes = num_layers * batch * shape.heads / (samples * heads)
     runs = {kernel: attention_run(kernel, shape, samples, heads, dtype, device) for kernel in candidates}
     times = race(runs, device)
     default = candidates[0]
