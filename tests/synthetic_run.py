@@ -6,12 +6,14 @@ Run as a script, it writes one for a look at the report: `python tests/synthetic
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
+from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, write_sweep
 from lorascope.schema import Arm, StudyConfig
 from lorascope.store import JsonLines, RunDir, digest_bytes, write_json, write_text
 
@@ -69,6 +71,14 @@ ABSTRACT = (
     "growing backwards",
     "the space inside a word",
 )
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+SCORER = {
+    "model": "pocket",
+    "digest": "c" * 64,
+    "dtype": "float32",
+    "preprocessing": "64 px, bicubic",
+    "scale": "100 x cosine",
+}
 BANDS = ("0-250", "250-500", "500-750", "750-1000")
 
 
@@ -81,7 +91,7 @@ def make_run(
     sample_seeds: Sequence[int] = (0,),
     side_px: int = 64,
     failed: Sequence[str] = (),
-    stages: Sequence[str] = ("data", "encode", "train", "sample", "merge_check", "score"),
+    stages: Sequence[str] = ("data", "encode", "train", "sample", "merge_check", "score", "diagnose"),
     with_probes: bool = True,
     odd_text: str | None = None,
     num_steps: int = 600,
@@ -145,6 +155,8 @@ def make_run(
         )
     if "sample" in stages:
         _write_samples(run, arms, config, num_prompts, side_px, odd_text, rng, with_scores="score" in stages)
+    if "diagnose" in stages:
+        _write_sweep(run, arms, min(num_prompts, 12), side_px, odd_text)
     return run
 
 
@@ -370,14 +382,52 @@ def _write_samples(
         )
     if not with_scores:
         return
-    scorer = {
-        "model": "pocket",
-        "digest": "c" * 64,
-        "dtype": "float32",
-        "preprocessing": "64 px, bicubic",
-        "scale": "100 x cosine",
-    }
-    write_scores(run, Scores.from_rows(rows, scorer))
+    write_scores(run, Scores.from_rows(rows, SCORER))
+
+
+def _write_sweep(run: RunDir, arms: list[Arm], num_prompts: int, side_px: int, odd_text: str | None) -> None:
+    """Every arm at four strengths: style grows with strength, prompt fidelity falls with its square, and both
+    with the gain.
+    """
+    rng = np.random.default_rng(11)
+    rows: list[SweepRow] = []
+    for category, level, texts in (("normal", 27.0, NORMAL), ("abstract", 22.0, ABSTRACT)):
+        for index, text in enumerate(texts[:num_prompts]):
+            prompt = odd_text if odd_text is not None and (category, index) == ("normal", 0) else text
+            score = level + float(rng.normal(0, 2))
+            points = [(None, 0.0), *((arm, strength) for arm in arms for strength in STRENGTHS)]
+            for arm, strength in points:
+                gain = math.log2(arm.lr * arm.scale * math.sqrt(arm.rank) / 4e-3) if arm else 0.0
+                lost, style = 1.2 * 3**gain * strength**2, 0.42 * 1.3**gain * strength
+                point = Point(arm.name if arm else "base", "last", strength)
+                image = f"sweep/{point.arm}/{point.folder}/{category}-{index:03d}-0.png"
+                path = run.path / image
+                _draw(path, index, category, 0, side_px, lost, arm.rank if arm else None)
+                row = SweepRow(
+                    kind="point",
+                    arm=point.arm,
+                    rank=arm.rank if arm else 0,
+                    alpha=arm.alpha if arm else None,
+                    lr=arm.lr if arm else None,
+                    training_seed=arm.seed if arm else None,
+                    epoch="last",
+                    strength=strength,
+                    guidance=point.guidance,
+                    unconditional="own",
+                    category=category,
+                    prompt_index=index,
+                    prompt=prompt,
+                    seed=0,
+                    clip_score=score - lost + float(rng.normal(0, 0.5)),
+                    style=style + float(rng.normal(0, 0.05)),
+                    image=image,
+                    image_digest=digest_bytes(image.encode()),
+                )
+                rows.append(row)
+                if arm is None:
+                    floor = 16 + float(rng.normal(0, 0.8))
+                    rows.append(replace(row, kind="shuffled", clip_score=floor))
+    write_sweep(run, Sweep(tuple(rows), SCORER, StyleFacts(0.97, 2, 28, None)))
 
 
 def _draw(

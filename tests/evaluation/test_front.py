@@ -141,8 +141,8 @@ def test_what_is_undefined_has_a_reason() -> None:
     assert floorless.points[0].difference.value == -4
     blind = [dataclasses.replace(row, kind="shuffled") for row in BASE_ROWS]
     assert only(make_sweep([*BASE_ROWS, *blind, *ARM])).retention.reason == (
-        "the base's pictures were not shown to fit their own prompts better than others: they score 31.0, with "
-        "other prompts 31.0"
+        "the base's pictures were not shown to fit their own prompts better than others: they score 31.0, "
+        "with other prompts 31.0"
     )
     one = make_sweep([rows[0] for rows in (BASE_ROWS, SHUFFLED, ARM)])
     assert only(one).retention.value == 0.75

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.score_text import scores_as_dict, scores_as_markdown
 from lorascope.evaluation.scores import (
     BASE,
@@ -16,24 +17,30 @@ from lorascope.evaluation.scores import (
     summary_table,
     write_scores,
 )
-from lorascope.evaluation.verdict import RULE_WITHOUT_STYLE, choose_arm, describe_difference
+from lorascope.evaluation.sentences import describe_difference
+from lorascope.evaluation.verdict import Verdict, reach_verdict
 from lorascope.store import RunDir
 from synthetic_scores import SCORER, draws, make_scores, probe, shifted, with_calibration
+from synthetic_sweeps import simple_sweep
+
+FRONT = trace_front(simple_sweep({("r4", 0.5): (0.95, 0.3), ("r16", 0.5): (0.95, 0.2)}))
+
+
+def judge(scores: Scores) -> Verdict:
+    return reach_verdict(scores, FRONT, [probe("r4", -0.01), probe("r16", -0.01)])
 
 
 def test_no_text_says_significant_or_best() -> None:
     scores = shifted(r4=-0.1, r16=0, r64=-6)
-    probes = [probe("r4", -0.01), probe("r16", -0.01), probe("r64", 0.01)]
-    text = scores_as_markdown(scores, choose_arm(scores, probes)) + json.dumps(
-        scores_as_dict(scores, choose_arm(scores, probes))
-    )
+    verdict = judge(scores)
+    text = scores_as_markdown(scores, verdict) + json.dumps(scores_as_dict(scores, verdict))
     assert "significant" not in text.lower()
     assert " best" not in text.lower()
 
 
 def test_dict_form_is_json_with_the_verdict() -> None:
     scores = with_calibration(shifted(r4=-1, r16=-3))
-    verdict = choose_arm(scores, [probe("r4", -0.01), probe("r16", -0.01)])
+    verdict = judge(scores)
     values = json.loads(json.dumps(scores_as_dict(scores, verdict), allow_nan=False))
     assert values["verdict"]["keep"] == "r4"
     assert values["num_truncated"] == 2
@@ -59,9 +66,10 @@ def test_markdown_form_is_one_aligned_table() -> None:
         for part, cell in zip([" arm", " normal", " abstract", " all"], lines[0].split("|")[1:5], strict=True)
     ]
     assert "| -1.00 " in next(line for line in lines if line.startswith("| r4 "))
-    text = scores_as_markdown(scores, choose_arm(scores, []))
-    assert text.startswith("Keep r4.\n\n| arm")
-    assert f"Rule: {RULE_WITHOUT_STYLE}" in text
+    verdict = judge(scores)
+    text = scores_as_markdown(scores, verdict)
+    assert text.startswith("Keep r4 at strength 0.5, last epoch: <lora:study-r4:0.5>.\n\n| arm")
+    assert f"Rule: {verdict.rule}" in text
     assert "Not decided:\n- " in text
 
 
@@ -77,11 +85,10 @@ def test_order_of_rows_changes_nothing(tmp_path: Path) -> None:
         write_scores(RunDir(tmp_path / name), variant)
         contents.append((tmp_path / name / "scores.parquet").read_bytes())
     assert contents[0] == contents[1] == contents[2]
-    probes = [probe("r16", -0.01), probe("r64", -0.01)]
     for summarise in (
         summary_table,
         planned_contrasts,
-        lambda s: choose_arm(s, probes),
+        judge,
         scores_as_markdown,
         scores_as_dict,
     ):

@@ -4,11 +4,11 @@ import base64
 import hashlib
 import html
 import itertools
-import json
 import os
 import re
 import shutil
 import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,6 +19,7 @@ import tomli_w
 
 from lorascope.config import load_study
 from lorascope.errors import StorageError
+from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, save_picture
 from lorascope.evaluation.scores import (
@@ -28,8 +29,10 @@ from lorascope.evaluation.scores import (
     planned_contrasts,
     read_scores,
     summary_table,
+    write_scores,
 )
-from lorascope.evaluation.verdict import choose_arm
+from lorascope.evaluation.sweep_rows import StyleFacts, read_sweep, write_sweep
+from lorascope.evaluation.verdict import reach_verdict
 from lorascope.report import page as report_module
 from lorascope.report.album import Album
 from lorascope.report.conditions import judge_conditions
@@ -120,10 +123,18 @@ def test_page_has_all_sections_and_answers_first(two_arms: tuple[RunDir, Report,
     run, report, page = two_arms
     sections = [attributes["id"] for attributes in page.all("section")]
     assert sections == ["verdict", "fair", "effect", "scale", "training", "look", "cost", "reproduce"]
-    verdict = choose_arm(read_scores(run), JsonLines(run.metrics_jsonl).read(), (), 500)
+    front, probes = trace_front(read_sweep(run), resamples=500), JsonLines(run.metrics_jsonl).read()
+    verdict = reach_verdict(read_scores(run), front, probes, study="two", resamples=500)
     assert report.keep == verdict.keep == "r16"
-    assert f"Keep {report.keep}" in page.text()
-    assert report.answer.startswith("Keep r16. r16 ")
+    assert (
+        (report.verdict.epoch, report.verdict.strength) == (verdict.epoch, verdict.strength) == ("last", 0.75)
+    )
+    assert report.verdict.tag == "<lora:two-r16:0.75>"
+    assert "Keep r16 at strength 0.75, last epoch" in page.text()
+    assert report.answer.startswith("Keep r16 at strength 0.75, last epoch. r16 at strength 0.75 keeps ")
+    assert "In a prompt: <lora:two-r16:0.75>." in page.text()
+    assert "lorascope export two --arm r16 --strength 0.75" in page.text()
+    assert page.all("h1")[0]["data-keep"] == "r16"
     assert "95 % interval" in report.answer
     assert verdict_of(run).answer == report.answer
     prose = " ".join(data for tag, data in page.texts if tag not in ("script", "style", "pre"))
@@ -282,7 +293,7 @@ def test_many_arms_get_a_sortable_table_and_details_of_few(many_arms: tuple[RunD
     assert report.html_path.stat().st_size < 5_000_000
     assert sum("data-sortable" in attributes for attributes in page.all("table")) == 1
     ranked = facts.ranked
-    assert facts.detailed == tuple(dict.fromkeys((report.keep, facts.verdict.runner_up, ranked[-1])))  # type: ignore[union-attr]
+    assert facts.detailed == tuple(dict.fromkeys((report.keep, facts.runner_up, ranked[-1])))  # type: ignore[union-attr]
     roles = {row.cells[0].text: row.cells[1].text for row in build_arms_table(facts).rows}
     assert roles[ranked[-1]] == "worst"
     assert list(roles.values()).count("") == 22
@@ -389,14 +400,57 @@ def test_the_shipped_scorers_quality_is_stated_and_judged(
 
 
 def test_nothing_kept_keeps_the_base(copied: RunDir) -> None:
-    records = [
-        r if r["kind"] == "train" else {**r, "difference_high": 0.1}
-        for r in JsonLines(copied.metrics_jsonl).read()
-    ]
-    copied.metrics_jsonl.write_text("\n".join(map(json.dumps, records)))
+    sweep = read_sweep(copied)
+    write_sweep(copied, replace(sweep, rows=tuple(replace(row, style=0.0) for row in sweep.rows)))
+    report = build_report(copied)
+    assert (report.keep, report.verdict.decision) == (None, "keep_base")
+    assert report.answer.startswith("Keep the base. No arm was shown to gain style at a cost of at most 10 %")
+    page = Page(report.html_path.read_text(encoding="utf-8"))
+    assert page.all("h1")[0]["data-keep"] == "" and "Keep the base" in page.text()
+    assert "Keeps of the prompts" not in page.text()
+
+
+def test_a_run_that_was_not_diagnosed_says_what_to_run(copied: RunDir) -> None:
+    copied.sweep_parquet.unlink()
+    report = build_report(copied)
+    assert (report.keep, report.verdict.decision, report.verdict.tag) == (None, "cannot_tell", None)
+    assert report.answer.startswith(
+        "Cannot tell which arm to keep. Not measured: run `lorascope diagnose RUN`. At full strength r16 "
+    )
+    markdown = copied.report_md.read_text(encoding="utf-8")
+    assert markdown.startswith("# Cannot tell which arm to keep\n") and "not measured: run" in markdown
+
+
+def test_where_style_was_not_measured_the_report_says_why(copied: RunDir) -> None:
+    write_sweep(copied, replace(read_sweep(copied), style=StyleFacts(reason="no real pictures")))
     answer = verdict_of(copied)
-    assert answer.keep is None
-    assert answer.answer.startswith("Keep the base. No arm was shown to have learned the style")
+    assert (answer.keep, answer.decision) == (None, "cannot_tell")
+    assert answer.sentences[0] == "No real pictures."
+
+
+def test_a_point_of_an_earlier_epoch_is_kept_with_how_to_export_it(copied: RunDir) -> None:
+    sweep = read_sweep(copied)
+    rows = [
+        replace(row, epoch="best") if (row.arm, row.strength) == ("r16", 0.75) else row for row in sweep.rows
+    ]
+    write_sweep(copied, replace(sweep, rows=tuple(rows)))
+    report = build_report(copied)
+    assert report.answer.startswith("Keep r16 at strength 0.75, the epoch of its lowest held-out loss.")
+    markdown = copied.report_md.read_text(encoding="utf-8")
+    assert "lorascope export two --arm r16 --checkpoint best --strength 0.75" in markdown
+    assert "For WebUI" not in markdown
+
+
+def test_the_answers_pictures_are_of_the_chosen_strength(copied: RunDir) -> None:
+    facts = Facts(copied)
+    content = report_module._content(facts, verdict_of(copied), {})
+    hero = content["verdict"]["hero"]
+    assert [picture.arm for picture in hero] == ["base", "r16 at 0.75", "r64 at 0.5"]
+    page = Page(report_module._render_page(facts, content))
+    assert "r16 at 0.75: a man reading a newspaper (seed 0)" in [image["alt"] for image in page.all("img")]
+    (copied.path / hero[1].path).unlink()
+    left = Page(report_module._render_page(facts, content))
+    assert not any(image["alt"].startswith("r16 at 0.75") for image in left.all("img"))
 
 
 def test_missing_picture_is_said(copied: RunDir) -> None:
@@ -570,6 +624,10 @@ def test_scores_of_another_study_are_refused(copied: RunDir) -> None:
     copied.metrics_jsonl.unlink()
     with pytest.raises(StorageError, match=r"scores r64, not a finished arm of this study"):
         build_report(copied)
+    scores = read_scores(copied)
+    write_scores(copied, replace(scores, rows=tuple(row for row in scores.rows if row.arm != "r64")))
+    with pytest.raises(StorageError, match=r"sweep.parquet: holds r64, not a finished arm of this study"):
+        build_report(copied)
 
 
 def test_damaged_picture_is_refused(copied: RunDir) -> None:
@@ -600,7 +658,7 @@ def test_report_shows_itself_in_a_notebook(two_arms: tuple[RunDir, Report, Page]
 def test_markdown_has_tables_links_and_images(two_arms: tuple[RunDir, Report, Page]) -> None:
     run, _, _ = two_arms
     markdown = run.report_md.read_text(encoding="utf-8")
-    assert markdown.startswith("# Keep r16\n")
+    assert markdown.startswith("# Keep r16 at strength 0.75, last epoch\n")
     for heading in (
         "1 Verdict",
         "2 Was it a fair test?",

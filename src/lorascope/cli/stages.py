@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -18,6 +18,7 @@ from lorascope.errors import EXIT_DONE, ConfigError
 from lorascope.schema import StudyConfig
 
 if TYPE_CHECKING:
+    from lorascope.report.evidence import Answer
     from lorascope.study import Study
 
 StudyFile = Annotated[Path | None, Parameter(help="study file (TOML); none runs the preset")]
@@ -91,11 +92,13 @@ def stage_command(name: str) -> Callable[..., int]:
                     job.check_merge()
                     job.score()
                 case _:
-                    getattr(job, name)()
+                    done = getattr(job, name)()
         if name == "score":
             _print_scores(job, as_json)
+        elif name == "report" and as_json:
+            say(json.dumps(_result(job, done.verdict)))
         elif name == "report":
-            say(json.dumps({"report": str(job.run_dir.report_html)}) if as_json else job.run_dir.report_html)
+            say(job.run_dir.report_html)
         elif name in ("train", "sample"):
             job.raise_faults()
         return EXIT_DONE
@@ -168,17 +171,14 @@ def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:
 
     verdict = verdict_of(job.run_dir)
     if as_json:
-        say(
-            json.dumps(
-                {
-                    "run": str(job.run_dir.path),
-                    "report": str(job.run_dir.report_html),
-                    "keep": verdict.keep,
-                    "answer": verdict.answer,
-                }
-            )
-        )
+        say(json.dumps({"run": str(job.run_dir.path), **_result(job, verdict)}))
     elif quiet:
         say(job.run_dir.report_html)
     else:
         say(f"\n{verdict.answer}\nReport: {job.run_dir.report_html}")
+
+
+def _result(job: "Study", verdict: "Answer") -> dict[str, Any]:
+    """Where the report is and what it answers, for JSON."""
+    keys = ("keep", "decision", "epoch", "strength", "tag", "answer")
+    return {"report": str(job.run_dir.report_html), **{key: getattr(verdict, key) for key in keys}}

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from lorascope.evaluation.front import FrontPoint
 from lorascope.evaluation.scores import (
     ALL,
     BASE,
@@ -13,8 +14,9 @@ from lorascope.evaluation.scores import (
     planned_contrasts,
     summary_table,
 )
+from lorascope.evaluation.sentences import describe_difference, describe_point
 from lorascope.evaluation.statistics import POWER_FORMULA
-from lorascope.evaluation.verdict import Verdict, describe_difference
+from lorascope.evaluation.verdict import Verdict
 
 
 def scores_as_dict(scores: Scores, verdict: Verdict | None = None, resamples: int = 10_000) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def scores_as_dict(scores: Scores, verdict: Verdict | None = None, resamples: in
             {**_plain(c.difference), "p_value": c.p_value, "p_adjusted": c.p_adjusted} for c in contrasts
         ],
         "smallest_detectable": POWER_FORMULA,
-        "verdict": None if verdict is None else _plain_verdict(verdict),
+        "verdict": None if verdict is None else verdict_as_dict(verdict),
     }
 
 
@@ -38,14 +40,22 @@ def _plain(difference: PairedDifference) -> dict[str, Any]:
     return {**values, "sentence": describe_difference(difference)}
 
 
-def _plain_verdict(verdict: Verdict) -> dict[str, Any]:
-    values = {**asdict(verdict), "reasons": list(verdict.reasons), "undecided": list(verdict.undecided)}
-    for key, difference in (
-        ("against_base", verdict.against_base),
-        ("against_runner_up", verdict.against_runner_up),
-    ):
-        values[key] = None if difference is None else _plain(difference)
+def verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as plain values for JSON; undefined numbers are None, beside their reason."""
+    values = asdict(verdict)
+    for key in ("sentences", "reasons", "undecided"):
+        values[key] = list(values[key])
+    for key, point in (("point", verdict.point), ("runner_up", verdict.runner_up)):
+        values[key] = None if point is None else _plain_point(point)
+    against = verdict.against_base
+    values["against_base"] = None if against is None else _plain(against)
     return values
+
+
+def _plain_point(point: FrontPoint) -> dict[str, Any]:
+    """A point without its list of prompts, its place at the top, with its sentence."""
+    values = {key: value for key, value in asdict(point).items() if key not in ("per_prompt", "point")}
+    return {**asdict(point.point), **values, "sentence": describe_point(point)}
 
 
 def scores_as_markdown(scores: Scores, verdict: Verdict | None = None, resamples: int = 10_000) -> str:
@@ -79,12 +89,9 @@ def scores_as_markdown(scores: Scores, verdict: Verdict | None = None, resamples
         if verdict.undecided
         else []
     )
-    return (
-        "\n".join(
-            [f"{verdict.headline}.", "", table, "", *notes, *open_questions, "", f"Rule: {verdict.rule}"]
-        )
-        + "\n"
-    )
+    head = verdict.headline + (f": {verdict.tag}" if verdict.tag else "")
+    parts = [f"{head}.", "", table, "", *notes, *open_questions, "", f"Rule: {verdict.rule}"]
+    return "\n".join(parts) + "\n"
 
 
 def _mean_and_std(row: SummaryRow | None) -> str:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorascope.evaluation.scores import ALL, BASE, NOISE, REAL, SHUFFLED
-from lorascope.report.evidence import NOT_MEASURED, Facts, count
-from lorascope.schema import Arm
+from lorascope.report.evidence import NOT_MEASURED, Facts, but_seed, count
 
 SIGNS = {"yes": "\N{CHECK MARK}", "caution": "!", "no": "\N{MULTIPLICATION X}", NOT_MEASURED: "?"}
 
@@ -55,7 +54,7 @@ def _same_training(facts: Facts) -> Condition:
     seeds: dict[str, set[int]] = {}
     for arm in facts.arms:
         setting = facts.settings[arm]
-        seeds.setdefault(_but_seed(setting), set()).add(setting.seed)
+        seeds.setdefault(but_seed(setting), set()).add(setting.seed)
     used = sorted({seed for group in seeds.values() for seed in group})
     shown = ", ".join(map(str, used))
     if len(facts.arms) < 2:
@@ -73,11 +72,6 @@ def _same_training(facts: Facts) -> Condition:
         f"Settings were trained with different seeds out of {shown}: a part of their difference is the "
         "seed's.",
     )
-
-
-def _but_seed(setting: Arm) -> str:
-    """All choices of an arm but its name and training seed."""
-    return setting.model_dump_json(exclude={"name", "seed"})
 
 
 def _same_length(facts: Facts) -> Condition:
@@ -109,9 +103,9 @@ def _same_noise(facts: Facts) -> Condition:
     name = "Same prompts and initial noise in the test"
     if facts.scores is None:
         return Condition(name, NOT_MEASURED, "The score stage has not run.")
-    verdict = facts.verdict
-    assert verdict is not None
-    basis = f"{count(verdict.num_prompts, 'prompt')} x {count(verdict.num_seeds, 'sampling seed')}"
+    rows = [row for row in facts.scores.rows if row.kind == "arm"]
+    prompts, seeds = {(row.category, row.prompt_index) for row in rows}, {row.seed for row in rows}
+    basis = f"{count(len(prompts), 'prompt')} x {count(len(seeds), 'sampling seed')}"
     return Condition(
         name,
         "yes",
@@ -168,7 +162,7 @@ def _plain(text: str) -> str:
 
 def _training_seeds(facts: Facts) -> Condition:
     name = "Several training seeds"
-    counts = Counter(_but_seed(facts.settings[arm]) for arm in facts.arms)
+    counts = Counter(but_seed(facts.settings[arm]) for arm in facts.arms)
     least = min(counts.values(), default=0)
     if least < 2:
         return Condition(

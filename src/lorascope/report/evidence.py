@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 from lorascope.config import load_study
 from lorascope.data.split import describe_duplicates
 from lorascope.errors import StorageError, first_line
+from lorascope.evaluation.choice import Decision
+from lorascope.evaluation.front import Front, trace_front
 from lorascope.evaluation.scores import (
     ALL,
     BASE,
@@ -28,7 +31,8 @@ from lorascope.evaluation.scores import (
     read_scores,
     summary_table,
 )
-from lorascope.evaluation.verdict import Style, Verdict, choose_arm, describe_difference, read_styles
+from lorascope.evaluation.sweep_rows import Epoch, Sweep, read_sweep
+from lorascope.evaluation.verdict import HeldoutLoss, Verdict, reach_verdict, read_heldout_losses
 from lorascope.schema import Arm, StudyConfig
 from lorascope.store import RunDir, read_regular
 
@@ -51,13 +55,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """The verdict in two sentences; `keep` is None where the base should be kept, or nothing is scored
-    yet.
+    """The verdict in short; `keep` is None where the base should be kept, and where nothing can be told.
+
+    `decision` is None before the score stage. `tag` is what a prompt says to use the arm's file.
     """
 
     keep: str | None
     headline: str
     sentences: tuple[str, ...]
+    decision: Decision | None = None
+    epoch: Epoch | None = None
+    strength: float | None = None
+    tag: str | None = None
 
     @property
     def answer(self) -> str:
@@ -94,22 +103,20 @@ class Facts:
         self.merges = run.merges(self.settings)
         self.metrics = run.read_metrics(self.settings)
         self.probes = [record for record in self.metrics if record.get("kind") == "probe"]
-        self.styles: dict[str, Style] = read_styles(self.probes)
+        self.heldout_losses: dict[str, HeldoutLoss] = read_heldout_losses(self.probes)
         self.quality = (
             _pocket_quality() if "pocket" in (self.config.base.model, self.config.score.model) else None
         )
         self.scores: Scores | None = read_scores(run) if run.scores_parquet.exists() else None
+        self.sweep: Sweep | None = read_sweep(run) if run.sweep_parquet.exists() else None
+        self.front: Front | None = None
         self.verdict: Verdict | None = None
         self.summary: dict[tuple[str, str], SummaryRow] = {}
         self.effects: dict[tuple[str, str], PairedDifference] = {}
         if self.scores is not None:
-            if strangers := [arm for arm in self.scores.arms if arm not in self.arms]:
-                raise StorageError(
-                    f"{run.scores_parquet}: scores {', '.join(strangers)}, not a finished arm of this "
-                    "study: delete it and score again"
-                )
+            self._refuse_strangers(run.scores_parquet, self.scores.arms, "scores", "score")
             resamples = self.config.score.resamples
-            self.verdict = choose_arm(self.scores, self.probes, tuple(self.failed), resamples)
+            self.verdict = self._reach_verdict(self.scores)
             self.summary = {(row.arm, row.category): row for row in summary_table(self.scores, resamples)}
             for arm in self.scores.arms if self.scores.of(BASE) else ():
                 for category in (*self.scores.categories, ALL):
@@ -117,6 +124,30 @@ class Facts:
                         self.scores, arm, BASE, category, resamples
                     )
         self.pictures = self._pictures()
+
+    def _reach_verdict(self, scores: Scores) -> Verdict:
+        """The verdict, by a front where there is a sweep."""
+        resamples = self.config.score.resamples
+        alike = {name: but_seed(arm) for name, arm in self.settings.items()}
+        if self.sweep is not None:
+            self._refuse_strangers(self.run.sweep_parquet, self.sweep.arms, "holds", "diagnose this run")
+            self.front = trace_front(self.sweep, alike, resamples)
+        return reach_verdict(
+            scores,
+            self.front,
+            self.probes,
+            tuple(self.failed),
+            study=self.config.name,
+            settings=alike,
+            resamples=resamples,
+        )
+
+    def _refuse_strangers(self, path: Path, arms: Sequence[str], what: str, stage: str) -> None:
+        if strangers := [arm for arm in arms if arm not in self.arms]:
+            raise StorageError(
+                f"{path}: {what} {', '.join(strangers)}, not a finished arm of this study: delete it and "
+                f"{stage} again"
+            )
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -138,17 +169,23 @@ class Facts:
             return self.arms[:MAX_DETAILED]
         picked = [
             self.verdict.keep or self.ranked[0],
-            self.verdict.runner_up or self.ranked[min(1, len(self.ranked) - 1)],
+            self.runner_up or self.ranked[min(1, len(self.ranked) - 1)],
             self.ranked[-1],
         ]
         return tuple(dict.fromkeys(picked))
+
+    @property
+    def runner_up(self) -> str | None:
+        """The arm of the verdict's runner-up."""
+        point = self.verdict.runner_up if self.verdict else None
+        return point.arm if point else None
 
     def role(self, arm: str) -> str:
         """What the arm is in the verdict, or nothing."""
         if self.verdict is None:
             return ""
         worst = self.ranked[-1] if len(self.ranked) > 2 else None
-        return {self.verdict.keep: "kept", self.verdict.runner_up: "runner-up", worst: "worst"}.get(arm, "")
+        return {self.verdict.keep: "kept", self.runner_up: "runner-up", worst: "worst"}.get(arm, "")
 
     def gain(self, arm: str) -> float:
         """lr x alpha / rank x sqrt(rank): how strongly the update is driven, on one axis for all set-ups."""
@@ -220,7 +257,7 @@ def _pocket_quality() -> dict[str, float] | None:
 
 
 def answer_of(facts: Facts) -> Answer:
-    """The verdict in words: how the kept arm compares with the base and with the runner-up."""
+    """The verdict in words: what the kept arm keeps and gains, how to use it, and the runner-up."""
     verdict = facts.verdict
     if verdict is None:
         done = f"{count(len(facts.arms), 'arm')} trained" + (
@@ -234,20 +271,20 @@ def answer_of(facts: Facts) -> Answer:
                 f"Next: lorascope score {facts.run.path.name}",
             ),
         )
-    if verdict.keep is None:
-        best = facts.ranked[:1]
-        shown = [describe_difference(facts.effects[arm, ALL]) for arm in best if (arm, ALL) in facts.effects]
-        return Answer(None, verdict.headline, (verdict.reasons[-1], *shown))
-    sentences = [
-        describe_difference(verdict.against_base)
-        if verdict.against_base
-        else "The difference to the base was not measured."
-    ]
-    if verdict.against_runner_up is not None:
-        sentences.append(describe_difference(verdict.against_runner_up))
-    else:
-        sentences += verdict.undecided[-1:]
-    return Answer(verdict.keep, verdict.headline, tuple(sentences))
+    return Answer(
+        verdict.keep,
+        verdict.headline,
+        verdict.sentences,
+        verdict.decision,
+        verdict.epoch,
+        verdict.strength,
+        verdict.tag,
+    )
+
+
+def but_seed(setting: Arm) -> str:
+    """All choices of an arm but its name and training seed."""
+    return setting.model_dump_json(exclude={"name", "seed"})
 
 
 def list_warnings(facts: Facts) -> list[str]:
@@ -303,6 +340,8 @@ def list_limits(facts: Facts) -> list[str]:
     limits = [
         "CLIP similarity measures whether a picture fits its prompt, not whether it is beautiful, in "
         "style, or free of copies from the training pictures.",
+        "Style is where pictures stand between the base's drawings and real pictures of the style, by one "
+        "scorer's features. Other eyes may see other things in them.",
         "Intervals are over prompts. They say how these files would do on other prompts of this kind, "
         "not how another training run would do.",
     ]
@@ -312,7 +351,7 @@ def list_limits(facts: Facts) -> list[str]:
             "numbers do not."
         )
     if not facts.probes:
-        limits.append("Held-out loss was not measured, so whether an arm learned the style rests on the eye.")
+        limits.append("Held-out loss was not measured: what an arm learned shows in its pictures alone.")
     return limits
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorascope.evaluation.scores import ALL, BASE, CAPTIONS, NOISE, REAL, SHUFFLED
+from lorascope.evaluation.sentences import describe_difference
 from lorascope.evaluation.statistics import MIN_PROMPTS, POWER_FORMULA
-from lorascope.evaluation.verdict import describe_difference
 from lorascope.report.drawing import (
     MAX_LINES,
     MAX_ROWS,
@@ -76,7 +76,7 @@ def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             points = tuple(item.difference for item in effect.per_prompt) if arm in named else ()
             numbers = (effect.difference, effect.low, effect.high, effect.smallest_detectable)
             rows.append(Row(category, arm, *numbers, points))
-    seeds = facts.verdict.num_seeds if facts.verdict else 1
+    seeds = max(effect.num_seeds for effect in facts.effects.values())
     notes = []
     if len(shown) < len(scored):
         notes.append(

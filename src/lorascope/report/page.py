@@ -18,7 +18,9 @@ from typing import Any
 
 from lorascope import __version__
 from lorascope.evaluation.scores import ALL, BASE
-from lorascope.evaluation.verdict import describe_difference
+from lorascope.evaluation.sentences import describe_difference, name_point, percent_text, style_text
+from lorascope.evaluation.sweep_rows import Point
+from lorascope.evaluation.verdict import Verdict
 from lorascope.report.album import Album, pictures_of
 from lorascope.report.conditions import SIGNS, Condition, judge_conditions
 from lorascope.report.evidence import (
@@ -52,6 +54,7 @@ class Report:
     figure_paths: tuple[Path, ...]
     keep: str | None
     answer: str
+    verdict: Answer
 
     def _repr_html_(self) -> str:
         page = html.escape(self.html_path.read_text(encoding="utf-8"), quote=True)
@@ -92,7 +95,7 @@ def build_report(run: RunDir) -> Report:
             paths.append(path)
     write_text(run.report_md, _render_markdown(facts, content))
     write_text(run.report_html, page)
-    return Report(run.report_html, run.report_md, tuple(paths), answer.keep, answer.answer)
+    return Report(run.report_html, run.report_md, tuple(paths), answer.keep, answer.answer, answer)
 
 
 def verdict_of(run: RunDir) -> Answer:
@@ -101,34 +104,20 @@ def verdict_of(run: RunDir) -> Answer:
 
 
 def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
-    verdict, keep = facts.verdict, answer.keep
+    verdict = facts.verdict
     verb, _, rest = answer.headline.partition(" ")
-    items: list[tuple[str, str, str]] = []
-    if keep is not None:
-        items += _files_of(facts, keep)[:1]
-        style = (
-            next(
-                (reason for reason in verdict.reasons if reason.startswith(f"{keep} learned the style")), None
-            )
-            if verdict
-            else None
-        )
-        unknown = "Whether it learned the style was not measured: no held-out loss."
-        items.append(("Style", style or unknown, ""))
-    if verdict is not None:
-        second = verdict.runner_up
-        runner_up = f"{second}, {_mean_text(facts, second)}" if second else "none: no other arm qualifies"
-        items.append(("Runner-up", runner_up, ""))
-        open_questions = list(verdict.undecided)
-        if len(open_questions) > 3:
-            open_questions[1:-1] = [f"{len(open_questions) - 2} more stand below."]
-        items.append(("Not decided", " ".join(open_questions) or "Nothing is left open.", ""))
-    hero_arms = (BASE, *([keep] if keep else []), *(arm for arm in facts.detailed if arm != keep))[:4]
-    hero = [picture for arm in hero_arms for picture in pictures_of(facts, arm)[:1]]
+    if verdict is not None and verdict.keep is not None:
+        arm, _, rest = rest.partition(" ")
+    else:
+        arm, rest = rest, ""
+    items = _verdict_items(facts, verdict) if verdict is not None else []
+    hero = _hero(facts, answer.keep)
     return {
         "headline": answer.headline,
         "verb": verb,
-        "object": rest,
+        "object": arm,
+        "rest": rest,
+        "keep": answer.keep or "",
         "sentences": answer.sentences,
         "facts": [{"label": label, "text": text, "path": path} for label, text, path in items],
         "rule": verdict.rule if verdict else "",
@@ -137,6 +126,59 @@ def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
         "hero": hero,
         "picture_note": _picture_note(hero[0]) if hero else "",
     }
+
+
+def _verdict_items(facts: Facts, verdict: Verdict) -> list[tuple[str, str, str]]:
+    """What stands beside the verdict, each as label, text and path in the run folder."""
+    items: list[tuple[str, str, str]] = []
+    if verdict.point is not None:
+        point, run = verdict.point, facts.run.path.name
+        if point.epoch == "last":
+            items += _files_of(facts, point.arm)[:1]
+        checkpoint = " --checkpoint best" if point.epoch == "best" else ""
+        strength = f" --strength {point.strength:g}" if point.strength != 1 else ""
+        items.append(("In a prompt", str(verdict.tag), ""))
+        if checkpoint or strength:
+            command = f"lorascope export {run} --arm {point.arm}{checkpoint}{strength}"
+            items.append(("As a file to use at full strength", command, ""))
+        shown = "shown" if verdict.is_shown else "not shown"
+        price = f"a cost of at most {100 * verdict.max_prompt_loss:g} % is {shown}"
+        items.append(("Keeps of the prompts", f"{percent_text(point.retention)}; {price}", ""))
+        items.append(("Style", style_text(point.style), ""))
+        second = verdict.runner_up
+        runner_up = "none: no other arm counts"
+        if second is not None:
+            kept, style = percent_text(second.retention), style_text(second.style)
+            runner_up = f"{name_point(second)}: keeps {kept}, style {style}"
+        items.append(("Runner-up", runner_up, ""))
+    open_questions = list(verdict.undecided)
+    if len(open_questions) > 3:
+        open_questions[1:-1] = [f"{len(open_questions) - 2} more stand below."]
+    items.append(("Not decided", " ".join(open_questions) or "Nothing is left open.", ""))
+    return items
+
+
+def _hero(facts: Facts, keep: str | None) -> list[Picture]:
+    """One prompt by the base and by what was chosen, at the strength that was chosen."""
+    verdict = facts.verdict
+    if facts.sweep is not None and facts.front is not None and verdict is not None and verdict.point:
+        points = [verdict.point.point, *([verdict.runner_up.point] if verdict.runner_up else [])]
+        base = Point(BASE, "last", 0.0, verdict.point.point.guidance)
+        return [
+            Picture(
+                BASE if point.arm == BASE else f"{point.arm} at {point.strength:g}",
+                row.category,
+                row.prompt_index,
+                row.prompt,
+                row.seed,
+                row.image,
+                row.clip_score,
+            )
+            for point in (base, *points)
+            for row in facts.sweep.of(point)[:1]
+        ]
+    arms = (BASE, *([keep] if keep else []), *(arm for arm in facts.detailed if arm != keep))[:4]
+    return [picture for arm in arms for picture in pictures_of(facts, arm)[:1]]
 
 
 def _files_of(facts: Facts, arm: str) -> list[tuple[str, str, str]]:
@@ -160,11 +202,6 @@ def _picture_note(picture: Picture) -> str:
         f"“{picture.prompt}”, the first {picture.category} prompt of the list, from one initial noise (seed "
         f"{picture.seed})."
     )
-
-
-def _mean_text(facts: Facts, arm: str) -> str:
-    row = facts.summary.get((arm, ALL))
-    return f"mean CLIP score {row.mean:.2f}" if row else NOT_MEASURED
 
 
 def _content(facts: Facts, answer: Answer, figures: Mapping[str, Figure]) -> dict[str, Any]:
@@ -278,12 +315,15 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
     album = Album(facts)
     template = _template("report.html.j2", autoescape=True)
     hero = content["verdict"]["hero"]
+    swept = {picture.path for picture in hero} - {picture.path for picture in facts.pictures}
     budget = MAX_HTML_BYTES
     while True:
         taken = album.fill(budget)
         verdict = {
             **content["verdict"],
-            "pictures": [shown for shown in (album.show(picture, taken) for picture in hero) if shown.source],
+            "pictures": [
+                shown for shown in (album.show(picture, taken | swept) for picture in hero) if shown.source
+            ],
         }
         page: str = template.render(
             r={

@@ -121,7 +121,7 @@ def build_arms_table(facts: Facts) -> Table:
         for category in categories:
             part = facts.summary.get((arm, category))
             cells.append(Cell(f"{part.mean:.2f} ({cell(part.std).text})", part.mean) if part else cell(None))
-        effect, style = facts.effects.get((arm, ALL)), facts.styles.get(arm)
+        effect, loss = facts.effects.get((arm, ALL)), facts.heldout_losses.get(arm)
         if arm == BASE:
             cells += [blank] * 3
         else:
@@ -129,7 +129,7 @@ def build_arms_table(facts: Facts) -> Table:
                 cell(effect.difference if effect else None, "+.2f"),
                 interval(effect.low if effect else None, effect.high if effect else None),
             ]
-            cells.append(cell(style.difference if style else None, "+.4f"))
+            cells.append(cell(loss.difference if loss else None, "+.4f"))
         if any(best.values()):
             cells.append(blank if arm == BASE else cell(best.get(arm), "d"))
         rows.append(TableRow(tuple(cells), marked=role == "kept"))

@@ -52,7 +52,7 @@
     select.replaceChildren(...values.map((value) => new Option(value, value, value === chosen, value === chosen)));
     select.value = chosen;
   };
-  const kept = document.querySelector("#verdict-title em").textContent;
+  const kept = document.querySelector("#verdict-title").dataset.keep;
   const second = arms.includes(kept) ? kept : arms[1];
 
   // Slider and flicker ----------------------------------------------------------------------------------------------
