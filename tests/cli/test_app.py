@@ -86,6 +86,9 @@ def test_stages_run_one_by_one(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     answer = json.loads(capsys.readouterr().out)
     assert shown["verdict"]["keep"] == answer["keep"]
     assert shown["verdict"]["headline"] in answer["answer"]
+    assert main(["report", run, "--json"]) == EXIT_DONE
+    assert {"run": run, **json.loads(capsys.readouterr().out)} == answer
+    assert answer["decision"] == shown["verdict"]["decision"]
 
 
 def test_export_and_convert_write_files(

@@ -70,8 +70,8 @@ def test_wording_of_points() -> None:
     unclear = point(style=Estimate(0.02, -0.01, 0.05, smallest_detectable=0.043), num_seeds=2)
     assert describe_point(unclear) == (
         "r16 at strength 0.5 keeps 94 % of the base's prompt fidelity and shows no difference in style; "
-        "under 0.04 could not have been seen (95 % intervals 88 to 101 % and -0.01 to +0.05; 24 prompts x 2 seeds, "
-        "1 training run)."
+        "under 0.04 could not have been seen (95 % intervals 88 to 101 % and -0.01 to +0.05; 24 prompts "
+        "x 2 seeds, 1 training run)."
     )
     away = point(style=Estimate(-0.2, -0.3, -0.1))
     assert "lies 0.20 further from the style than the base" in describe_point(away)
