@@ -383,8 +383,8 @@ def _epochs_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         title="What was learned, and what was only memorised",
         description=(
             "Denoising loss at fixed pictures, noise and timesteps, minus the base's; the band is the "
-            "95 % interval over pictures. Below 0 on held-out pictures, the arm predicts them better than the "
-            "base; where training pictures go on falling and held-out ones turn up, the arm memorises."
+            "95 % interval over pictures. Below 0 on held-out pictures, the arm predicts them better than "
+            "the base; where training pictures go on falling and held-out ones turn up, the arm memorises."
         ),
         alt="Line plot of the loss difference from the base over epochs, held-out and training pictures.",
         drawing=draw_lines(
