@@ -20,12 +20,13 @@ def one_or_several(values: st.SearchStrategy[object]) -> st.SearchStrategy[objec
 
 @st.composite
 def grids(draw: st.DrawFn) -> ArmGrid:
-    scaling = draw(st.sampled_from(["alpha", "alpha_per_rank", None]))
+    alpha = draw(st.sampled_from(["alpha", "alpha_per_rank", None]))
     return ArmGrid(
         rank=draw(one_or_several(st.integers(1, 1024))),
         lr=draw(one_or_several(POSITIVES)),
         seed=draw(one_or_several(st.integers(0, 2**63 - 1))),
-        **({scaling: draw(one_or_several(POSITIVES))} if scaling else {}),
+        scaling=draw(st.sampled_from(["alpha/r", "rslora"])),
+        **({alpha: draw(one_or_several(POSITIVES))} if alpha else {}),
     )
 
 

@@ -153,6 +153,20 @@ def test_both_alphas_in_one_layer_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_lr_and_match_gain_take_each_other_away_from_a_weaker_layer(tmp_path: Path) -> None:
+    arms = '[[arms]]\nrank = 4\n[[arms]]\nrank = 8\nmatch_gain = "r4"\n'
+    path = write(tmp_path, arms)
+    assert study(path=path).arms[1].match_gain == "r4"
+    grid = study("arms.1.lr=3e-4", path=path).arms[1]
+    assert (grid.lr, grid.match_gain) == (3e-4, None)
+    path = write(tmp_path, arms.replace('match_gain = "r4"', "lr = 3e-4"))
+    grid = study("arms.1.match_gain=r4", path=path).arms[1]
+    assert (grid.lr, grid.match_gain) == (None, "r4")
+    assert refusal("arms.1.match_gain=r4", "arms.1.lr=1e-3", path=path) == (
+        '--set: arms.1.lr = 0.001: excludes match_gain = "r4": give one of the two'
+    )
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------
 
 

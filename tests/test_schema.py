@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
@@ -78,6 +79,48 @@ def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
     assert "arms.0.batch_size = 0: must be at least 1" in refusal("arms=[{batch_size=0}]")
 
 
+def test_an_arm_of_anothers_gain_has_the_lr_that_gives_it() -> None:
+    arms = arms_of(
+        ArmGrid(rank=16, alpha_per_rank=2.0, lr=1.4e-3, seed=(0, 1)),
+        ArmGrid(rank=(4, 64), alpha_per_rank=2.0, match_gain="r16", seed=(0, 1)),
+        ArmGrid(rank=64, alpha=16.0, match_gain="r16-a32-s1"),
+    )
+    assert [(arm.name, arm.lr) for arm in arms] == [
+        ("r16-a32-s0", 1.4e-3),
+        ("r16-a32-s1", 1.4e-3),
+        ("r4-a8-gain-r16-s0", 2.8e-3),
+        ("r4-a8-gain-r16-s1", 2.8e-3),
+        ("r64-a128-gain-r16-s0", 7e-4),
+        ("r64-a128-gain-r16-s1", 7e-4),
+        ("r64-a16-gain-r16-a32-s1-s0", 5.6e-3),
+    ]
+    assert {arm.gain for arm in arms} == {1.4e-3 * 2 * 4}
+    arm = study('arms=[{rank=16, lr=1e-3}, {rank=64, lr=1e-3}, {rank=64, match_gain="r16"}]').expand_arms()[2]
+    assert (arm.name, arm.lr, arm.match_gain) == ("r64-gain-r16", 5e-4, "r16")
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank() -> None:
+    arms = arms_of(
+        ArmGrid(rank=8, alpha=4.0),
+        ArmGrid(rank=8, alpha=4.0, scaling="rslora", lr=1e-3),
+        ArmGrid(rank=16, alpha=4.0, scaling="rslora", match_gain="r8-rslora"),
+    )
+    assert [(arm.name, arm.scale) for arm in arms] == [
+        ("r8-lr0.0001", 0.5),
+        ("r8-rslora-lr0.001", pytest.approx(4 / 8**0.5)),
+        ("r16-rslora-gain-r8-rslora", 1),
+    ]
+    assert arms[2].gain == pytest.approx(arms[1].gain)
+
+
+def test_a_study_of_matched_arms_is_the_same_when_its_file_is_read_again(tmp_path: Path) -> None:
+    config = study('arms=[{rank=16, lr=1e-3}, {rank=64, match_gain="r16", scaling="rslora"}]')
+    path = tmp_path / "study.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert study(path=path) == config
+    assert StudyConfig.model_validate(config.model_dump(mode="json")) == config
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
@@ -122,6 +165,54 @@ def test_batch_size_and_epochs_are_trains_unless_an_arm_has_its_own() -> None:
         (
             "[{lr=[1e-4, 0.0001]}]",
             "arms.0.lr = [0.0001, 0.0001]: must not repeat a value, but 0.0001 stands there more than once",
+        ),
+        (
+            '[{rank=16}, {rank=4, lr=1e-3}, {rank=64, match_gain="r15"}]',
+            ("arms.2.match_gain = \"r15\": no arm with an lr of its own is called that: name 'r16' or 'r4'"),
+        ),
+        (
+            '[{rank=64, match_gain="r16"}]',
+            (
+                'arms.0.match_gain = "r16": no arm with an lr of its own is called that: give one arm an lr, '
+                "and its name here"
+            ),
+        ),
+        (
+            '[{rank=16, lr=[1e-3, 2e-3, 3e-3, 4e-3, 5e-3]}, {rank=64, match_gain="r16"}]',
+            (
+                "arms.1.match_gain = \"r16\": fits 'r16-lr0.001', 'r16-lr0.002', 'r16-lr0.003', "
+                "'r16-lr0.004' and 1 more, which differ in more than their seeds: give one of these names"
+            ),
+        ),
+        (
+            '[{name="a", match_gain="a"}]',
+            'arms.0.match_gain = "a": is this arm itself: name another, which has an lr of its own',
+        ),
+        (
+            '[{name="a", match_gain="b"}, {name="b", rank=4, match_gain="a"}]',
+            (
+                'arms.0.match_gain = "b": has no lr of its own, but the gain of "a": name an arm that has an '
+                "lr, or give that one an lr"
+            ),
+        ),
+        (
+            '[{rank=16}, {rank=64, match_gain="r16", seed=[0, 1]}, {rank=4, match_gain="r64"}]',
+            'arms.2.match_gain = "r64": has no lr of its own, but the gain of "r16": name an arm',
+        ),
+        (
+            '[{rank=16, alpha=1e20}, {rank=64, alpha=1e-12, match_gain="r16"}]',
+            (
+                "arms.1.match_gain = \"r16\": needs lr = 2e+28 for 'r64-gain-r16', which must be from "
+                "1e-12 to 1e+20: choose an alpha nearer to that arm's"
+            ),
+        ),
+        (
+            '[{rank=16}, {rank=64, match_gain="r16", lr=[1e-3, 1e-4]}]',
+            'arms.1.lr = [0.001, 0.0001]: excludes match_gain = "r16": give one of the two',
+        ),
+        (
+            '[{scaling="rslore"}]',
+            "arms.0.scaling = \"rslore\": must be one of alpha/r, rslora - did you mean 'rslora'?",
         ),
         ("[]", "arms = []: must be a list with at least one item"),
         ("3", "arms = 3: must be a list of tables"),
@@ -248,6 +339,11 @@ def test_a_key_that_came_later_changes_no_digest_at_its_default() -> None:
     values = study().model_dump(mode="json")["data"]
     assert values.pop("folder_repeats") is True
     assert study().digest("data") == digest_json({"data": values})
+    arms = study().model_dump(mode="json")["arms"]
+    for table in arms:
+        assert (table.pop("scaling"), table.pop("match_gain")) == ("alpha/r", None)
+    assert study().digest("arms") == digest_json({"arms": arms})
+    assert study("arms.0.scaling=rslora").digest("arms") != study().digest("arms")
     assert study("data.folder_repeats=false").digest("data") == digest_json(
         {"data": {**values, "folder_repeats": False}}
     )

@@ -24,6 +24,8 @@ ENVIRONMENT_PREFIX = "LORASCOPE_"
 _LINE_BREAKS = "[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"  # what str.splitlines takes for the end of a line
 _MAX_FILE_BYTES = 2**22  # a preset has 2 kB
 _MAX_DEPTH = 16  # tables in tables; the schema has 4
+_PAIRS = (("alpha", "alpha_per_rank"), ("lr", "match_gain"))
+_EXCLUSIVE = (*_PAIRS, *(pair[::-1] for pair in _PAIRS))
 _PRESETS = resources.files("lorascope") / "presets"
 
 
@@ -196,10 +198,10 @@ def _lay(
     """Lay `table` over `values`, a table or a list: tables are merged and `0`, `1`, .. reach into lists; all
     else is replaced.
 
-    Of `alpha` and `alpha_per_rank`, which exclude each other, a layer that gives one takes a weaker layer's
-    other away.
+    Of two keys that exclude each other, such as `alpha` and `alpha_per_rank`, a layer that gives one takes a
+    weaker layer's other away.
     """
-    for key, other in (("alpha", "alpha_per_rank"), ("alpha_per_rank", "alpha")):
+    for key, other in _EXCLUSIVE:
         if (
             isinstance(values, dict)
             and key in table

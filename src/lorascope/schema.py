@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
@@ -24,7 +24,14 @@ REFERENCE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.ne
 MAX_ARMS = 1024
 # Keys that came after there were run folders: digests leave them out at their defaults, or those folders
 # would train again.
-_LATER_KEYS = (("data", "folder_repeats"), ("score", "style_model"))
+_LATER_KEYS = (
+    ("data", "folder_repeats"),
+    ("score", "style_model"),
+    ("arms", "scaling"),
+    ("arms", "match_gain"),
+)
+_DEFAULT_LR = 1e-4
+_LOWEST, _HIGHEST = 1e-12, 1e20
 
 
 def _off_or_of_use(value: float) -> float:
@@ -64,7 +71,7 @@ Epochs = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Rank = Annotated[Whole, Field(ge=1, le=1024)]
 # Far from where float32, in which adapters are trained, turns to 0 or infinity: also multiplied by a rank,
 # and one as a multiple of another.
-PositiveReal = Annotated[Real, Field(ge=1e-12, le=1e20)]
+PositiveReal = Annotated[Real, Field(ge=_LOWEST, le=_HIGHEST)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
@@ -75,6 +82,7 @@ SeveralEpochs = Annotated[tuple[Epochs, ...], Field(min_length=1), AfterValidato
 PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 Factor = Annotated[Real, Field(ge=0, le=1e3)]
 Flag = Annotated[bool, Field(strict=True)]
+Scaling = Literal["alpha/r", "rslora"]
 Targets = Annotated[tuple[Text, ...], AfterValidator(_without_repeats)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 
@@ -217,7 +225,7 @@ class TargetGroup(Section):
     )
     rank: Rank | None = Field(default=None, description="rank of these layers; the arm's when absent")
     alpha: PositiveReal | None = Field(
-        default=None, description="alpha of these layers; the arm's alpha / rank is kept when absent"
+        default=None, description="alpha of these layers; the arm's scale is kept when absent"
     )
     lr: PositiveReal | None = Field(
         default=None, description="learning rate of these layers; the arm's when absent"
@@ -241,7 +249,7 @@ class AdapterSection(Section):
 
 
 class ArmGrid(Section):
-    """One table of `[[arms]]`: every key may be one value or a list, and the product of the lists is
+    """One table of `[[arms]]`: every key that takes a number may be a list, and the product of the lists is
     trained.
     """
 
@@ -255,14 +263,29 @@ class ArmGrid(Section):
     alpha: PositiveReal | PositiveReals | None = Field(
         default=None,
         description=(
-            "alpha; the update is scaled by alpha / rank. Give this or `alpha_per_rank`; alpha is the "
-            "rank when both are absent"
+            "alpha; the update is scaled by alpha / rank, or as `scaling` says. Give this or "
+            "`alpha_per_rank`; alpha is the rank when both are absent"
         ),
     )
     alpha_per_rank: PositiveReal | PositiveReals | None = Field(
         default=None, description="alpha as a multiple of the rank: the scale alpha / rank itself"
     )
-    lr: PositiveReal | PositiveReals = Field(default=1e-4, description="learning rate")
+    scaling: Scaling = Field(
+        default="alpha/r",
+        description="how alpha scales the update: `alpha/r` by alpha / rank, `rslora` by alpha / sqrt(rank)",
+    )
+    match_gain: Text | None = Field(
+        default=None,
+        description=(
+            "name of an arm that has an `lr`; in place of `lr`, which then is such that "
+            "lr x scale x sqrt(rank) is that arm's"
+        ),
+    )
+    lr: PositiveReal | PositiveReals | None = Field(
+        default=None,
+        validate_default=True,
+        description=f"learning rate; {_DEFAULT_LR:g} when this and `match_gain` are absent",
+    )
     seed: Seed | Seeds = Field(
         default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout"
     )
@@ -280,6 +303,14 @@ class ArmGrid(Section):
             raise ValueError(f"excludes alpha = {shown(info.data['alpha'])}: give one of the two")
         return value
 
+    @field_validator("lr")
+    @classmethod
+    def _one_lr(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.data.get("match_gain")
+        if value is not None and name is not None:
+            raise ValueError(f"excludes match_gain = {shown(name)}: give one of the two")
+        return _DEFAULT_LR if value is None and name is None else value
+
     @model_validator(mode="after")
     def _name_of_one(self) -> Self:
         if self.name is not None and (count := self.count()) > 1:
@@ -296,13 +327,19 @@ class ArmGrid(Section):
         return math.prod(len(_several(value)) for value in values)
 
     def settings(self) -> list[dict[str, Any]]:
-        """Rank, alpha, lr, seed, batch size and epochs of every arm of this table; the last two are None
-        where `train`'s hold.
+        """Every arm of this table: rank, alpha as it is given, scaling, `match_gain`, lr (None where it
+        follows from that), seed, batch size and epochs (None where `train`'s hold).
         """
         key = "alpha_per_rank" if self.alpha is None else "alpha"
         scalings = _several(getattr(self, key) or 1.0)
         return [
-            {"rank": rank, "alpha": value if key == "alpha" else value * rank, **others}
+            {
+                "rank": rank,
+                "alpha": value if key == "alpha" else value * rank,
+                "scaling": self.scaling,
+                "match_gain": self.match_gain,
+                **others,
+            }
             for rank, value in itertools.product(_several(self.rank), scalings)
             for others in self._products("lr", "seed", "batch_size", "epochs")
         ]
@@ -462,7 +499,11 @@ class ExportSection(Section):
 
 
 class Arm(Section):
-    """One adapter to train, with every choice resolved."""
+    """One adapter to train, with every choice resolved.
+
+    `alpha` is what its files say, so that alpha / rank is the scale in any program: with `rslora` it is
+    sqrt(rank) times the alpha of the study file. `match_gain` names the arm whose gain gave `lr`.
+    """
 
     name: str
     rank: int
@@ -471,11 +512,25 @@ class Arm(Section):
     seed: int
     batch_size: int = TrainSection().batch_size
     epochs: int = TrainSection().epochs
+    scaling: Scaling = "alpha/r"
+    match_gain: str | None = None
 
     @property
     def scale(self) -> float:
         """alpha / rank, the factor on B A."""
         return self.alpha / self.rank
+
+    @property
+    def gain(self) -> float:
+        """lr x scale x sqrt(rank): how strongly the update is driven, on one axis for all settings."""
+        return self.lr * self.scale * math.sqrt(self.rank)
+
+
+def alpha_in_files(alpha: float, rank: int, scaling: Scaling) -> float:
+    """The alpha for which alpha / rank is the scale: `alpha` itself, and with `rslora`, whose scale is
+    alpha / sqrt(rank) (Kalajdzievski 2023), sqrt(rank) times as much.
+    """
+    return alpha * math.sqrt(rank) if scaling == "rslora" else alpha
 
 
 class StudyConfig(Section):
@@ -542,24 +597,53 @@ class StudyConfig(Section):
     def expand_arms(self) -> tuple[Arm, ...]:
         """All arms in the order of the file, each table's lists multiplied out.
 
-        An arm without a name is called `r<rank>`, followed by those of alpha, lr, batch size, epochs and seed
-        in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`.
+        An arm without a name is called `r<rank>`, followed by those of alpha, scaling, lr, batch size, epochs
+        and seed in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`. In place of
+        its lr an arm of another's gain has the other's name: `r64-gain-r16-s1`.
         """
-        settings = [(grid.name, self._resolve(setting)) for grid in self.arms for setting in grid.settings()]
+        places, names, settings = [], [], []
+        for index, grid in enumerate(self.arms):
+            for setting in grid.settings():
+                places.append(f"arms.{index}.match_gain")
+                names.append(grid.name)
+                settings.append(self._resolve(setting))
         by_rank: dict[int, list[dict[str, Any]]] = {}
-        for _, setting in settings:
+        for setting in settings:
             by_rank.setdefault(setting["rank"], []).append(setting)
-        keys = ("alpha", "lr", "batch_size", "epochs", "seed")
+        keys = ("alpha", "scaling", "lr", "batch_size", "epochs", "seed")
         varying = {
-            key for key in keys for group in by_rank.values() if len({setting[key] for setting in group}) > 1
+            key
+            for key in keys
+            for group in by_rank.values()
+            if len({setting[key] for setting in group} - {None}) > 1
+        }
+        # The arms whose lr follows from another's get it last: until then it is 0.
+        arms = [
+            Arm(
+                **{
+                    **setting,
+                    "name": name or _default_name(setting, varying),
+                    "alpha": alpha_in_files(setting["alpha"], setting["rank"], setting["scaling"]),
+                    "lr": setting["lr"] or 0.0,
+                }
+            )
+            for name, setting in zip(names, settings, strict=True)
+        ]
+        one_of_each_table = dict(zip(places, arms, strict=True))
+        references = {
+            place: _reference(place, arm, arms)
+            for place, arm in one_of_each_table.items()
+            if arm.match_gain is not None
         }
         return tuple(
-            Arm(name=name or _default_name(setting, varying), **setting) for name, setting in settings
+            arm if arm.match_gain is None else _with_gain_of(references[place], arm, place)
+            for place, arm in zip(places, arms, strict=True)
         )
 
     def _resolve(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         """A setting of an arm with `train`'s batch size and epochs where it has none of its own."""
-        return {key: getattr(self.train, key) if value is None else value for key, value in setting.items()}
+        shared = {key: getattr(self.train, key) for key in ("batch_size", "epochs") if setting[key] is None}
+        return {**setting, **shared}
 
     def to_toml(self) -> str:
         """The study as a TOML file with every key, absent ones left out."""
@@ -569,20 +653,81 @@ class StudyConfig(Section):
         """SHA-256 over the named sections, or over everything that can change a result when none is named."""
         values = self.model_dump(mode="json")
         for section, key in _LATER_KEYS:
-            if values[section][key] == type(getattr(self, section)).model_fields[key].default:
-                del values[section][key]
+            is_table = isinstance(values[section], dict)
+            tables = [values[section]] if is_table else values[section]
+            kind = type(getattr(self, section) if is_table else getattr(self, section)[0])
+            for table in tables:
+                if table[key] == kind.model_fields[key].default:
+                    del table[key]
         return digest_json({key: values[key] for key in (sections or values) if key != "name"})
 
 
 def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
     parts = [f"r{setting['rank']}"]
-    parts += [f"{letter}{setting[key]:g}" for key, letter in (("alpha", "a"), ("lr", "lr")) if key in varying]
+    if "alpha" in varying:
+        parts.append(f"a{setting['alpha']:g}")
+    if "scaling" in varying and setting["scaling"] == "rslora":
+        parts.append("rslora")
+    if setting["match_gain"] is not None:
+        parts.append(f"gain-{setting['match_gain']}")
+    elif "lr" in varying:
+        parts.append(f"lr{setting['lr']:g}")
     parts += [
         f"{letter}{setting[key]}"
         for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s"))
         if key in varying
     ]
     return "-".join(parts).replace("+", "")  # 1e+06: a plus has no place in a folder's name
+
+
+def _reference(place: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
+    """The arm whose gain `arm` is to have: of that name, or any whose name begins with it where all of those
+    with an lr of their own are one setting, which varies in its seed alone.
+    """
+    wanted = arm.match_gain
+    given = f"{place} = {shown(wanted)}"
+    own = [other for other in arms if other.match_gain is None]
+    longer = [other for other in arms if other.name.startswith(f"{wanted}-")]
+    named = (
+        [other for other in arms if other.name == wanted]
+        or [other for other in longer if other.match_gain is None]
+        or longer
+    )
+    if not named:
+        remedy = f"name {_listed(own, 'or')}" if own else "give one arm an lr, and its name here"
+        raise ValueError(f"{given}: no arm with an lr of its own is called that: {remedy}")
+    if named[0] == arm:
+        raise ValueError(f"{given}: is this arm itself: name another, which has an lr of its own")
+    if named[0].match_gain is not None:
+        raise ValueError(
+            f"{given}: has no lr of its own, but the gain of {shown(named[0].match_gain)}: name an arm that "
+            "has an lr, or give that one an lr"
+        )
+    settings = {(other.rank, other.alpha, other.lr, other.batch_size, other.epochs) for other in named}
+    if len(settings) > 1 and named[0].name != wanted:
+        raise ValueError(
+            f"{given}: fits {_listed(named)}, which differ in more than their seeds: give one of these names"
+        )
+    return named[0]
+
+
+def _with_gain_of(reference: Arm, arm: Arm, place: str) -> Arm:
+    """The arm at the lr that gives it the reference's gain."""
+    lr = reference.lr * (reference.scale / arm.scale) * math.sqrt(reference.rank / arm.rank)
+    if not _LOWEST <= lr <= _HIGHEST:
+        raise ValueError(
+            f"{place} = {shown(arm.match_gain)}: needs lr = {lr:g} for {arm.name!r}, which must be from "
+            f"{_LOWEST:g} to {_HIGHEST:g}: choose an alpha nearer to that arm's"
+        )
+    return arm.model_copy(update={"lr": lr})
+
+
+def _listed(arms: Sequence[Arm], word: str = "and") -> str:
+    """The names of the first few of these arms, in words."""
+    *names, last = [repr(arm.name) for arm in arms[:4]]
+    if len(arms) > 4:
+        names, last = [*names, last], f"{len(arms) - 4:,} more"
+    return f"{', '.join(names)} {word} {last}" if names else last
 
 
 def _several(value: Any) -> tuple[Any, ...]:

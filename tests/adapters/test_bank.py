@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
-from lorascope.adapters.files import load_adapter, save_adapter
+from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.base.configs import SD15_DIR
 from lorascope.base.loading import Base
 from lorascope.config import load_study
 from lorascope.errors import AdapterError
-from lorascope.schema import REFERENCE_TARGETS, AdapterSection, Arm, TargetGroup
+from lorascope.schema import REFERENCE_TARGETS, AdapterSection, Arm, ArmGrid, StudyConfig, TargetGroup
+from random_adapters import load_pipeline
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
 R8 = Arm(name="r8", rank=8, alpha=4, lr=1e-3, seed=0)
@@ -252,6 +254,42 @@ def test_a_folder_of_ours_round_trips_exactly_and_peft_and_diffusers_load_it(
             str(folder), weight_name="adapter_model.safetensors", prefix="base_model.model"
         )
         torch.testing.assert_close(pipeline.unet.double()(noisy, timesteps, text).sample, ours, **EXACT)
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_rslora_has_its_scale_in_every_programs_reading(
+    base: Base, pipeline_folder: Path, tmp_path: Path, layout: Layout
+) -> None:
+    """PEFT and diffusers make 4 / sqrt(8) B A of our files, as PEFT's own rsLoRA does with alpha = 4."""
+    (arm,) = StudyConfig(arms=(ArmGrid(rank=8, alpha=4.0, scaling="rslora"),)).expand_arms()
+    bank = AdapterBank(base.components, resolve_targets(base.unet, ("to_q", "conv1")), [arm])
+    randomize(bank)
+    assert all(layer.scales.item() == pytest.approx(4 / 8**0.5) for layer in bank.layers.values())
+    config = LoraConfig(r=8, lora_alpha=4, use_rslora=True, target_modules=["to_q", "conv1"])
+    theirs = dict(get_peft_model(copy.deepcopy(base.unet), config).named_modules())
+    written = save_adapter(
+        bank.adapter(0), tmp_path / ("folder" if layout == "peft" else "file.safetensors"), layout, "fp32"
+    ).path
+    bank.load(0, load_adapter(written))
+    pipeline = load_pipeline(pipeline_folder)
+    if layout == "peft":
+        loaded, name = PeftModel.from_pretrained(pipeline.unet, str(written)).base_model.model, "default"
+    else:
+        pipeline.load_lora_weights(str(written))
+        loaded, name = pipeline.unet, "default_0"
+    for path, module in bank.adapter(0).modules.items():
+        layer = loaded.get_submodule(path.removeprefix("unet."))
+        assert module.scale == pytest.approx(theirs[f"base_model.model.{path[5:]}"].scaling["default"])
+        update = torch.tensordot(module.up.flatten(1), module.down, dims=1) * (4 / 8**0.5)
+        torch.testing.assert_close(layer.get_delta_weight(name), update, rtol=1e-5, atol=1e-6)
+
+
+def test_an_alpha_of_a_groups_own_is_scaled_as_the_arm_says(base: Base) -> None:
+    section = AdapterSection(targets=("to_q",), groups=(TargetGroup(targets=("to_k",), rank=2, alpha=3),))
+    arm = Arm(name="r8", rank=8, alpha=4, lr=1e-3, seed=0, scaling="rslora")
+    groups = {target.path.rsplit(".")[-1]: target for target in resolve_section(base.components, section)}
+    assert groups["to_k"].alpha(arm) / 2 == pytest.approx(3 / 2**0.5)
+    assert groups["to_q"].alpha(arm) == 4
 
 
 def test_an_adapter_of_other_targets_shapes_or_alpha_is_refused(bank: AdapterBank) -> None:

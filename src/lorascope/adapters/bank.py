@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.errors import AdapterError
-from lorascope.schema import AdapterSection, Arm, TargetGroup
+from lorascope.schema import AdapterSection, Arm, TargetGroup, alpha_in_files
 from lorascope.seeding import seeded
 
 # The bank's gradients are rows of one buffer, so their strides span it; autograd calls that layout unusual,
@@ -55,11 +55,11 @@ class Target:
         return (self.group and self.group.rank) or arm.rank
 
     def alpha(self, arm: Arm) -> float:
-        """Alpha of this layer in an arm; what gives the arm's own scale where the layer's group says
-        nothing.
+        """Alpha of this layer in an arm as files have it, so that alpha / rank is its scale; what gives the
+        arm's own scale where the layer's group says nothing.
         """
         if self.group is not None and self.group.alpha is not None:
-            return self.group.alpha
+            return alpha_in_files(self.group.alpha, self.rank(arm), arm.scaling)
         return arm.alpha if self.rank(arm) == arm.rank else arm.scale * self.rank(arm)
 
     def lr(self, arm: Arm) -> float:
