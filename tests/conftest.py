@@ -224,6 +224,8 @@ def digests(run: Path) -> dict[str, str]:
         *run.glob("adapters/**/adapter_*"),
         *run.glob("images/**/*.png"),
         *run.glob("previews/**/*.png"),
+        *run.glob("sweep/**/*.png"),
+        run / "sweep.parquet",
         run / "scores.parquet",
         run / "metrics.jsonl",
         run / "data.json",
@@ -356,6 +358,7 @@ def study_file(
         train = {{ epochs = 3, checkpoint_every_steps = 2, num_probe = 4 }}
         sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1], batch_size = 9 }}
         score = {{ model = "{scorer_folder}", resamples = 200 }}
+        diagnose = {{ strengths = [0.5, 1.0], num_prompts = 2, steps = 2, num_guidance_prompts = 1 }}
         """
     )
     return path

@@ -10,6 +10,7 @@ from lorascope.config import load_study
 from lorascope.errors import ConfigError, StorageError
 from lorascope.inputs import (
     data_inputs,
+    diagnose_inputs,
     encode_inputs,
     freeze,
     merge_inputs,
@@ -35,6 +36,7 @@ def inputs_of(config: StudyConfig) -> dict[str, str]:
         "sample": sample_inputs(config, trained),
         "merge": merge_inputs(config, trained),
         "score": score_inputs(config, trained),
+        "diagnose": diagnose_inputs(config, trained),
     }
 
 
@@ -88,10 +90,11 @@ def test_a_run_folder_may_lie_beside_what_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("data.flip=true", {"data", "train", "sample", "merge", "score"}),
-        ("train.warmup_steps=3", {"train", "sample", "merge", "score"}),
-        ("sample.steps=7", {"sample", "merge", "score"}),
-        ("score.resamples=100", {"score"}),
+        ("data.flip=true", {"data", "train", "sample", "merge", "score", "diagnose"}),
+        ("train.warmup_steps=3", {"train", "sample", "merge", "score", "diagnose"}),
+        ("sample.steps=7", {"sample", "merge", "score", "diagnose"}),
+        ("score.resamples=100", {"score", "diagnose"}),
+        ("diagnose.steps=7", {"diagnose"}),
         ("name=other", set()),
     ],
 )

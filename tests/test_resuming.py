@@ -36,6 +36,7 @@ _KILL_AT = {
     "before an arm's files for other programs": ("lorascope.training.stage.write_study_files", 2),
     "in the middle of sampling": ("lorascope.evaluation.sampling.save_picture", 13),
     "while scoring": ("lorascope.evaluation.scoring.write_scores", 1),
+    "while it draws at several strengths": ("lorascope.evaluation.sampling.save_picture", 37),
 }
 
 

@@ -40,13 +40,15 @@ def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
         "merge_check.json",
         "features.safetensors",
         "scores.parquet",
+        "sweep.parquet",
     ):
         assert (finished / name).is_file(), name
     adapters = ("adapters/r4/adapter_model.safetensors", "adapters/r4/tiny-r4.safetensors")
     for name in ("report.html", "report.md", "lorascope.log", *adapters, "images/base/normal-000-0.png"):
         assert (finished / name).is_file(), name
     manifest = read_json(finished / "manifest.json")
-    assert set(manifest["stages"]) == {"data", "encode", "train", "sample", "merge_check", "score", "report"}
+    stages = {"data", "encode", "train", "sample", "merge_check", "score", "diagnose", "report"}
+    assert set(manifest["stages"]) == stages
     assert manifest["base"]["prediction_type"] == "epsilon" and manifest["versions"]["torch"]
     assert not list(finished.rglob("*.partial*")) and not list((finished / "checkpoints").iterdir())
 
@@ -132,7 +134,8 @@ def test_the_same_command_again_does_nothing(
 
 
 def test_stages_one_by_one_give_the_same_run(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    for stage in ("prepare_data", "encode", "train", "sample", "check_merge", "score", "report"):
+    stages = ("prepare_data", "encode", "train", "sample", "check_merge", "score", "diagnose", "report")
+    for stage in stages:
         study = make_study(study_file, tmp_path / "run")
         with study.working("test"):
             getattr(study, stage)()

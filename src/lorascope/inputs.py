@@ -121,3 +121,8 @@ def merge_inputs(config: StudyConfig, trained: str) -> str:
 def score_inputs(config: StudyConfig, trained: str) -> str:
     """Of the score stage."""
     return digest_json([trained, config.digest("sample", "score")])
+
+
+def diagnose_inputs(config: StudyConfig, trained: str) -> str:
+    """Of the diagnose stage."""
+    return digest_json([trained, config.digest("sample", "score", "diagnose")])

@@ -1,6 +1,6 @@
 """What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ from lorascope.adapters.bank import count_parameters
 from lorascope.console import duration, size
 from lorascope.data.captions import check_additions
 from lorascope.data.sources import count_repeats
-from lorascope.evaluation.prompts import check_prefix, load_prompts
+from lorascope.evaluation.prompts import Prompt, check_prefix, load_prompts
+from lorascope.evaluation.sweep import Part, plan_sweep
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
-from lorascope.schema import StudyConfig
+from lorascope.schema import SampleSection, StudyConfig
 from lorascope.training.footprint import Estimate
 from lorascope.training.group import section_of
 from lorascope.training.optimizers import check_optimizer
@@ -43,7 +44,9 @@ class Plan:
     steps: int | None  # of the arm with the most
     passes: list[list[str]]  # names of the arms that are trained together
     side_by_side: int  # passes at the same time
-    pictures: int  # previews not counted
+    pictures: int  # of the sample stage
+    diagnosis_pictures: int  # at most, since an arm's best epoch may be its last
+    diagnosis_steps: int
     denoising_steps: int
     guidance: float
     memory: Estimate  # of the pass that takes the most
@@ -89,6 +92,11 @@ class Plan:
         lines.append(
             f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}"
         )
+        if self.diagnosis_pictures:
+            lines.append(
+                f"diagnosis  at most {self.diagnosis_pictures:,} pictures at several strengths, "
+                f"{self.diagnosis_steps} steps"
+            )
         base = size(self.memory.weights_bytes)
         lines.append(
             f"memory     about {size(self.memory_bytes)} in training, {size(self.free_bytes)} are free; "
@@ -121,6 +129,8 @@ def plan_study(config: StudyConfig) -> Plan:
     check_prefix(sample.prompt_prefix or "", prompts)
     check_additions(config.data)
     num_pictures = len(prompts) * len(sample.seeds) * (len(arms) + 1)
+    diagnosis = _plan_diagnosis(config, prompts)
+    num_diagnosed = sum(part.num_pictures for part in diagnosis)
     num_previews = (
         sample.num_previews * (sum(arm.epochs // sample.preview_every_epochs for arm in arms) + 1)
         if sample.preview_every_epochs
@@ -139,10 +149,10 @@ def plan_study(config: StudyConfig) -> Plan:
         for group in passes.groups
     ]
     largest = max(estimates, key=lambda estimate: estimate.training_bytes)
-    num_drawn = num_pictures + num_previews
-    seconds = (
-        None if steps is None else _seconds(config, device, models, steps, num_drawn, largest.checkpointing)
-    )
+    drawn = [(sample, num_pictures + num_previews)]
+    drawn += [(part.section, part.num_pictures) for part in diagnosis]
+    seconds = None if steps is None else _seconds(config, device, models, steps, drawn, largest.checkpointing)
+    num_drawn = sum(count for _, count in drawn)
     counts = [count_parameters(targets, arm) for arm in arms]
     return Plan(
         name=config.name,
@@ -160,6 +170,8 @@ def plan_study(config: StudyConfig) -> Plan:
         passes=[group.names for group in passes.groups],
         side_by_side=passes.num_workers,
         pictures=num_pictures,
+        diagnosis_pictures=num_diagnosed,
+        diagnosis_steps=config.diagnose.steps,
         denoising_steps=sample.steps,
         guidance=sample.guidance,
         memory=largest,
@@ -175,10 +187,12 @@ def _seconds(
     device: torch.device,
     models: Counts,
     steps: Sequence[int],
-    num_drawn: int,
+    drawn: Sequence[tuple[SampleSection, int]],
     checkpointing: bool,
 ) -> float:
-    """A rough time of all stages that compute, from the `steps` of each arm and the pictures to draw."""
+    """A rough time of all stages that compute, from the `steps` of each arm and the pictures to draw: how,
+    and how many.
+    """
     flops, num_train = models.flops, config.data.num_train or 0
     batches = sum(number * arm.batch_size for number, arm in zip(steps, config.expand_arms(), strict=True))
     encoded = num_train * (2 if config.data.flip else 1)
@@ -187,8 +201,7 @@ def _seconds(
     training = TRAIN_TO_FORWARD_FLOPS * (flops["unet"] + adapts_text * flops["text"])
     training *= batches * config.train.accumulation_steps
     training *= _CHECKPOINTING_FLOPS if checkpointing else 1
-    denoising = flops["unet"] * config.sample.steps * (1 if config.sample.guidance == 1 else 2)
-    sampling = (denoising + flops["decode"] + flops["text"]) * num_drawn
+    sampling = sum(_drawing_flops(section, flops) * count for section, count in drawn)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     speed = matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type]
     return (encoding + training + sampling) / speed
@@ -203,3 +216,18 @@ def _disk_bytes(config: StudyConfig, passes: Packing, counts: Sequence[int], num
     at_once = sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :]
     checkpoints = 3 * 4 * max(counts) * sum(at_once)
     return (4 * num_copies + exported) * sum(counts) + checkpoints + pictures + latents
+
+
+def _plan_diagnosis(config: StudyConfig, prompts: Sequence[Prompt]) -> list[Part]:
+    """What the diagnose stage draws if no arm's best epoch is its last."""
+    if not config.diagnose.enabled:
+        return []
+    wanted = [epoch for epoch in config.diagnose.epochs if epoch == "last" or config.train.keep_best]
+    epochs = {arm.name: tuple(wanted) or ("last",) for arm in config.expand_arms()}
+    return plan_sweep(epochs, prompts, config.sample, config.diagnose)
+
+
+def _drawing_flops(section: SampleSection, flops: Mapping[str, float]) -> float:
+    """FLOPs of one picture."""
+    passes = section.steps * (1 if section.guidance == 1 else 2)
+    return flops["unet"] * passes + flops["decode"] + flops["text"]

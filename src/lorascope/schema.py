@@ -80,6 +80,7 @@ Ranks = Annotated[tuple[Rank, ...], Field(min_length=1), AfterValidator(_without
 BatchSizes = Annotated[tuple[BatchSize, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 SeveralEpochs = Annotated[tuple[Epochs, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+Strength = Annotated[Real, Field(gt=0, le=2)]
 Factor = Annotated[Real, Field(ge=0, le=1e3)]
 Flag = Annotated[bool, Field(strict=True)]
 Scaling = Literal["alpha/r", "rslora"]
@@ -488,6 +489,51 @@ class ScoreSection(Section):
     )
 
 
+class DiagnoseSection(Section):
+    """What is drawn and measured after training to find out why an arm wins or fails."""
+
+    enabled: Flag = Field(
+        default=True, description="diagnose at the end of a study; `lorascope diagnose` does it later"
+    )
+    strengths: Annotated[tuple[Strength, ...], Field(min_length=1), AfterValidator(_without_repeats)] = Field(
+        default=(0.25, 0.5, 0.75, 1.0), description="factors on an adapter at which pictures are drawn"
+    )
+    epochs: Annotated[
+        tuple[Literal["last", "best"], ...], Field(min_length=1), AfterValidator(_without_repeats)
+    ] = Field(
+        default=("last", "best"),
+        description="adapters to draw with: of the last epoch, of the one with the lowest held-out loss",
+    )
+    num_prompts: Positive | None = Field(
+        default=12, description="the first so many prompts of each category; `sample.num_prompts` bounds it"
+    )
+    seeds: Seeds = Field(default=(0,), description="seeds of the initial noise")
+    steps: Whole = Field(default=15, ge=1, le=1000, description="denoising steps")
+    scheduler: Literal["ddim", "euler", "dpmsolver++"] = Field(default="dpmsolver++", description="sampler")
+    guidances: tuple[Annotated[Real, Field(ge=0, le=100)], ...] = Field(
+        default=(1.0, 3.0), description="guidance scales beside `sample.guidance`, at strength 1"
+    )
+    num_guidance_prompts: Positive = Field(
+        default=3, description="prompts of each category for those guidance scales"
+    )
+    swap_unconditional: Flag = Field(
+        default=True,
+        description=(
+            "draw with the base's prediction for the empty caption too, at strength 1: what that brings "
+            "back was lost there"
+        ),
+    )
+
+
+class VerdictSection(Section):
+    """Which arm, epoch and strength are kept."""
+
+    max_prompt_loss: Share = Field(
+        default=0.1,
+        description="the share of the base's prompt fidelity that style may cost: 0 is none, 1 all",
+    )
+
+
 class ExportSection(Section):
     """Adapter files for other programs."""
 
@@ -561,6 +607,8 @@ class StudyConfig(Section):
     train: TrainSection = TrainSection()
     sample: SampleSection = SampleSection()
     score: ScoreSection = ScoreSection()
+    diagnose: DiagnoseSection = DiagnoseSection()
+    verdict: VerdictSection = VerdictSection()
     export: ExportSection = ExportSection()
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorascope import __version__
@@ -24,6 +25,7 @@ from lorascope.config import load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
+from lorascope.diagnosis import stage as diagnosis
 from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError
 from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder
@@ -33,6 +35,7 @@ from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_j
 from lorascope.evaluation.scoring import MAX_REAL, list_pictures, score_run
 from lorascope.inputs import (
     data_inputs,
+    diagnose_inputs,
     encode_inputs,
     freeze,
     merge_inputs,
@@ -109,6 +112,8 @@ class Study:
             self.sample()
             self.check_merge()
             self.score()
+            if self.config.diagnose.enabled:
+                self.diagnose()
             return self.report()
 
     def check_inputs(self) -> None:
@@ -420,7 +425,7 @@ class Study:
             "yes" if all(item["ok"] for item in results.values()) else "NO",
         )
 
-    # -- score and report ------------------------------------------------------------------------------------
+    # -- score -----------------------------------------------------------------------------------------------
 
     def score(self) -> None:
         """CLIP similarity of every picture, and calibration rows; writes `scores.parquet`."""
@@ -439,6 +444,36 @@ class Study:
             note(pictures=len(generated))
         log.info("score    %d pictures by %s", len(generated), self.config.score.model)
 
+    # -- diagnose and report ---------------------------------------------------------------------------------
+
+    def diagnose(self) -> None:
+        """Draw every arm at several strengths and find its place between base and style; writes `sweep/` and
+        `sweep.parquet`.
+        """
+        inputs = diagnose_inputs(self.config, self._train_inputs())
+        if self.run_dir.is_finished("diagnose", inputs):
+            return
+        examples = self.dataset.heldout[:MAX_REAL]
+        material = diagnosis.Material(
+            config=self.config,
+            run=self.run_dir,
+            base=self.base,
+            targets=self.targets,
+            arms=self.trained_arms(),
+            prompts=self.prompts,
+            real=[np.asarray(self.dataset.load_pixels(example)) for example in examples],
+        )
+        num_pictures = sum(part.num_pictures for part in material.parts)
+        with self._stage("diagnose", inputs) as note:
+            with track("diagnose", num_pictures, "pictures") as task:
+                diagnosis.draw(material, task.advance)
+            sweep = diagnosis.score(material, load_encoder(self.config.score, self.device))
+            note(pictures=num_pictures)
+        told = sweep.style.reason or f"AUC {sweep.style.auc:.2f}"
+        log.info(
+            "diagnose %d pictures of %d points; style against base: %s", num_pictures, len(sweep.points), told
+        )
+
     def report(self) -> Report:
         """Write `report.html`, `report.md` and the figures from what the run folder holds."""
         started = time.perf_counter()
@@ -446,7 +481,7 @@ class Study:
         report = build_report(self.run_dir)
         self.run_dir.finish(
             "report",
-            digest_json(self.run_dir.manifest()["stages"].get("score")),
+            digest_json([self.run_dir.manifest()["stages"].get(stage) for stage in ("score", "diagnose")]),
             time.perf_counter() - started,
         )
         return report

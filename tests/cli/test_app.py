@@ -75,7 +75,7 @@ def test_quiet_prints_the_path_alone(tiny: Path, finished: Path, capsys: pytest.
 def test_stages_run_one_by_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     assert main(["data", run, "--study", str(tiny)]) == EXIT_DONE
-    for stage in ("encode", "train", "sample", "score", "report"):
+    for stage in ("encode", "train", "sample", "score", "diagnose", "report"):
         assert main([stage, run, "-q"]) == EXIT_DONE
     out = capsys.readouterr().out
     assert "| base " in out and out.strip().endswith("report.html")

@@ -5,7 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
@@ -174,6 +179,40 @@ def test_a_trained_text_encoder_gives_each_slice_its_own_text(exact_base: Base) 
     # between the passes in float64 the scheduler rounds to fp32, 1.2e-7, times guidance 7.5 and 3 steps
     torch.testing.assert_close(latents[0], expected[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(latents[1], expected[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_guidance_from_the_base_takes_its_prediction_at_the_arms_own_latents(
+    exact_base: Base, component: str
+) -> None:
+    """Against a loop that asks the base and the adapter one after the other."""
+    base = exact_base
+    jobs, shape, section = plan_jobs(PROMPTS, [3]), latent_shape_of(base, 32), SampleSection(steps=3)
+    names = {"unet": ["to_q", "to_v"], "text_encoder": ["q_proj", "fc1"]}[component]
+    targets = resolve_targets(base.components[component], names, component)
+    bank = AdapterBank(base.components, targets, [ARM]).attach()
+    for layer in bank.layers.values():
+        layer.up.detach().normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    painter = Painter(base, bank, shape, section, [prompt.text for prompt in PROMPTS], "base")
+    painter.select([Slice(0, 0.5), Slice(0)])
+    _, found = painter.draw(2, jobs)
+    captions = [prompt.text for prompt in PROMPTS]
+    for strength, latents in zip((0.5, 1.0), found, strict=True):
+        scheduler = DDIMScheduler.from_config(base.scheduler_config)
+        scheduler.set_timesteps(section.steps)
+        x = torch.stack([initial_noise(job, shape) for job in jobs])
+        for timestep in scheduler.timesteps:
+            predictions = []
+            for acting, texts in ((0.0, [""] * 2), (strength, captions)):
+                bank.select([Slice(0, acting)])
+                with torch.no_grad():
+                    states = base.encode_text(texts).to(base.unet.dtype)
+                    predictions.append(base.unet(x.double(), timestep, states).sample.float())
+            empty, prompted = predictions
+            x = scheduler.step(empty + section.guidance * (prompted - empty), timestep, x).prev_sample
+        # as above: fp32 between passes, times guidance and steps
+        torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
+    bank.detach()
 
 
 MODELS = [("base", Slice(0, 0.0)), ("r4", Slice(0))]

@@ -13,7 +13,17 @@ from typing import Any
 
 from pretended_cuda import guard
 
-STAGES = ("check_inputs", "prepare_data", "encode", "train", "sample", "check_merge", "score", "report")
+STAGES = (
+    "check_inputs",
+    "prepare_data",
+    "encode",
+    "train",
+    "sample",
+    "check_merge",
+    "score",
+    "diagnose",
+    "report",
+)
 
 
 def walk(run_dir: Path, study_file: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ STAGES = {
     "train": "Train all arms (adapters/, metrics.jsonl); an interrupted training goes on.",
     "sample": "Draw the prompts with the base and every arm (images/).",
     "score": "Compare merged with unmerged output and score every picture (scores.parquet).",
+    "diagnose": "Draw every arm at several strengths and place it between base and style (sweep.parquet).",
     "report": "Write report.html, report.md and figures from what the run folder holds.",
 }
 
@@ -44,8 +45,8 @@ def study(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Run a whole study: data, encode, train, sample, score, report. The same command again goes on where it
-    stopped.
+    """Run a whole study: data, encode, train, sample, score, diagnose, report. The same command again goes on
+    where it stopped.
 
     For example:
 

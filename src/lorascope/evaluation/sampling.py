@@ -4,9 +4,9 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,7 +114,11 @@ def denoise(
 
 
 class Painter:
-    """Draws jobs with slices of an attached bank: what is the same for all of them is made once."""
+    """Draws jobs with slices of an attached bank: what is the same for all of them is made once.
+
+    With `unconditional` "base" guidance starts from the base's prediction for the empty caption, at the same
+    latents; the adapter acts on the prompt's alone.
+    """
 
     def __init__(
         self,
@@ -123,8 +127,11 @@ class Painter:
         latent_shape: tuple[int, ...],
         section: SampleSection,
         prompts: Sequence[str],
+        unconditional: Literal["own", "base"] = "own",
     ) -> None:
         self.base, self.bank, self.latent_shape, self.section = base, bank, latent_shape, section
+        # Without guidance there is no such branch.
+        self._swaps = unconditional == "base" and section.guidance != 1
         self.autoencoder = Autoencoder(base)
         captions = ["", *dict.fromkeys(self._caption(prompt) for prompt in prompts)]
         self._text: dict[
@@ -136,6 +143,13 @@ class Painter:
 
     def _caption(self, prompt: str) -> str:
         return (self.section.prompt_prefix or "") + prompt
+
+    def select(self, slices: Sequence[Slice]) -> Sequence[Slice]:
+        """Have the bank act as drawing with these slices asks for; what it was given to select."""
+        if self._swaps:  # a batch holds the empty captions of a slice before its prompts: each a slice then
+            slices = [part for item in slices for part in (replace(item, strength=0.0), item)]
+        self.bank.select(slices)
+        return slices
 
     @torch.inference_mode()
     def draw(
@@ -149,7 +163,10 @@ class Painter:
         noise = torch.stack([initial_noise(job, self.latent_shape) for job in jobs])
         captions = ["", *[self._caption(job.prompt.text) for job in jobs]]
         if self.bank.adapts_text:
-            text = self.base.encode_text(captions * num_slices).unflatten(0, (num_slices, -1))
+            branches = 2 if self._swaps else 1
+            states = self.base.encode_text(captions * num_slices * branches)
+            parts = states.unflatten(0, (num_slices, branches, -1))  # (S, branches, 1 + G, tokens, width)
+            text = torch.cat([parts[:, 0, :1], parts[:, -1, 1:]], dim=1)
         else:
             text = torch.stack([self._text[caption] for caption in captions]).expand(num_slices, -1, -1, -1)
         latents = denoise(self.base, noise, text, self.section, is_stopped)
@@ -176,8 +193,8 @@ def draw_pictures(
     The adapters act beside the base's weights, as in training. Raises `RunError` where latents are not
     finite.
     """
-    bank.select(slices)
     painter = Painter(base, bank, latent_shape, section, [job.prompt.text for job in jobs])
+    painter.select(slices)
     with text_projected_once(base.unet):
         return painter.draw(len(slices), jobs)
 
@@ -191,9 +208,11 @@ def draw_all(
     section: SampleSection,
     path_of: Callable[[str, Job], Path],
     progress: Callable[[int], None] = lambda count: None,
+    unconditional: Literal["own", "base"] = "own",
 ) -> None:
     """Draw every job with every model, (name, slice of the attached bank), and write the pictures.
 
+    `unconditional` is as of `Painter`.
     Batches are fixed by the plan and one whose pictures are all there is left out, so that what is drawn
     after an interruption has the same bytes. On a CPU several are drawn side by side, a thread each: one that
     computes with two threads waits for the slower at every operation. Where memory runs out, the rest is
@@ -201,7 +220,7 @@ def draw_all(
     found. Raises `RunError` where latents are not finite or one picture alone does not fit, and
     `StorageError` where one cannot be written; what was drawn by then is written.
     """
-    painter = Painter(base, bank, latent_shape, section, [job.prompt.text for job in jobs])
+    painter = Painter(base, bank, latent_shape, section, [job.prompt.text for job in jobs], unconditional)
     at_once, done = section.batch_size, set[Path]()
 
     def note(paths: Iterable[Path]) -> None:
@@ -259,8 +278,7 @@ def _draw_all(
                     writer.save(path_of(name, job), pixels, job, name, painter.section)
             return [path_of(name, job) for name, _ in chunk for job in batch]
 
-        bank.select(slices)
-        with text_projected_once(base.unet), folded(bank, slices):
+        with text_projected_once(base.unet), folded(bank, painter.select(slices)):
             for paths in _side_by_side(draw, todo, num_workers, stopped):
                 note(paths)
 

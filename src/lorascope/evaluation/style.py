@@ -15,17 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
 from lorascope.evaluation.discriminant import MIN_AUC, MIN_ROWS, StyleAxis, fit_style_axis
+from lorascope.evaluation.sweep_rows import Discrepancy
 from lorascope.evaluation.two_samples import mmd_p, squared_mmd
 
 _NUM_HALVINGS = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class Discrepancy:
-    """Unbiased squared MMD to the real pictures, in the kernel's unit, and its one-sided permutation p."""
-
-    value: float
-    p: float
 
 
 @dataclasses.dataclass(frozen=True)

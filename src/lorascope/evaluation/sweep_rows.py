@@ -121,7 +121,9 @@ class StyleFacts:
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """Unbiased squared MMD of a point's pictures to the real ones, with its permutation p-value."""
+    """Unbiased squared MMD of pictures to the real ones, in the kernel's unit, and its one-sided permutation
+    p-value.
+    """
 
     value: float
     p: float

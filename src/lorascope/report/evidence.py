@@ -139,6 +139,7 @@ class Facts:
             tuple(self.failed),
             study=self.config.name,
             settings=alike,
+            max_prompt_loss=self.config.verdict.max_prompt_loss,
             resamples=resamples,
         )
 
