@@ -636,6 +636,15 @@ def test_damaged_picture_is_refused(copied: RunDir) -> None:
         build_report(copied)
 
 
+def test_a_trained_arm_without_its_costs_is_refused(copied: RunDir) -> None:
+    path = copied.adapters_dir / "r16" / "training.json"
+    facts = read_json(path)
+    del facts["run_time_s"]
+    write_json(path, facts)
+    with pytest.raises(StorageError, match=r"training\.json: lost or damaged after training: put the file"):
+        build_report(copied)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("place", ["images/r16/normal-000-0.png", "previews/r16/epoch-0001/normal-000-0.png"])
 def test_a_pipe_in_the_place_of_a_picture_is_not_opened(place: str, copied: RunDir) -> None:

@@ -38,6 +38,7 @@ from lorascope.store import RunDir, read_regular
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
+_COSTS = ("run_time_s", "peak_memory_bytes", "peak_memory_kind", "parameters")  # of an arm with a file
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Facts:
         self.training: dict[str, dict[str, Any]] = {}
         for name in self.settings:
             if (run.adapters_dir / name / "training.json").exists():
-                self.training[name] = run.training(name)
+                facts = run.training(name)
+                self.training[name] = run.training(name, *_COSTS) if "file_bytes" in facts else facts
                 run.require_unchanged(name)
         self.failed = {
             name: str(facts["failed"]) for name, facts in self.training.items() if facts.get("failed")
