@@ -92,6 +92,7 @@ def make_signal(key: str, value: float | None, note: str | None = None, **others
     name, unit = _NAMES[key]
     if value is not None and not math.isfinite(value):
         value, note = None, f"not finite: {value}"
+    others = {name: number for name, number in others.items() if number is not None and math.isfinite(number)}
     if value is None:
         others.pop("low", None), others.pop("high", None)
         note = note or NOT_MEASURED
