@@ -226,6 +226,7 @@ def digests(run: Path) -> dict[str, str]:
         *run.glob("previews/**/*.png"),
         *run.glob("sweep/**/*.png"),
         run / "sweep.parquet",
+        run / "diagnosis.json",
         run / "scores.parquet",
         run / "metrics.jsonl",
         run / "data.json",

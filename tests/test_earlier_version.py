@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lorascope.diagnosis.record import read_diagnosis
 from lorascope.store import read_json
 from lorascope.study import Study
 
@@ -22,6 +23,16 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_finished_run_of_the_version_before_is_reported(world: Path) -> None:
     report = Study.open(Path("finished"), cache_dir=world / "cache").report()
     assert report.html_path.stat().st_size > 10_000
+
+
+def test_a_finished_run_of_the_version_before_is_diagnosed_without_training_again(world: Path) -> None:
+    study = Study.open(Path("finished"), cache_dir=world / "cache")
+    before = {path: path.read_bytes() for path in Path("finished/adapters").rglob("*.safetensors")}
+    with study.working("test"):
+        study.diagnose()
+    record = read_diagnosis(study.run_dir)
+    assert record.arms and all(found.signals.finished.value == 1 for found in record.arms.values())
+    assert {path: path.read_bytes() for path in Path("finished/adapters").rglob("*.safetensors")} == before
 
 
 def test_an_interrupted_run_of_the_version_before_goes_on_from_its_checkpoint(world: Path) -> None:

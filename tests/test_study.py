@@ -41,6 +41,7 @@ def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
         "features.safetensors",
         "scores.parquet",
         "sweep.parquet",
+        "diagnosis.json",
     ):
         assert (finished / name).is_file(), name
     adapters = ("adapters/r4/adapter_model.safetensors", "adapters/r4/tiny-r4.safetensors")

@@ -567,6 +567,11 @@ class Arm(Section):
         return self.alpha / self.rank
 
     @property
+    def but_seed(self) -> str:
+        """All choices but name and training seed, as text."""
+        return self.model_dump_json(exclude={"name", "seed"})
+
+    @property
     def gain(self) -> float:
         """lr x scale x sqrt(rank): how strongly the update is driven, on one axis for all settings."""
         return self.lr * self.scale * math.sqrt(self.rank)

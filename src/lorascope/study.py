@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lorascope import __version__
@@ -25,7 +24,8 @@ from lorascope.config import load_study
 from lorascope.console import duration, log, log_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
-from lorascope.diagnosis import stage as diagnosis
+from lorascope.diagnosis.finished import Finished
+from lorascope.diagnosis.stage import diagnose
 from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError
 from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder
@@ -447,32 +447,33 @@ class Study:
     # -- diagnose and report ---------------------------------------------------------------------------------
 
     def diagnose(self) -> None:
-        """Draw every arm at several strengths and find its place between base and style; writes `sweep/` and
-        `sweep.parquet`.
+        """Find why each arm wins or fails: what it draws at several strengths, its losses, weights and files;
+        writes `sweep/`, `sweep.parquet` and `diagnosis.json`.
         """
         inputs = diagnose_inputs(self.config, self._train_inputs())
         if self.run_dir.is_finished("diagnose", inputs):
             return
-        examples = self.dataset.heldout[:MAX_REAL]
-        material = diagnosis.Material(
+        train, heldout = self.encoded
+        shown = self.dataset.heldout[:MAX_REAL]
+        seen = self.dataset.train[: len(shown)]
+        finished = Finished(
             config=self.config,
             run=self.run_dir,
             base=self.base,
             targets=self.targets,
             arms=self.trained_arms(),
             prompts=self.prompts,
-            real=[np.asarray(self.dataset.load_pixels(example)) for example in examples],
+            train=train,
+            heldout=heldout,
+            train_pictures=[self.dataset.load_pixels(example) for example in seen],
+            heldout_pictures=[self.dataset.load_pixels(example) for example in shown],
         )
-        num_pictures = sum(part.num_pictures for part in material.parts)
         with self._stage("diagnose", inputs) as note:
-            with track("diagnose", num_pictures, "pictures") as task:
-                diagnosis.draw(material, task.advance)
-            sweep = diagnosis.score(material, load_encoder(self.config.score, self.device))
-            note(pictures=num_pictures)
-        told = sweep.style.reason or f"AUC {sweep.style.auc:.2f}"
-        log.info(
-            "diagnose %d pictures of %d points; style against base: %s", num_pictures, len(sweep.points), told
-        )
+            encoder = load_encoder(self.config.score, self.device)
+            found = diagnose(finished, encoder, software_versions(_PACKAGES))
+            note(pictures=sum(part.num_pictures for part in finished.parts))
+        for arm, diagnosis in found.items():
+            log.info("diagnose %s: %s", arm, diagnosis.as_line())
 
     def report(self) -> Report:
         """Write `report.html`, `report.md` and the figures from what the run folder holds."""

@@ -29,7 +29,7 @@ STAGES = {
     "train": "Train all arms (adapters/, metrics.jsonl); an interrupted training goes on.",
     "sample": "Draw the prompts with the base and every arm (images/).",
     "score": "Compare merged with unmerged output and score every picture (scores.parquet).",
-    "diagnose": "Draw every arm at several strengths and place it between base and style (sweep.parquet).",
+    "diagnose": "Find why each arm wins or fails, and its best strength (sweep.parquet, diagnosis.json).",
     "report": "Write report.html, report.md and figures from what the run folder holds.",
 }
 
@@ -96,6 +96,8 @@ def stage_command(name: str) -> Callable[..., int]:
                     done = getattr(job, name)()
         if name == "score":
             _print_scores(job, as_json)
+        elif name == "diagnose":
+            _print_diagnosis(job, as_json)
         elif name == "report" and as_json:
             say(json.dumps(_result(job, done.verdict)))
         elif name == "report":
@@ -117,6 +119,17 @@ def _print_scores(job: "Study", as_json: bool) -> None:
     assert facts.scores is not None
     shown = (facts.scores, facts.verdict, job.config.score.resamples)
     say(json.dumps(scores_as_dict(*shown), indent=2) if as_json else scores_as_markdown(*shown))
+
+
+def _print_diagnosis(job: "Study", as_json: bool) -> None:
+    from lorascope.diagnosis.diagnosis_text import record_as_text
+    from lorascope.diagnosis.record import read_diagnosis
+
+    record = read_diagnosis(job.run_dir)
+    if as_json:
+        say(job.run_dir.diagnosis_json.read_text(encoding="utf-8"))
+    else:
+        say(record_as_text(record))
 
 
 def _new_study(config: StudyConfig, run_dir: Path | None) -> "Study":

@@ -89,6 +89,15 @@ class Diagnosis:
     evidence_against: tuple[str, ...]
     remedy: Remedy
 
+    def as_line(self) -> str:
+        """Cause, confidence and how to use the arm now, in a line."""
+        also = f"; also {', '.join(WORDS[cause] for cause in self.contributing)}" if self.contributing else ""
+        remedy, use = self.remedy, ""
+        if remedy.strength is not None:
+            epoch = ", epoch of the lowest held-out loss" if remedy.epoch == "best" else ""
+            use = f"; use it at strength {remedy.strength:g}{epoch}"
+        return f"{WORDS[self.cause]} (confidence {self.confidence}){also}{use}"
+
 
 @dataclass(frozen=True)
 class _Finding:

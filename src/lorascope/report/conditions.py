@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorascope.evaluation.scores import ALL, BASE, NOISE, REAL, SHUFFLED
-from lorascope.report.evidence import NOT_MEASURED, Facts, but_seed, count
+from lorascope.report.evidence import NOT_MEASURED, Facts, count
 
 SIGNS = {"yes": "\N{CHECK MARK}", "caution": "!", "no": "\N{MULTIPLICATION X}", NOT_MEASURED: "?"}
 
@@ -54,7 +54,7 @@ def _same_training(facts: Facts) -> Condition:
     seeds: dict[str, set[int]] = {}
     for arm in facts.arms:
         setting = facts.settings[arm]
-        seeds.setdefault(but_seed(setting), set()).add(setting.seed)
+        seeds.setdefault(setting.but_seed, set()).add(setting.seed)
     used = sorted({seed for group in seeds.values() for seed in group})
     shown = ", ".join(map(str, used))
     if len(facts.arms) < 2:
@@ -162,7 +162,7 @@ def _plain(text: str) -> str:
 
 def _training_seeds(facts: Facts) -> Condition:
     name = "Several training seeds"
-    counts = Counter(but_seed(facts.settings[arm]) for arm in facts.arms)
+    counts = Counter(facts.settings[arm].but_seed for arm in facts.arms)
     least = min(counts.values(), default=0)
     if least < 2:
         return Condition(

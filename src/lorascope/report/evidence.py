@@ -130,7 +130,7 @@ class Facts:
     def _reach_verdict(self, scores: Scores) -> Verdict:
         """The verdict, by a front where there is a sweep."""
         resamples = self.config.score.resamples
-        alike = {name: but_seed(arm) for name, arm in self.settings.items()}
+        alike = {name: arm.but_seed for name, arm in self.settings.items()}
         if self.sweep is not None:
             self._refuse_strangers(self.run.sweep_parquet, self.sweep.arms, "holds", "diagnose this run")
             self.front = trace_front(self.sweep, alike, resamples)
@@ -283,11 +283,6 @@ def answer_of(facts: Facts) -> Answer:
         verdict.strength,
         verdict.tag,
     )
-
-
-def but_seed(setting: Arm) -> str:
-    """All choices of an arm but its name and training seed."""
-    return setting.model_dump_json(exclude={"name", "seed"})
 
 
 def list_warnings(facts: Facts) -> list[str]:

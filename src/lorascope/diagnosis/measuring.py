@@ -1,0 +1,137 @@
+"""Every signal of a finished training: what its sweep, losses, weights, pictures and files say."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorascope.adapters.bank import Slice
+from lorascope.console import Tally, track
+from lorascope.data.pictures import open_picture
+from lorascope.diagnosis.finished import Finished, Place
+from lorascope.diagnosis.layers import LayerFigures, summarise
+from lorascope.diagnosis.loss_figures import LossFigures, Measured, loss_figures, paired_rise, rise_from_best
+from lorascope.diagnosis.losses import count_probes, encode_drawings, measure_tables
+from lorascope.diagnosis.signals import (
+    ArmSignals,
+    copying_signals,
+    file_signals,
+    find_picture_faults,
+    loss_signals,
+    picture_signals,
+    sweep_signals,
+    trace_fronts,
+    training_signals,
+    weight_signals,
+)
+from lorascope.diagnosis.weights import measure_adapters
+from lorascope.evaluation.copying import Copying, copy_ratio
+from lorascope.evaluation.sweep_rows import Point, Sweep, SweepRow
+from lorascope.store import read_regular
+
+Pictures = Sequence[NDArray[np.uint8]]
+
+
+def measure_arms(finished: Finished, sweep: Sweep) -> list[ArmSignals]:
+    """The signals of every arm of the study; of one whose training failed, that it did.
+
+    Raises as reading the run folder does.
+    """
+    run, config = finished.run, finished.config
+    names = [arm.name for arm in config.expand_arms()]
+    metrics, merges = run.read_metrics(names), run.merges(names)
+    fronts = trace_fronts(sweep, config.score.resamples)
+    losses, rises = measure_all_losses(finished, sweep)
+    layers = measure_weights(finished)
+    base_pictures = [_pixels(run.path / row.image) for row in sweep.of(sweep.points[0])]
+    trained = {arm.name for arm in finished.arms}
+    found = []
+    for arm in config.expand_arms():
+        name = arm.name
+        signals = ArmSignals(arm, num_train=len(finished.train), caption_dropout=config.train.caption_dropout)
+        fields: dict[str, Any] = training_signals(metrics, name, run.failure(name))
+        if name in trained:
+            rise = rises.get(name) or rise_from_best(metrics, name)
+            best = rise_from_best(metrics, name)
+            drawn = [_pixels(run.path / row.image) for row in _at_full_strength(sweep, name)]
+            fields |= {"best_epoch": best.best_epoch if best else None}
+            fields |= sweep_signals(fronts, name)
+            fields |= loss_signals(losses.get(name), rise)
+            fields |= weight_signals(summarise(layers[name, "last"]) if layers.get((name, "last")) else None)
+            fields |= file_signals(merges.get(name))
+            fields |= copying_signals(*_copying(drawn, finished))
+            faults = find_picture_faults(drawn), find_picture_faults(base_pictures)
+            fields |= picture_signals(*faults, is_finite=True if drawn else None)
+        found.append(replace(signals, **fields))
+    return found
+
+
+def measure_all_losses(
+    finished: Finished, sweep: Sweep
+) -> tuple[dict[str, LossFigures], dict[str, Measured]]:
+    """The losses of every arm's last epoch, and the rise since its best one where that is another."""
+    rows = sweep.of(sweep.points[0]) if sweep.points else ()
+    prefix = finished.config.sample.prompt_prefix or ""
+    paths = [finished.run.path / row.image for row in rows]
+    captions = [prefix + row.prompt for row in rows]
+    with finished.attached() as (bank, places):
+        drawings = encode_drawings(finished.base, paths, captions, keep_text=not bank.adapts_text)
+        slices = {_name(place): Slice(index) for place, index in places.items()}
+        count = count_probes(len(slices), finished.train, finished.heldout, drawings)
+        with track("losses", count, "pictures") as task:
+            found = measure_tables(
+                finished.base, bank, slices, finished.train, finished.heldout, drawings, task
+            )
+    arms = [arm.name for arm in finished.arms]
+    figures = {
+        name: loss_figures(found, _name(place))
+        for name in arms
+        for place in finished.places
+        if place[0] == name and (place[1] == "last" or (name, "last") not in finished.places)
+    }
+    rises = {
+        name: paired_rise(found, _name((name, "last")), _name((name, "best")))
+        for name in arms
+        if {(name, "last"), (name, "best")} <= set(finished.places)
+    }
+    return figures, rises
+
+
+def measure_weights(finished: Finished, tally: Tally | None = None) -> dict[Place, list[LayerFigures]]:
+    """The update of every adapter by layer."""
+    by_name = {_name(place): place for place in finished.places}
+    adapters = {name: finished.adapters[place] for name, place in by_name.items()}
+    figures = measure_adapters(finished.base.components, adapters, tally=tally)
+    return {by_name[name]: layers for name, layers in figures.items()}
+
+
+def _name(place: Place) -> str:
+    return f"{place[0]}, {place[1]} epoch"
+
+
+def _at_full_strength(sweep: Sweep, arm: str) -> tuple[SweepRow, ...]:
+    """The pictures of an arm's last epoch at strength 1 under the study's guidance."""
+    return sweep.of(Point(arm, "last", 1.0, sweep.points[0].guidance))
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    return np.asarray(open_picture(read_regular(path)))
+
+
+def _copying(drawn: Pictures, finished: Finished) -> tuple[Copying | None, Copying | None]:
+    """Drawings against training pictures and against as many held-out ones of their shape."""
+    if not drawn:
+        return None, None
+    shape = drawn[0].shape
+    kinds = [
+        [picture for picture in pictures if picture.shape == shape]
+        for pictures in (finished.train_pictures, finished.heldout_pictures)
+    ]
+    count = min(map(len, kinds))
+    if count < 2:
+        return None, None
+    train, heldout = (copy_ratio(np.stack(drawn), np.stack(pictures[:count])) for pictures in kinds)
+    return train, heldout
