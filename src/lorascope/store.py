@@ -189,9 +189,26 @@ def _reading(path: Path, error: type[LorascopeError]) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as cause:  # ValueError: a name with a null byte
-        reason = getattr(cause, "strerror", None) or cause
-        shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:297]}..."
-        raise error(f"{shown}: cannot be read ({reason}): check the path and its permissions") from cause
+        raise _unreadable(path, cause, error) from cause
+
+
+@contextmanager
+def access_errors(error: type[LorascopeError]) -> Iterator[None]:
+    """Turn what the system says of a place that it does not let be looked at, such as a folder without
+    rights, into `error`, one line. A decorator too.
+    """
+    try:
+        yield
+    except OSError as cause:
+        if cause.filename is None:
+            raise
+        raise _unreadable(os.fsdecode(cause.filename), cause, error) from cause
+
+
+def _unreadable(path: Path | str, cause: OSError | ValueError, error: type[LorascopeError]) -> LorascopeError:
+    reason = getattr(cause, "strerror", None) or cause
+    shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:297]}..."
+    return error(f"{shown}: cannot be read ({reason}): check the path and its permissions")
 
 
 def read_json(path: Path) -> Any:

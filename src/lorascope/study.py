@@ -27,7 +27,7 @@ from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
 from lorascope.diagnosis.finished import Finished
 from lorascope.diagnosis.stage import diagnose
 from lorascope.doctor.examination import Subject, recall_or_examine
-from lorascope.errors import ConfigError, RunError
+from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder
 from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.prompts import Prompt, check_prefix, describe_cut, load_prompts
@@ -53,7 +53,7 @@ from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, digest_json, write_json
+from lorascope.store import RunDir, access_errors, digest_json, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material
 from lorascope.training.trackers import require_trackers
@@ -83,6 +83,7 @@ class Study:
         self.device = choose_device(config.device)
 
     @classmethod
+    @access_errors(ConfigError)
     def open(cls, run_dir: Path | str, cache_dir: Path | None = None) -> "Study":
         """The study of an existing run folder; raise `ConfigError` if it holds none."""
         study_toml = Path(run_dir) / "study.toml"
@@ -136,7 +137,7 @@ class Study:
     def working(self, command: str) -> Iterator[None]:
         """Hold the run folder, freeze the configuration in it, and log to it."""
         require_apart(self.run_dir, self.config)
-        with self.run_dir.lock():
+        with access_errors(StorageError), self.run_dir.lock():
             freeze(self.run_dir, self.config)
             with log_to_file(self.run_dir.log_path):
                 self._describe(command)

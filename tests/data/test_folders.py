@@ -1,9 +1,6 @@
 """Picture folders: captions beside pictures, links, pipes, rights, and files that are not read."""
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from lorascope.data.captions import MAX_CAPTION_BYTES
 from lorascope.data.pictures import MAX_FILE_BYTES, RefusedError
 from lorascope.data.sources import open_source
 from lorascope.errors import DataError
+from rights import without_rights
 from samples import (
     captions,
     encode,
@@ -236,23 +234,6 @@ def test_pipes_are_not_opened(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name} {what}: put a file in its place"):
             prepare(tmp_path)
         (tmp_path / name).unlink()
-
-
-@contextmanager
-def without_rights() -> Iterator[Path]:
-    """An empty folder that all can reach, in which the rights of files hold for us: root, who has all, is
-    made nobody.
-    """
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            (inner := Path(folder) / "inner").mkdir()
-            yield inner
-        finally:
-            os.seteuid(user)
 
 
 def test_folders_and_files_that_may_not_be_read() -> None:

@@ -10,9 +10,9 @@ from lorascope.adapters.files import STRENGTH, Dtype, Layout, Written, load_adap
 from lorascope.adapters.merge import MergedFormat, write_merged
 from lorascope.adapters.metadata import kohya_metadata, tag_frequency
 from lorascope.console import log
-from lorascope.errors import AdapterError, ConfigError
+from lorascope.errors import AdapterError, ConfigError, StorageError
 from lorascope.schema import Arm, BaseSection, StudyConfig
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, export_name
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, access_errors, export_name
 
 Format = Literal[Layout, MergedFormat]
 _MAX_STRENGTH = 2.0  # beyond, a percentage or a slip of the hand is likelier than a wish
@@ -85,6 +85,7 @@ def write_study_files(run_dir: RunDir, config: StudyConfig, arm: Arm) -> list[Wr
     return written
 
 
+@access_errors(StorageError)
 def export_arm(
     run_dir: RunDir,
     config: StudyConfig,
@@ -161,6 +162,7 @@ def _write_layout(
     return _noted(save_adapter(adapter, out, layout, dtype, metadata), adapter)
 
 
+@access_errors(AdapterError)
 def convert(
     source: Path,
     out: Path,

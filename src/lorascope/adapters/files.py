@@ -21,7 +21,7 @@ from lorascope.adapters.parsing import parse_adapter
 from lorascope.adapters.peft_config import peft_options, read_peft_config
 from lorascope.base.weights import load_tensors, read_header, require_finite, save_tensors
 from lorascope.errors import AdapterError
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, write_json
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, write_json
 
 Layout = Literal["kohya", "peft", "diffusers"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -29,6 +29,7 @@ STRENGTH = "lorascope_strength"  # a key of headers: what alpha was multiplied b
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@access_errors(AdapterError)
 def load_adapter(path: Path | str) -> Adapter:
     """The adapter in a file, or in a PEFT folder (or a folder of one for `unet` and one for `text_encoder`),
     on the CPU.

@@ -25,7 +25,14 @@ from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.layers import Shape, stable_diffusion_layers
 from lorascope.base.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
 from lorascope.errors import WeightsError, first_line
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, open_regular, read_regular, require_regular
+from lorascope.store import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    access_errors,
+    open_regular,
+    read_regular,
+    require_regular,
+)
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the
 # base's weights at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds
@@ -160,6 +167,7 @@ class _Content:
         return load_tensors(self.path, names)
 
 
+@access_errors(WeightsError)
 def inspect_adapter(path: Path | str) -> Inspection:
     """Look into a file or PEFT folder of any origin; nothing in it is executed.
 

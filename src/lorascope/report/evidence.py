@@ -34,7 +34,7 @@ from lorascope.evaluation.scores import (
 from lorascope.evaluation.sweep_rows import Epoch, Sweep, read_sweep
 from lorascope.evaluation.verdict import HeldoutLoss, Verdict, reach_verdict, read_heldout_losses
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, read_regular
+from lorascope.store import RunDir, access_errors, read_regular
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
@@ -78,6 +78,7 @@ class Answer:
 class Facts:
     """Everything the run folder holds, and the statistics over it, each computed once."""
 
+    @access_errors(StorageError)
     def __init__(self, run: RunDir) -> None:
         if not run.study_toml.is_file():
             raise StorageError(

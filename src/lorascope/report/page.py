@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
+from lorascope.errors import StorageError
 from lorascope.evaluation.scores import ALL, BASE
 from lorascope.evaluation.sentences import describe_difference, name_point, percent_text, style_text
 from lorascope.evaluation.sweep_rows import Point
@@ -40,7 +41,7 @@ from lorascope.report.tables import (
     build_fact_tables,
     build_reference_table,
 )
-from lorascope.store import PEFT_WEIGHTS, RunDir, export_name, write_bytes, write_text
+from lorascope.store import PEFT_WEIGHTS, RunDir, access_errors, export_name, write_bytes, write_text
 
 MAX_HTML_BYTES = 5_000_000
 
@@ -77,6 +78,7 @@ class Section:
     tables: tuple[Table, ...] = ()
 
 
+@access_errors(StorageError)
 def build_report(run: RunDir) -> Report:
     """Write `report.html`, `report.md`, `figures/*.svg` and `figures/*.png`, each atomically, the page last.
 
