@@ -1,6 +1,8 @@
 """The plan: counts without weights, network or files written."""
 
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from lorascope.adapters.bank import count_parameters, resolve_targets
 from lorascope.base.loading import load_base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, DataError
+from lorascope.evaluation.statistics import smallest_detectable_effect
 from lorascope.plan import Plan, plan_study
 from lorascope.schema import MAX_ARMS, REFERENCE_TARGETS, StudyConfig
 from lorascope.training.passes import count_models
@@ -99,6 +102,34 @@ def test_a_plan_tells_the_repeats_of_a_folder(pipeline_folder: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no Parquet or tar files in it"):
         text_of(tmp_path / "empty")
+
+
+def test_a_plan_tells_what_its_prompts_and_seeds_could_show(pipeline_folder: Path) -> None:
+    def plan_of(*overrides: str) -> Plan:
+        base = (f"base.model={pipeline_folder}", "data.resolution_px=32")
+        return plan_study(load_study(preset="pocket", overrides=[*base, *overrides], environment={}))
+
+    one = plan_of("sample.seeds=[0]", 'arms=[{rank=[4, 8]}, {rank=8, match_gain="r4", seed=[0, 1]}]')
+    assert one.power.smallest_difference == pytest.approx(2.8 * 21 / 50**0.5)
+    assert (one.power.num_prompts, one.power.num_training_seeds) == (50, 1)
+    assert "one training seed: rank cannot be separated from luck" in one.as_text()
+    assert "between these very files differences of 8.3 CLIP points or more would be seen" in one.as_text()
+    assert one.arms[2]["gain"] == one.arms[0]["gain"] and "gain 0.0002" in one.as_text()
+    three = plan_of("sample.seeds=[0]", 'arms=[{rank=[4, 8], seed=[0, 1, 2], scaling="rslora"}]')
+    expected = smallest_detectable_effect(21, 50, 2, 3)
+    assert three.power.smallest_difference == expected > one.power.smallest_difference
+    text = three.as_text()
+    assert (
+        f"differences of {expected:.1f} CLIP points or more would be seen in 50 prompts and 3 training"
+        in text
+    )
+    assert "assumed is a spread of 21 points between prompts, 2 between seeds" in text
+    assert "as measured on the pocket world" in text
+    assert "luck" not in text and "rslora" in text
+    assert plan_of("sample.seeds=[0, 1]").power.prompt_std == 15
+    assert json.loads(json.dumps(asdict(three)))["power"]["seed_std"] == 2
+    other = plan_of("score.model=openai/clip-vit-large-patch14")
+    assert other.power.source == "as published for SD v1.5"
 
 
 def test_a_study_that_could_not_start_is_not_planned() -> None:

@@ -1,5 +1,6 @@
 """What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from lorascope.console import duration, size
 from lorascope.data.captions import check_additions
 from lorascope.data.sources import count_repeats
 from lorascope.evaluation.prompts import Prompt, check_prefix, load_prompts
+from lorascope.evaluation.statistics import smallest_detectable_effect
 from lorascope.evaluation.sweep import Part, plan_sweep
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
@@ -29,13 +31,56 @@ _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3, "mps": 0.25}
 
 
+# Standard deviations of differences between arms in CLIP score: between prompts, each drawn from one and from
+# several sampling seeds, and between training seeds (EXPERIMENTS.md, how far scores of the pocket world
+# spread). Of other scorers only what was published for Stable Diffusion v1.5 is known, pictures of one arm;
+# between training seeds they are taken to spread in the pocket world's proportion.
+_POCKET_STDS, _OTHER_STDS = (21.0, 15.0, 2.0), (3.2, 3.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Power:
+    """What the scores could show, with the spreads assumed for that: standard deviations in CLIP points of
+    differences between arms.
+    """
+
+    num_prompts: int
+    num_sampling_seeds: int
+    num_training_seeds: int  # of the setting with the fewest
+    prompt_std: float
+    seed_std: float  # 0 with one training seed: the files themselves are compared
+    source: str  # of the two
+    smallest_difference: float  # that would be seen, in CLIP points, with 80 % power at two-sided 5 %
+
+    def as_lines(self) -> list[str]:
+        """The lines of a plan."""
+        shown = (
+            f"differences of {self.smallest_difference:.1f} CLIP points or more would be seen in "
+            f"{self.num_prompts:,} prompts"
+        )
+        spread = f"{self.prompt_std:g} points between prompts"
+        if self.num_training_seeds > 1:
+            lines = [f"power      {shown} and {self.num_training_seeds:,} training seeds"]
+            spread += f", {self.seed_std:g} between seeds"
+        else:
+            lines = [
+                "power      one training seed: rank cannot be separated from luck (give arms several seeds);"
+            ]
+            lines += [f"           between these very files {shown}"]
+        return [
+            *lines,
+            f"           in 80 % of studies like this one; assumed is a spread of {spread},",
+            f"           {self.source}",
+        ]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The plan of a study; what is not known before the data is read is None."""
 
     name: str
     base: str
-    arms: list[dict[str, Any]]  # every choice of each arm, with its scale and number of parameters
+    arms: list[dict[str, Any]]  # every choice of each arm, with its scale, gain and number of parameters
     modules: int
     num_train: int | None
     repeats: dict[int, int]  # pictures by the times an epoch shows them, of a folder on this machine
@@ -49,6 +94,7 @@ class Plan:
     diagnosis_steps: int
     denoising_steps: int
     guidance: float
+    power: Power
     memory: Estimate  # of the pass that takes the most
     memory_bytes: int  # what training takes with the base at its peak, on one GPU or of the machine
     free_bytes: int  # now
@@ -58,6 +104,8 @@ class Plan:
     def as_text(self) -> str:
         """The plan for people, several lines."""
         lines = [f"study {self.name}: {len(self.arms)} arms on {self.base}, {self.modules} adapted layers"]
+        width = max(16, *(len(arm["name"]) for arm in self.arms))
+        matched = any(arm["match_gain"] for arm in self.arms)
         vary = len({(arm["batch_size"], arm["epochs"]) for arm in self.arms}) > 1
         for arm in self.arms:
             count = arm["parameters"]
@@ -67,7 +115,9 @@ class Plan:
                 f"{arm['lr']:<8g} seed {arm['seed']}"
             )
             choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
-            lines.append(f"  {arm['name']:<16} {choices}  {parameters}")
+            choices += f"  gain {arm['gain']:<8.3g}" if matched else ""
+            choices += "  rslora" if arm["scaling"] == "rslora" else ""
+            lines.append(f"  {arm['name']:<{width}} {choices}  {parameters}")
         shown = f"at most {self.num_train:,} pictures" if self.num_train else "all pictures of the source"
         steps = (
             f"{'at most ' if vary else ''}{self.steps:,} steps"
@@ -97,6 +147,7 @@ class Plan:
                 f"diagnosis  at most {self.diagnosis_pictures:,} pictures at several strengths, "
                 f"{self.diagnosis_steps} steps"
             )
+        lines += self.power.as_lines()
         base = size(self.memory.weights_bytes)
         lines.append(
             f"memory     about {size(self.memory_bytes)} in training, {size(self.free_bytes)} are free; "
@@ -158,7 +209,7 @@ def plan_study(config: StudyConfig) -> Plan:
         name=config.name,
         base=config.base.model,
         arms=[
-            {**arm.model_dump(), "scale": arm.scale, "parameters": count}
+            {**arm.model_dump(), "scale": arm.scale, "gain": arm.gain, "parameters": count}
             for arm, count in zip(arms, counts, strict=True)
         ],
         modules=len(targets),
@@ -174,11 +225,30 @@ def plan_study(config: StudyConfig) -> Plan:
         diagnosis_steps=config.diagnose.steps,
         denoising_steps=sample.steps,
         guidance=sample.guidance,
+        power=_power(config, len(prompts)),
         memory=largest,
         memory_bytes=largest.total_bytes * (1 if device.type == "cuda" else passes.num_workers),
         free_bytes=free,
         estimated_s=seconds,
         estimated_bytes=_disk_bytes(config, passes, counts, num_drawn),
+    )
+
+
+def _power(config: StudyConfig, num_prompts: int) -> Power:
+    """What the scores could show, by the spreads known for the study's scorer."""
+    seeds = min(Counter(arm.but_seed for arm in config.expand_arms()).values())
+    is_pocket = config.score.model == "pocket"
+    one, several, between_seeds = _POCKET_STDS if is_pocket else _OTHER_STDS
+    prompt_std = one if len(config.sample.seeds) == 1 else several
+    seed_std = between_seeds if seeds > 1 else 0.0
+    return Power(
+        num_prompts=num_prompts,
+        num_sampling_seeds=len(config.sample.seeds),
+        num_training_seeds=seeds,
+        prompt_std=prompt_std,
+        seed_std=seed_std,
+        source="as measured on the pocket world" if is_pocket else "as published for SD v1.5",
+        smallest_difference=smallest_detectable_effect(prompt_std, num_prompts, seed_std, seeds),
     )
 
 

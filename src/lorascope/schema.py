@@ -567,14 +567,14 @@ class Arm(Section):
         return self.alpha / self.rank
 
     @property
-    def but_seed(self) -> str:
-        """All choices but name and training seed, as text."""
-        return self.model_dump_json(exclude={"name", "seed"})
-
-    @property
     def gain(self) -> float:
         """lr x scale x sqrt(rank): how strongly the update is driven, on one axis for all settings."""
         return self.lr * self.scale * math.sqrt(self.rank)
+
+    @property
+    def but_seed(self) -> str:
+        """All choices that change its training but the seed, as text: what the seeds of a setting share."""
+        return self.model_dump_json(exclude={"name", "seed", "match_gain"})
 
 
 def alpha_in_files(alpha: float, rank: int, scaling: Scaling) -> float:

@@ -164,6 +164,12 @@ def test_dry_run_prints_the_plan_of_every_preset(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--preset", "smoke", "--dry-run", "--json"]) == EXIT_DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["power"]["num_training_seeds"] == 1 and plan["memory"]["num_arms"] == len(plan["arms"])
+
+
 def test_env_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == EXIT_DONE
     assert "torch" in capsys.readouterr().out

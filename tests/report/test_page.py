@@ -553,7 +553,8 @@ def test_batches_of_several_sizes_and_passes_side_by_side_are_told(copied: RunDi
         load_study(copied.study_toml, environment={}).expand_arms(),
     )
     frozen["arms"] = [
-        {**arm.model_dump(), "batch_size": 4 * (1 + number % 2)} for number, arm in enumerate(arms)
+        {**arm.model_dump(exclude_none=True), "batch_size": 4 * (1 + number % 2)}
+        for number, arm in enumerate(arms)
     ]
     copied.study_toml.write_text(tomli_w.dumps(frozen))
     for number, arm in enumerate(arms):

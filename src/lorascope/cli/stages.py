@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,7 +178,7 @@ def _print_plan(config: StudyConfig, as_json: bool) -> None:
     from lorascope.plan import plan_study
 
     plan = plan_study(config)
-    say(json.dumps(vars(plan), indent=2) if as_json else plan.as_text())
+    say(json.dumps(asdict(plan), indent=2) if as_json else plan.as_text())
 
 
 def _print_result(job: "Study", as_json: bool, quiet: bool) -> None:

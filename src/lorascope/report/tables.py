@@ -86,11 +86,19 @@ def build_arms_table(facts: Facts) -> Table:
     """
     categories = facts.scores.categories if facts.scores else ("normal", "abstract")
     columns = [Column("arm", False), Column("verdict", False)]
-    keys = {"rank": "d", "alpha": "g", "lr": "g", "seed": "d", "batch_size": "d", "epochs": "d"}
+    keys = {
+        "rank": "d",
+        "alpha": "g",
+        "lr": "g",
+        "gain": ".3g",
+        "seed": "d",
+        "batch_size": "d",
+        "epochs": "d",
+    }
     fixed = {
         key: form
         for key, form in keys.items()
-        if len({getattr(arm, key) for arm in facts.settings.values()}) == 1
+        if len({format(getattr(arm, key), form) for arm in facts.settings.values()}) == 1
     }
     columns += [Column(key.replace("_", " ")) for key in keys if key not in fixed]
     columns += [
@@ -142,6 +150,17 @@ def build_arms_table(facts: Facts) -> Table:
         f"; {key.replace('_', ' ')} {format(getattr(facts.settings[arm], key), form)} throughout"
         for key, form in fixed.items()
     )
+    caption += "; gain is lr x scale x √rank"
+    scalings = {arm.scaling for arm in facts.settings.values()}
+    caption += (
+        "; alpha is the files', sqrt(rank) times the study's with rsLoRA" if "rslora" in scalings else ""
+    )
+    if facts.same_gain and {"gain", "lr"} - set(fixed):
+        caption += "".join(
+            f"; {how}: {facts.settings_in_words(group)}"
+            for how, groups in (("at equal lr", facts.same_lr), ("at matched gain", facts.same_gain))
+            for group in groups
+        )
     return Table(caption, tuple(columns), tuple(rows), sortable=True)
 
 
