@@ -135,7 +135,7 @@ def drifted_arm() -> ArmSignals:
 def short_arm() -> ArmSignals:
     """Ten steps."""
     return signals_of(
-        an_arm("ten-steps"),
+        an_arm("ten-steps", epochs=1),
         a_point(1.0, 1.0, 0.01, reach=0.02),
         a_point(0.5, 1.0, 0.0, reach=0.02),
         heldout=an_interval("heldout", -0.006, 0.002),

@@ -413,7 +413,11 @@ def _drifted(case: _Case) -> _Finding | None:
     """The base's unconditional prediction brings the prompts back, or the arm gained nothing without
     captions.
     """
-    thresholds, back, ratio = case.thresholds, case.signals.unconditional_recovery, case.signals.gain_ratio
+    thresholds, back, ratio = (
+        case.thresholds,
+        case.signals.unconditional_recovery,
+        case.signals.gain_ratio,
+    )
     limit = thresholds.gain_ratio.value
     is_low = ratio.value is not None and ratio.high is not None and ratio.high < limit
     beside = [f"{_said(ratio)}: below {limit:g}."] if is_low else []
@@ -570,9 +574,9 @@ def _lower_lr(signals: ArmSignals, reference: ArmSignals | None) -> Change:
         return Change("arms.lr", _rounded(lr * _BLIND_LR_FACTOR), why)
     why = (
         f"The gain lr x alpha / rank x sqrt(rank) is then that of {reference.arm.name}, which keeps more: "
-        f"{reference.gain:.2g} instead of {signals.gain:.2g}."
+        f"{reference.arm.gain:.2g} instead of {signals.arm.gain:.2g}."
     )
-    return Change("arms.lr", _rounded(lr * reference.gain / signals.gain), why)
+    return Change("arms.lr", _rounded(lr * reference.arm.gain / signals.arm.gain), why)
 
 
 def _more_training(signals: ArmSignals) -> list[Change]:
@@ -619,7 +623,7 @@ def _reference(signals: ArmSignals, diagnoses: Sequence[Diagnosis]) -> ArmSignal
         other
         for other in diagnoses
         if other.cause in ("healthy", "too_strong", "cannot_tell")
-        and other.signals.gain < 0.95 * signals.gain
+        and other.signals.arm.gain < 0.95 * signals.arm.gain
         and other.signals.full.style.low is not None
         and other.signals.full.style.low > 0
         and _is_above(other.signals.full.retention, signals.full.retention)
@@ -628,7 +632,7 @@ def _reference(signals: ArmSignals, diagnoses: Sequence[Diagnosis]) -> ArmSignal
         better,
         key=lambda other: (
             other.cause == "healthy",
-            other.signals.gain if other.cause == "healthy" else other.signals.full.retention.value or 0.0,
+            other.signals.arm.gain if other.cause == "healthy" else other.signals.full.retention.value or 0.0,
         ),
         default=None,
     )

@@ -10,7 +10,7 @@ from lorascope.diagnosis.signals import ArmSignals, GuidanceSignal, PointSignals
 from lorascope.diagnosis.thresholds import THRESHOLD_SHAPE, Threshold, Thresholds
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import Epoch
-from lorascope.schema import Arm
+from lorascope.schema import Arm, Scaling
 from lorascope.shapes import Each, Maybe, Number, Text, find_fault
 from lorascope.store import RunDir, digest_json, read_json, write_json
 
@@ -55,6 +55,8 @@ _ARM: Any = {
         "seed": int,
         "batch_size": int,
         "epochs": int,
+        "scaling?": str,
+        "match_gain?": Text,
     },
     "best_epoch": Maybe(int),
     "num_train": Maybe(int),
@@ -173,6 +175,7 @@ def _fault(values: Mapping[str, Any]) -> str | None:
     words = [
         *((word, CAUSES) for found in arms for word in (found["cause"], *found["contributing"])),
         *((found["confidence"], get_args(Confidence)) for found in arms),
+        *((found["settings"].get("scaling", "alpha/r"), get_args(Scaling)) for found in arms),
         *((point["epoch"], get_args(Epoch)) for found in arms for point in found["points"]),
     ]
     return next(

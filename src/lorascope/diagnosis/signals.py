@@ -159,11 +159,6 @@ class ArmSignals:
     saturated: Signal = field(default=make_signal("saturated", None))
 
     @property
-    def gain(self) -> float:
-        """lr x alpha / rank x sqrt(rank): what the size of the update grows with."""
-        return self.arm.lr * self.arm.scale * math.sqrt(self.arm.rank)
-
-    @property
     def full(self) -> PointSignals:
         """The adapter of the last epoch at strength 1."""
         return self.at(1.0) or _undrawn(self.points)
