@@ -61,7 +61,9 @@ def test_studies_in_the_document_can_be_loaded(tmp_path: Path) -> None:
         (tmp_path / "my.toml").write_text(block, encoding="utf-8")
         names.append([arm.name for arm in load_study(tmp_path / "my.toml", environment={}).expand_arms()])
     seeds = [f"r{rank}-lr0.0001-s{seed}" for rank in (16, 64) for seed in (0, 1, 2)]
-    assert names == [["r4", "r16", "r64"], [*seeds, "low-lr"]]
+    gained = [f"r{rank}-s{seed}" for rank in (16, 64) for seed in (0, 1, 2)]
+    gained += [f"r64-gain-r16-s{seed}" for seed in (0, 1, 2)]
+    assert names == [["r4", "r16", "r64"], [*seeds, "low-lr"], gained]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -286,6 +286,7 @@ def test_every_real_number_is_finite_and_has_bounds(key: str, value: str) -> Non
 HARMLESS = {
     *("data.heldout_share", "data.max_refused_share", "sample.guidance", "train.betas.0"),
     *("train.caption_dropout", "train.noise_offset", "train.weight_decay"),
+    *("diagnose.guidances.0", "verdict.max_prompt_loss"),
 }
 
 

@@ -80,7 +80,7 @@ Ranks = Annotated[tuple[Rank, ...], Field(min_length=1), AfterValidator(_without
 BatchSizes = Annotated[tuple[BatchSize, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 SeveralEpochs = Annotated[tuple[Epochs, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 PositiveReals = Annotated[tuple[PositiveReal, ...], Field(min_length=1), AfterValidator(_without_repeats)]
-Strength = Annotated[Real, Field(gt=0, le=2)]
+Strength = Annotated[Real, Field(ge=0.01, le=2)]
 Factor = Annotated[Real, Field(ge=0, le=1e3)]
 Flag = Annotated[bool, Field(strict=True)]
 Scaling = Literal["alpha/r", "rslora"]

@@ -135,7 +135,7 @@ def test_the_second_look_is_left_out_at_0_bits(tmp_path: Path) -> None:
 def test_the_second_look_is_left_out_among_very_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lorascope.data.dataset.MOST_FOR_SECOND_LOOK", 4)
+    monkeypatch.setattr("lorascope.data.split.MOST_FOR_SECOND_LOOK", 4)
     images = [scene(seed) for seed in range(4)]
     path = write(
         tmp_path / "a.parquet", [(encode(image), "a") for image in (*images, ImageOps.mirror(images[0]))]
