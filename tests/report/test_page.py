@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -40,7 +41,7 @@ from lorascope.report.drawing import MAX_LINES, looks_of
 from lorascope.report.evidence import NOT_MEASURED, Facts, list_warnings
 from lorascope.report.figures import build_figures, smooth, thin
 from lorascope.report.page import Report, build_report, verdict_of
-from lorascope.report.tables import Column, build_arms_table, build_contrast_table
+from lorascope.report.tables import Column, Table, build_arms_table, build_contrast_table
 from lorascope.schema import SampleSection
 from lorascope.store import JsonLines, RunDir, read_json, write_json
 from synthetic_run import ABSTRACT, NORMAL, make_run
@@ -591,6 +592,53 @@ def test_seeds_are_judged(tmp_path: Path) -> None:
     lone = make_run(tmp_path / "lone", ranks=(16,), num_steps=8, stages=("train",))
     assert state_of(lone, "Same order, noise and timesteps in training") == NOT_MEASURED
     assert state_of(lone, "Same strength of the update") == NOT_MEASURED
+
+
+def test_comparisons_at_equal_lr_and_at_matched_gain_are_told_apart(copied: RunDir) -> None:
+    def judge(r16: dict[str, Any], r64: dict[str, Any]) -> tuple[str, str, Table]:
+        frozen = tomllib.loads(copied.study_toml.read_text())
+        frozen["arms"] = [{"name": "r16", "rank": 16, **r16}, {"name": "r64", "rank": 64, **r64}]
+        copied.study_toml.write_text(tomli_w.dumps(frozen))
+        facts = Facts(copied)
+        name = "Same strength of the update"
+        condition = next(item for item in judge_conditions(facts) if item.name == name)
+        return condition.state, condition.text, build_arms_table(facts)
+
+    state, text, table = judge({"lr": 1e-3}, {"lr": 1e-3})
+    assert state == "caution" and text.startswith(
+        "Gain matched: no. lr x scale x √rank goes from 0.004 (r16)"
+    )
+    assert "at matched gain" not in table.caption and "gain is lr x scale x √rank" in table.caption
+    [column] = [index for index, column in enumerate(table.columns) if column.name == "gain"]
+    assert [row.cells[column].text for row in table.rows] == ["", "0.004", "0.008"]
+    state, text, table = judge({"lr": 1e-3}, {"match_gain": "r16", "scaling": "rslora"})
+    assert (state, text) == ("yes", "Gain matched: yes. lr x scale x √rank is 0.004 for every arm.")
+    assert "; at matched gain: r16 and r64" in table.caption and "gain 0.004 throughout" in table.caption
+    assert "alpha is as in files: √rank times the study's with rsLoRA" in table.caption
+
+
+def test_of_some_arms_at_matched_gain_the_others_are_named(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "some",
+        ranks=(16, 64),
+        lrs=(5e-4, 1e-3),
+        training_seeds=(0, 1),
+        num_steps=8,
+        stages=("train",),
+    )
+    facts = Facts(run)
+    condition = next(item for item in judge_conditions(facts) if item.name == "Same strength of the update")
+    assert condition.state == "yes"
+    assert condition.text == (
+        "Gain matched: yes for r16-lr0.001 and r64-lr0.0005 (0.008); no for others: over all arms lr x scale "
+        "x √rank goes from 0.004 (r16-lr0.0005-s0) to 0.016 (r64-lr0.001-s0), 4 times as much: what looks "
+        "like rank may be strength. At equal lr, not at matched gain: r16-lr0.0005 and r64-lr0.0005; "
+        "r16-lr0.001 and r64-lr0.001."
+    )
+    assert (
+        "; at equal lr: r16-lr0.0005 and r64-lr0.0005; at equal lr: r16-lr0.001 and r64-lr0.001; "
+        "at matched gain: r16-lr0.001 and r64-lr0.0005"
+    ) in build_arms_table(facts).caption
 
 
 def test_scorer_of_the_base_calls_for_caution(copied: RunDir) -> None:

@@ -180,20 +180,37 @@ def _training_seeds(facts: Facts) -> Condition:
 
 def _same_gain(facts: Facts) -> Condition:
     name = "Same strength of the update"
-    gains = {arm: facts.gain(arm) for arm in facts.arms}
+    gains = {arm: facts.settings[arm].gain for arm in facts.arms}
     if len(gains) < 2:
         return Condition(name, NOT_MEASURED, "Only one arm finished.")
     low, high = min(gains, key=lambda arm: gains[arm]), max(gains, key=lambda arm: gains[arm])
     ratio = gains[high] / gains[low]
     if ratio <= 1.05:
         return Condition(
-            name, "yes", f"The gain lr x alpha / rank x √rank is {gains[low]:.2g} for every arm."
+            name, "yes", f"Gain matched: yes. lr x scale x √rank is {gains[low]:.2g} for every arm."
         )
-    text = (
-        f"The gain lr x alpha / rank x √rank goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} "
-        f"({high}), {ratio:.2g} times as much: what looks like rank may be strength."
+    spread = (
+        f"goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} ({high}), {ratio:.2g} times as much: what "
+        "looks like rank may be strength"
     )
-    return Condition(name, "caution", text)
+    if not facts.same_gain:
+        return Condition(
+            name,
+            "caution",
+            f"Gain matched: no. lr x scale x √rank {spread}. An arm with `match_gain` would tell them apart.",
+        )
+    groups = "; ".join(
+        f"{facts.settings_in_words(group)} ({gains[group[0]]:.2g})" for group in facts.same_gain
+    )
+    ranks = {facts.settings[arm].rank for arm in facts.arms}
+    is_whole = any({facts.settings[arm].rank for arm in group} == ranks for group in facts.same_gain)
+    apart = "; ".join(facts.settings_in_words(group) for group in facts.same_lr)
+    return Condition(
+        name,
+        "yes" if is_whole else "caution",
+        f"Gain matched: yes for {groups}; no for others: over all arms lr x scale x √rank {spread}."
+        + (f" At equal lr, not at matched gain: {apart}." if apart else ""),
+    )
 
 
 def _merged(facts: Facts) -> Condition:

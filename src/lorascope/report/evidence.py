@@ -7,8 +7,8 @@ and reads "not measured" in the report.
 import functools
 import io
 import json
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -191,10 +191,26 @@ class Facts:
         worst = self.ranked[-1] if len(self.ranked) > 2 else None
         return {self.verdict.keep: "kept", self.runner_up: "runner-up", worst: "worst"}.get(arm, "")
 
-    def gain(self, arm: str) -> float:
-        """lr x alpha / rank x sqrt(rank): how strongly the update is driven, on one axis for all set-ups."""
-        setting = self.settings[arm]
-        return setting.lr * setting.scale * math.sqrt(setting.rank)
+    @functools.cached_property
+    def same_gain(self) -> list[list[str]]:
+        """Trained arms in groups of one gain, of several ranks or scales each: compared at matched gain."""
+        return _groups_of({arm: self.settings[arm] for arm in self.arms}, lambda arm: arm.gain)
+
+    @functools.cached_property
+    def same_lr(self) -> list[list[str]]:
+        """Trained arms in groups of one lr, of several ranks or scales each: compared at equal lr."""
+        return _groups_of({arm: self.settings[arm] for arm in self.arms}, lambda arm: arm.lr)
+
+    def settings_in_words(self, arms: Sequence[str]) -> str:
+        """The settings of these arms, such as `r16 and r64`: names without what tells seeds apart."""
+        seeds = Counter(arm.but_seed for arm in self.settings.values())
+        names = dict.fromkeys(
+            name.removesuffix(f"-s{arm.seed}") if seeds[arm.but_seed] > 1 else name
+            for name, arm in self.settings.items()
+            if name in arms
+        )
+        *others, last = names
+        return f"{', '.join(others)} and {last}" if others else last
 
     @functools.cached_property
     def previews(self) -> list[tuple[int, Picture]]:
@@ -258,6 +274,20 @@ def _pocket_quality() -> dict[str, float] | None:
         return None
     values: dict[str, float] = json.loads(entry.read_text(encoding="utf-8"))
     return values
+
+
+def _groups_of(arms: Mapping[str, Arm], measure: Callable[[Arm], float]) -> list[list[str]]:
+    """Arms whose measure is equal but for rounding, where they are of several ranks or scales."""
+    groups: list[list[str]] = []
+    last = 0.0
+    for name in sorted(arms, key=lambda name: measure(arms[name])):
+        value = measure(arms[name])
+        if not groups or value > last * (1 + 1e-6):
+            groups.append([])
+        groups[-1].append(name)
+        last = value
+    several = [group for group in groups if len({(arms[name].rank, arms[name].alpha) for name in group}) > 1]
+    return [[name for name in arms if name in group] for group in several]
 
 
 def answer_of(facts: Facts) -> Answer:

@@ -138,14 +138,14 @@ def _effect_table(facts: Facts, arms: Sequence[str], categories: Sequence[str]) 
 
 def _gain_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
     scored = [arm for arm in facts.arms if (arm, ALL) in facts.effects]
-    if facts.scores is None or len({round(math.log(facts.gain(arm)), 6) for arm in scored}) < 3:
+    if facts.scores is None or len({round(math.log(facts.settings[arm].gain), 6) for arm in scored}) < 3:
         return None
     rows = []
     for category in facts.scores.categories:
         for arm in scored:
             effect = facts.effects[arm, category]
             rows.append(Row(category, arm, effect.difference, effect.low, effect.high))
-    gains = {arm: facts.gain(arm) for arm in scored}
+    gains = {arm: facts.settings[arm].gain for arm in scored}
     columns = (
         Column("arm", False),
         Column("rank"),

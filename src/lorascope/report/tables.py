@@ -152,9 +152,7 @@ def build_arms_table(facts: Facts) -> Table:
     )
     caption += "; gain is lr x scale x √rank"
     scalings = {arm.scaling for arm in facts.settings.values()}
-    caption += (
-        "; alpha is the files', sqrt(rank) times the study's with rsLoRA" if "rslora" in scalings else ""
-    )
+    caption += "; alpha is as in files: √rank times the study's with rsLoRA" if "rslora" in scalings else ""
     if facts.same_gain and {"gain", "lr"} - set(fixed):
         caption += "".join(
             f"; {how}: {facts.settings_in_words(group)}"
