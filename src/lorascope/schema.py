@@ -504,8 +504,8 @@ class DiagnoseSection(Section):
         default=("last", "best"),
         description="adapters to draw with: of the last epoch, of the one with the lowest held-out loss",
     )
-    num_prompts: Positive | None = Field(
-        default=12, description="the first so many prompts of each category; `sample.num_prompts` bounds it"
+    num_prompts: Positive = Field(
+        default=12, description="the first so many of the study's prompts in each category"
     )
     seeds: Seeds = Field(default=(0,), description="seeds of the initial noise")
     steps: Whole = Field(default=15, ge=1, le=1000, description="denoising steps")

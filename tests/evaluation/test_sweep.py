@@ -82,7 +82,7 @@ def test_without_guidance_there_is_no_branch_to_swap_and_no_scale_twice() -> Non
 
 def test_the_first_prompts_of_each_category_are_taken() -> None:
     assert [prompt.text for prompt in first_of_each(PROMPTS, 1)] == ["red", "luck"]
-    assert first_of_each(PROMPTS, None) == PROMPTS
+    assert first_of_each(PROMPTS, 3) == PROMPTS
 
 
 @pytest.fixture

@@ -77,9 +77,9 @@ def plan_sweep(
     return parts
 
 
-def first_of_each(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
-    """The first so many prompts of each category, in their order; all for None."""
-    return [prompt for prompt in prompts if count is None or prompt.index < count]
+def first_of_each(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The first so many prompts of each category, in their order."""
+    return [prompt for prompt in prompts if prompt.index < count]
 
 
 def draw_sweep(
