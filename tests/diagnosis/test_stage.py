@@ -55,6 +55,7 @@ def test_every_signal_is_measured_or_says_why_not(finished: Path) -> None:
             "finite_losses",
             "finite_pictures",
             "merge_ok",
+            "file_ok",
             "heldout",
             "train_gap",
             "member_auc",

@@ -15,6 +15,7 @@ from lorascope.diagnosis.finished import Finished, Place
 from lorascope.diagnosis.layers import LayerFigures, summarise
 from lorascope.diagnosis.loss_figures import LossFigures, Measured, loss_figures, paired_rise, rise_from_best
 from lorascope.diagnosis.losses import count_probes, encode_drawings, measure_tables
+from lorascope.diagnosis.read_back import read_back
 from lorascope.diagnosis.signals import (
     ArmSignals,
     copying_signals,
@@ -61,7 +62,10 @@ def measure_arms(finished: Finished, sweep: Sweep) -> list[ArmSignals]:
             fields |= sweep_signals(fronts, name)
             fields |= loss_signals(losses.get(name), rise)
             fields |= weight_signals(summarise(layers[name, "last"]) if layers.get((name, "last")) else None)
-            fields |= file_signals(merges.get(name))
+            adapter = finished.adapters.get((name, "last"))
+            fields |= file_signals(
+                merges.get(name), *(read_back(run, config, arm, adapter) if adapter else (None, None))
+            )
             fields |= copying_signals(*_copying(drawn, finished))
             faults = find_picture_faults(drawn), find_picture_faults(base_pictures)
             fields |= picture_signals(*faults, is_finite=True if drawn else None)
