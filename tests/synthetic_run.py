@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 
 from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
 from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, write_sweep
+from lorascope.run_folder import JsonLines, RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import JsonLines, RunDir, digest_bytes, write_json, write_text
+from lorascope.store import digest_bytes, write_json, write_text
 
 NORMAL = (
     "a man reading a newspaper",

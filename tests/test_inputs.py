@@ -20,8 +20,8 @@ from lorascope.inputs import (
     score_inputs,
     train_inputs,
 )
+from lorascope.run_folder import RunDir
 from lorascope.schema import StudyConfig
-from lorascope.store import RunDir
 
 
 def smoke(*overrides: str) -> StudyConfig:

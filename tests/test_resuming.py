@@ -23,7 +23,8 @@ from lorascope.cli.app import main
 from lorascope.config import load_study
 from lorascope.errors import RunError
 from lorascope.machine.workers import Answer
-from lorascope.store import RunDir, read_json
+from lorascope.run_folder import RunDir
+from lorascope.store import read_json
 from lorascope.study import Study
 from lorascope.training import group
 from lorascope.training.feed import Batch, Feed

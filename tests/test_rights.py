@@ -14,7 +14,8 @@ from lorascope.config import load_study
 from lorascope.errors import ConfigError, LorascopeError
 from lorascope.report.evidence import Facts
 from lorascope.report.page import build_report
-from lorascope.store import RunDir, access_errors
+from lorascope.run_folder import RunDir
+from lorascope.store import access_errors
 from lorascope.study import Study
 from rights import without_rights
 

@@ -22,7 +22,8 @@ from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
 from lorascope.console import log
 from lorascope.errors import ConfigError, DataError, RunError, StorageError
-from lorascope.store import RunDir, read_json
+from lorascope.run_folder import RunDir
+from lorascope.store import read_json
 from lorascope.study import Study
 from lorascope.training.feed import Batch
 from lorascope.training.step import Step

@@ -10,8 +10,9 @@ from typing import Any
 
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, StorageError
+from lorascope.run_folder import RunDir
 from lorascope.schema import StudyConfig
-from lorascope.store import RunDir, digest_json, write_text
+from lorascope.store import digest_json, write_text
 
 
 def require_apart(run: RunDir, config: StudyConfig) -> None:

@@ -52,8 +52,9 @@ from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
 from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, access_errors, digest_json, write_json
+from lorascope.store import access_errors, digest_json, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material
 from lorascope.training.trackers import require_trackers

@@ -29,8 +29,9 @@ from lorascope.config import load_study
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, draw_pictures, initial_noise
+from lorascope.run_folder import RunDir
 from lorascope.schema import AdapterSection, Arm, BaseSection, SampleSection, StudyConfig
-from lorascope.store import RunDir, write_json
+from lorascope.store import write_json
 from random_adapters import (
     ATTENTION,
     layers_of,

@@ -9,7 +9,7 @@ from lorascope.config import load_study
 from lorascope.diagnosis.causes import decide_all
 from lorascope.diagnosis.record import write_diagnosis
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, EXIT_RUN_FAILED
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 from studies import study
 from synthetic_signals import default_arm, healthy_arm
 

@@ -12,7 +12,8 @@ from lorascope.diagnosis.record import Keep, read_diagnosis, write_diagnosis
 from lorascope.diagnosis.signals import ArmSignals, GuidanceSignal, make_signal
 from lorascope.diagnosis.thresholds import Thresholds
 from lorascope.errors import StorageError
-from lorascope.store import RunDir, digest_json
+from lorascope.run_folder import RunDir
+from lorascope.store import digest_json
 from synthetic_signals import an_arm, default_arm, diverged_arm, healthy_arm, overfit_arm
 
 KEEP = Keep("r16", "last", 1.0, 0.3, 0.97)

@@ -12,8 +12,9 @@ from lorascope.diagnosis.finished import epochs_of
 from lorascope.diagnosis.record import read_diagnosis
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import name_of, read_sweep
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm
-from lorascope.store import RunDir, read_json
+from lorascope.store import read_json
 
 
 def undiagnosed(finished: Path, folder: Path) -> Path:

@@ -19,7 +19,7 @@ from lorascope.evaluation.scores import (
 )
 from lorascope.evaluation.sentences import describe_difference
 from lorascope.evaluation.verdict import Verdict, reach_verdict
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 from synthetic_scores import SCORER, draws, make_scores, probe, shifted, with_calibration
 from synthetic_sweeps import simple_sweep
 

@@ -26,7 +26,7 @@ from lorascope.evaluation.scores import (
     write_scores,
 )
 from lorascope.evaluation.statistics import bootstrap_interval, holm
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 from synthetic_scores import SCORER, draws, make_row, make_scores, with_calibration
 
 

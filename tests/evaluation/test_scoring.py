@@ -11,8 +11,8 @@ from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job
 from lorascope.evaluation.scoring import clip_score, derange, draw_noise, list_pictures
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm
-from lorascope.store import RunDir
 
 
 def test_clip_score_is_a_hundred_cosines() -> None:

@@ -15,8 +15,8 @@ from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import latent_shape_of
 from lorascope.evaluation.sweep import Part, draw_sweep, first_of_each, plan_sweep, score_sweep
 from lorascope.evaluation.sweep_rows import Epoch, Point
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, DiagnoseSection, SampleSection
-from lorascope.store import RunDir
 
 PROMPTS = [
     *(Prompt("normal", index, text) for index, text in enumerate(("red", "green", "blue"))),

@@ -20,7 +20,7 @@ from lorascope.evaluation.sweep_rows import (
     read_sweep,
     write_sweep,
 )
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 ROW = SweepRow(
     kind="point",

@@ -22,7 +22,7 @@ from lorascope.machine.workers import (
     threads_per_worker,
     worker_environments,
 )
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 ONE = [{"OMP_NUM_THREADS": "1"}]
 TWO = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
@@ -93,7 +93,7 @@ _PARENT = """
 import os, sys
 import worker_tasks
 from pathlib import Path
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 from test_workers import TWO, Counted
 folder = Path(sys.argv[1])
 run = RunDir(folder)

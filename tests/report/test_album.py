@@ -11,8 +11,8 @@ from lorascope.evaluation.sampling import Job, save_picture
 from lorascope.evaluation.scores import BASE, paired_differences, read_scores
 from lorascope.report.album import Album, _embed
 from lorascope.report.evidence import Facts
+from lorascope.run_folder import RunDir
 from lorascope.schema import SampleSection
-from lorascope.store import RunDir
 from synthetic_run import make_run
 
 

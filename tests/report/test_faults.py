@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from lorascope.report.faults import find_faults
-from lorascope.store import RunDir, write_json
+from lorascope.run_folder import RunDir
+from lorascope.store import write_json
 
 
 def test_failed_arms_and_wrong_merges_are_named(tmp_path: Path) -> None:

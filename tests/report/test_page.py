@@ -42,8 +42,9 @@ from lorascope.report.evidence import NOT_MEASURED, Facts, list_warnings
 from lorascope.report.figures import build_figures, smooth, thin
 from lorascope.report.page import Report, build_report, verdict_of
 from lorascope.report.tables import Column, Table, build_arms_table, build_contrast_table
+from lorascope.run_folder import JsonLines, RunDir
 from lorascope.schema import SampleSection
-from lorascope.store import JsonLines, RunDir, read_json, write_json
+from lorascope.store import read_json, write_json
 from synthetic_run import ABSTRACT, NORMAL, make_run
 
 ODD = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> | [a](javascript:1) `b` & {{ 7*7 }}"

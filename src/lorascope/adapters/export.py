@@ -11,8 +11,9 @@ from lorascope.adapters.merge import MergedFormat, write_merged
 from lorascope.adapters.metadata import kohya_metadata, tag_frequency
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError, StorageError
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, BaseSection, StudyConfig
-from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, RunDir, access_errors, export_name
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, export_name
 
 Format = Literal[Layout, MergedFormat]
 _MAX_STRENGTH = 2.0  # beyond, a percentage or a slip of the hand is likelier than a wish

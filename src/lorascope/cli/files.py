@@ -77,7 +77,7 @@ def export(
     if not (run / "study.toml").is_file():
         raise ConfigError(f"{run}: no study.toml here: name a run folder")
     from lorascope.adapters.export import export_arm
-    from lorascope.store import RunDir
+    from lorascope.run_folder import RunDir
 
     config = load_study(run / "study.toml", environment={})
     written = export_arm(RunDir(run), config, arm, layout, out, dtype, name, checkpoint, force, strength)

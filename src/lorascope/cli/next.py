@@ -6,7 +6,7 @@ from lorascope.cli.options import Run
 from lorascope.config import load_study
 from lorascope.console import say
 from lorascope.errors import EXIT_DONE, ConfigError, DataError
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 
 def next_study(run: Run, /) -> int:

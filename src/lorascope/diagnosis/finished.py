@@ -16,8 +16,8 @@ from lorascope.data.encoding import Encoded
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sweep import Part, plan_sweep
 from lorascope.evaluation.sweep_rows import Epoch
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir
 
 Place = tuple[str, Epoch]  # an arm's adapter of one epoch
 

@@ -10,9 +10,10 @@ from lorascope.diagnosis.signals import ArmSignals, GuidanceSignal, PointSignals
 from lorascope.diagnosis.thresholds import THRESHOLD_SHAPE, Threshold, Thresholds
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import Epoch
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, Scaling
 from lorascope.shapes import Each, Maybe, Number, Text, find_fault
-from lorascope.store import RunDir, digest_json, read_json, write_json
+from lorascope.store import digest_json, read_json, write_json
 
 _FORMAT = 1  # grows where an earlier reader would misread a file; new keys alone do not count
 _SIGNAL: Any = {

@@ -21,7 +21,7 @@ from lorascope.evaluation.statistics import (
     sign_flip_p,
     smallest_detectable_effect,
 )
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 BASE = "base"
 ALL = "all"

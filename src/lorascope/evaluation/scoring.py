@@ -26,8 +26,8 @@ from lorascope.evaluation.scores import (
     picture_order,
     write_scores,
 )
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir
 
 if TYPE_CHECKING:
     from lorascope.evaluation.sampling import Job

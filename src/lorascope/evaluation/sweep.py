@@ -20,8 +20,8 @@ from lorascope.evaluation.sampling import Job, draw_all, plan_jobs
 from lorascope.evaluation.scores import BASE
 from lorascope.evaluation.scoring import Encoder, clip_score, derange
 from lorascope.evaluation.sweep_rows import Epoch, Point, SweepRow, name_of, order_rows
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, DiagnoseSection, SampleSection
-from lorascope.store import RunDir
 
 
 class StyleEncoder(Encoder, Protocol):

@@ -13,7 +13,7 @@ import pyarrow as pa
 from lorascope.errors import RunError
 from lorascope.evaluation.row_files import read_rows, write_rows
 from lorascope.evaluation.scores import BASE
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 Epoch = Literal["last", "best"]
 Unconditional = Literal["own", "base"]

@@ -33,8 +33,9 @@ from lorascope.evaluation.scores import (
 )
 from lorascope.evaluation.sweep_rows import Epoch, Sweep, read_sweep
 from lorascope.evaluation.verdict import HeldoutLoss, Verdict, reach_verdict, read_heldout_losses
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, access_errors, read_regular
+from lorascope.store import access_errors, read_regular
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 
 def find_faults(run: RunDir, arms: Iterable[str]) -> list[str]:

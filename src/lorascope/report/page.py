@@ -41,7 +41,8 @@ from lorascope.report.tables import (
     build_fact_tables,
     build_reference_table,
 )
-from lorascope.store import PEFT_WEIGHTS, RunDir, access_errors, export_name, write_bytes, write_text
+from lorascope.run_folder import RunDir
+from lorascope.store import PEFT_WEIGHTS, access_errors, export_name, write_bytes, write_text
 
 MAX_HTML_BYTES = 5_000_000
 

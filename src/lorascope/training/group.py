@@ -36,8 +36,9 @@ from lorascope.machine.memory import (
     used_bytes,
 )
 from lorascope.machine.workers import deferred_signals
+from lorascope.run_folder import JsonLines, RunDir
 from lorascope.schema import StudyConfig, TrainSection
-from lorascope.store import JsonLines, RunDir, digest_json, write_json
+from lorascope.store import digest_json, write_json
 from lorascope.training.footprint import resolve_checkpointing
 from lorascope.training.packing import ArmGroup
 from lorascope.training.probe import probe_losses, probe_records

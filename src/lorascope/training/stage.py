@@ -22,8 +22,8 @@ from lorascope.errors import RunError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.machine.memory import parked
 from lorascope.machine.workers import Link, run_side_by_side, serve, worker_environments
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir
 from lorascope.training.group import Group, checkpoint_path, section_of, split_group, try_group
 from lorascope.training.packing import ArmGroup, Packing, describe_passes
 from lorascope.training.passes import count_models, plan_passes
