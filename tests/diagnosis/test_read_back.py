@@ -12,7 +12,7 @@ from lorascope.adapters.adapter import LoraModule
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.config import load_study
 from lorascope.diagnosis.read_back import read_back, relative_error
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 
 def random_module(seed: int, kernel: int = 1) -> LoraModule:

@@ -8,8 +8,9 @@ import torch
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.files import load_adapter
 from lorascope.errors import AdapterError, WeightsError
+from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
-from lorascope.store import RunDir, export_name
+from lorascope.store import export_name
 
 # An update in a file differs from the arm's by the rounding of two factors, each of at most half a unit in
 # its last place of 24, 11 or 8 bits; 4 times the sum of both, for updates whose terms cancel.
