@@ -12,6 +12,21 @@ from lorascope.console import log
 from lorascope.errors import ConfigError, StorageError
 from lorascope.machine.workers import Link, run_side_by_side, serve
 
+TWO = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
+
+
+class Counted:
+    """A tally that only keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.done = self.skipped = 0
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+
+    def skip(self, count: int) -> None:
+        self.skipped += count
+
 
 def start(setup: dict[str, Any]) -> Any:
     """A task is a list: a word and what it needs."""

@@ -23,22 +23,9 @@ from lorascope.machine.workers import (
     worker_environments,
 )
 from lorascope.run_folder import RunDir
+from worker_tasks import TWO, Counted
 
 ONE = [{"OMP_NUM_THREADS": "1"}]
-TWO = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
-
-
-class Counted:
-    """A tally that only keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.done = self.skipped = 0
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self.done += count
-
-    def skip(self, count: int) -> None:
-        self.skipped += count
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -92,9 +79,10 @@ def test_a_worker_that_dies_is_told_of_and_replaced(tmp_path: Path) -> None:
 _PARENT = """
 import os, sys
 import worker_tasks
+from worker_tasks import TWO, Counted
 from pathlib import Path
 from lorascope.run_folder import RunDir
-from test_workers import TWO, Counted
+from worker_tasks import TWO, Counted
 folder = Path(sys.argv[1])
 run = RunDir(folder)
 with run.lock():
