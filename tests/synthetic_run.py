@@ -12,8 +12,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lorascope.diagnosis.causes import decide_all
+from lorascope.diagnosis.record import write_diagnosis
+from lorascope.diagnosis.signals import (
+    ArmSignals,
+    make_signal,
+    sweep_signals,
+    trace_fronts,
+    training_signals,
+)
 from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
-from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, write_sweep
+from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, read_sweep, write_sweep
 from lorascope.run_folder import JsonLines, RunDir
 from lorascope.schema import Arm, StudyConfig
 from lorascope.store import digest_bytes, write_json, write_text
@@ -158,6 +167,7 @@ def make_run(
         _write_samples(run, arms, config, num_prompts, side_px, odd_text, rng, with_scores="score" in stages)
     if "diagnose" in stages:
         _write_sweep(run, arms, min(num_prompts, 12), side_px, odd_text)
+        _write_diagnosis(run, list(config.expand_arms()), failed)
     return run
 
 
@@ -186,9 +196,14 @@ def _write_data(run: RunDir, odd_text: str | None) -> None:
     )
 
 
+def _gain(arm: Arm) -> float:
+    """Doublings of an arm's gain from 0.004, that of rank 16 at lr 5e-4 and alpha = 2 rank."""
+    return math.log2(arm.lr * arm.scale * math.sqrt(arm.rank) / 4e-3)
+
+
 def _damage(arm: Arm) -> float:
     """How far an arm is off, from its gain: small gains help a little, large ones harm."""
-    gain = math.log2(arm.lr * arm.scale * math.sqrt(arm.rank) / 4e-3)
+    gain = _gain(arm)
     return 0.6 - 0.4 * gain - 1.1 * max(0.0, gain) ** 2 + 0.25 * math.sin(arm.seed)
 
 
@@ -398,7 +413,7 @@ def _write_sweep(run: RunDir, arms: list[Arm], num_prompts: int, side_px: int, o
             score = level + float(rng.normal(0, 2))
             points = [(None, 0.0), *((arm, strength) for arm in arms for strength in STRENGTHS)]
             for arm, strength in points:
-                gain = math.log2(arm.lr * arm.scale * math.sqrt(arm.rank) / 4e-3) if arm else 0.0
+                gain = _gain(arm) if arm else 0.0
                 lost, style = 1.2 * 3**gain * strength**2, 0.42 * 1.3**gain * strength
                 point = Point(arm.name if arm else "base", "last", strength)
                 image = f"sweep/{point.arm}/{point.folder}/{category}-{index:03d}-0.png"
@@ -429,6 +444,35 @@ def _write_sweep(run: RunDir, arms: list[Arm], num_prompts: int, side_px: int, o
                     floor = 16 + float(rng.normal(0, 0.8))
                     rows.append(replace(row, kind="shuffled", clip_score=floor))
     write_sweep(run, Sweep(tuple(rows), SCORER, StyleFacts(0.97, 2, 28, None)))
+
+
+def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str]) -> None:
+    """Signals that go with the sweep: with the gain, updates grow and guidance leaves the base's."""
+    fronts = trace_fronts(read_sweep(run), resamples=500)
+    signals = []
+    for arm in planned:
+        gain = _gain(arm)
+        size = 0.1 * 2.0**gain
+        measured = {
+            "heldout": -0.03 - 0.01 * gain,
+            "train_gap": 0.004,
+            "rise": 0.0,
+            "gain_ratio": 0.6,
+            "guidance_cosine": min(1.0, 0.5 * 2.0**-gain),
+        }
+        found = {
+            key: make_signal(key, value, low=value - 0.01, high=value + 0.01, count=24)
+            for key, value in measured.items()
+        }
+        found["intruder_share"] = make_signal("intruder_share", min(1.0, 0.4 * size), control=0.0, count=60)
+        found["norm_ratio"] = make_signal("norm_ratio", size, count=60)
+        sound = ("finite_losses", "finite_pictures", "merge_ok", "file_ok")
+        found |= {key: make_signal(key, 1.0) for key in sound}
+        fields = training_signals([], arm.name, "loss is not finite" if arm.name in failed else None)
+        if arm.name not in failed:
+            fields |= {**found, **sweep_signals(fronts, arm.name)}
+        signals.append(ArmSignals(arm, best_epoch=4, num_train=100, caption_dropout=0.1, **fields))
+    write_diagnosis(run, decide_all(signals))
 
 
 def _draw(

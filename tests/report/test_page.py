@@ -124,7 +124,9 @@ def state_of(run: RunDir, name: str) -> str:
 def test_page_has_all_sections_and_answers_first(two_arms: tuple[RunDir, Report, Page]) -> None:
     run, report, page = two_arms
     sections = [attributes["id"] for attributes in page.all("section")]
-    assert sections == ["verdict", "fair", "effect", "scale", "training", "look", "cost", "reproduce"]
+    assert sections == [
+        *("verdict", "fair", "why", "effect", "scale", "training", "look", "cost", "reproduce")
+    ]
     front, probes = trace_front(read_sweep(run), resamples=500), JsonLines(run.metrics_jsonl).read()
     verdict = reach_verdict(read_scores(run), front, probes, study="two", resamples=500)
     assert report.keep == verdict.keep == "r16"
@@ -678,6 +680,9 @@ def test_scores_of_another_study_are_refused(copied: RunDir) -> None:
     write_scores(copied, replace(scores, rows=tuple(row for row in scores.rows if row.arm != "r64")))
     with pytest.raises(StorageError, match=r"sweep.parquet: holds r64, not a finished arm of this study"):
         build_report(copied)
+    copied.sweep_parquet.unlink()
+    with pytest.raises(StorageError, match=r"diagnosis.json: diagnoses r64, not an arm of this study: del"):
+        build_report(copied)
 
 
 def test_damaged_picture_is_refused(copied: RunDir) -> None:
@@ -721,12 +726,13 @@ def test_markdown_has_tables_links_and_images(two_arms: tuple[RunDir, Report, Pa
     for heading in (
         "1 Verdict",
         "2 Was it a fair test?",
-        "3 Effect",
-        "4 Where",
-        "5 Training",
-        "6 How",
-        "7 What",
-        "8 Reproduce",
+        "3 Why",
+        "4 Effect",
+        "5 Where",
+        "6 Training",
+        "7 How",
+        "8 What",
+        "9 Reproduce",
     ):
         assert f"\n## {heading}" in markdown
     for path in re.findall(r"\]\(([^)]+)\)", markdown):

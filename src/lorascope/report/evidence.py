@@ -18,6 +18,7 @@ from PIL import Image
 
 from lorascope.config import load_study
 from lorascope.data.split import describe_duplicates
+from lorascope.diagnosis.record import Record, read_diagnosis
 from lorascope.errors import StorageError, first_line
 from lorascope.evaluation.choice import Decision
 from lorascope.evaluation.front import Front, trace_front
@@ -39,6 +40,7 @@ from lorascope.store import access_errors, read_regular
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst
 NOT_MEASURED = "not measured"
+_DIAGNOSE = "diagnose this run"
 _COSTS = ("run_time_s", "peak_memory_bytes", "peak_memory_kind", "parameters")  # of an arm with a file
 
 
@@ -127,6 +129,7 @@ class Facts:
                     self.effects[arm, category] = paired_differences(
                         self.scores, arm, BASE, category, resamples
                     )
+        self.diagnosis: Record | None = self._read_diagnosis() if run.diagnosis_json.exists() else None
         self.pictures = self._pictures()
 
     def _reach_verdict(self, scores: Scores) -> Verdict:
@@ -134,7 +137,7 @@ class Facts:
         resamples = self.config.score.resamples
         alike = {name: arm.but_seed for name, arm in self.settings.items()}
         if self.sweep is not None:
-            self._refuse_strangers(self.run.sweep_parquet, self.sweep.arms, "holds", "diagnose this run")
+            self._refuse_strangers(self.run.sweep_parquet, self.sweep.arms, "holds", _DIAGNOSE)
             self.front = trace_front(self.sweep, alike, resamples)
         return reach_verdict(
             scores,
@@ -146,6 +149,16 @@ class Facts:
             max_prompt_loss=self.config.verdict.max_prompt_loss,
             resamples=resamples,
         )
+
+    def _read_diagnosis(self) -> Record:
+        record = read_diagnosis(self.run)
+        # An arm that failed has a diagnosis too.
+        if strangers := [arm for arm in record.arms if arm not in self.settings]:
+            raise StorageError(
+                f"{self.run.diagnosis_json}: diagnoses {', '.join(strangers)}, not an arm of this study: "
+                f"delete it and {_DIAGNOSE} again"
+            )
+        return record
 
     def _refuse_strangers(self, path: Path, arms: Sequence[str], what: str, stage: str) -> None:
         if strangers := [arm for arm in arms if arm not in self.arms]:

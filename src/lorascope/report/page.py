@@ -11,13 +11,14 @@ import base64
 import hashlib
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
 from lorascope.errors import StorageError
+from lorascope.evaluation.choice import NO_SWEEP
 from lorascope.evaluation.scores import ALL, BASE
 from lorascope.evaluation.sentences import describe_difference, name_point, percent_text, style_text
 from lorascope.evaluation.sweep_rows import Point
@@ -25,11 +26,13 @@ from lorascope.evaluation.verdict import Verdict
 from lorascope.report.album import Album, pictures_of
 from lorascope.report.conditions import SIGNS, Condition, judge_conditions
 from lorascope.report.evidence import (
+    MAX_DETAILED,
     NOT_MEASURED,
     Answer,
     Facts,
     Picture,
     answer_of,
+    count,
     list_limits,
     list_warnings,
 )
@@ -41,6 +44,7 @@ from lorascope.report.tables import (
     build_fact_tables,
     build_reference_table,
 )
+from lorascope.report.why import arms_in_focus, explain_arms
 from lorascope.run_folder import RunDir
 from lorascope.store import PEFT_WEIGHTS, access_errors, export_name, write_bytes, write_text
 
@@ -69,14 +73,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Section:
-    """One numbered part of the report after the first two."""
+    """One part of the report after the first two. `name` is what the page's list of sections calls it."""
 
-    number: int
     id: str
+    name: str
     title: str
     texts: tuple[str, ...]
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    number: int = 0
 
 
 @access_errors(StorageError)
@@ -220,6 +225,7 @@ def _content(facts: Facts, answer: Answer, figures: Mapping[str, Figure]) -> dic
         "conditions": conditions,
         "fair_summary": _fair_summary(conditions),
         "sections": _sections(facts, figures),
+        "why": _why_content(facts),
         "command": manifest.get("command", "lorascope study study.toml"),
         "facts": build_fact_tables(facts),
         "toml": facts.config.to_toml(),
@@ -267,29 +273,51 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
         else ""
     )
     tables = (build_arms_table(facts), *([contrasts] if contrasts else []), build_reference_table())
-    return [
+    sections = [
+        Section("why", "Why", "Why each arm wins or fails", _why_texts(facts)),
         Section(
-            3,
             "effect",
+            "Effect",
             "Effect on the fit to the prompt",
             tuple(effect) if scored else (unscored,),
             pick("effect", "gain"),
             tables,
         ),
         Section(
-            4,
             "scale",
+            "Scale",
             "Where the scores lie",
             ("The scorer's own floor and ceiling, to read the differences above by.",)
             if scored
             else (unscored,),
             pick("scale"),
         ),
-        Section(5, "training", "Training", (training,), pick("probe-epochs", "probe-bands", "loss")),
-        Section(6, "look", "How it looks", (look + look_reference,)),
-        Section(7, "cost", "What it costs", (), pick("cost")),
-        Section(8, "reproduce", "Reproduce", ()),
+        Section("training", "Training", "Training", (training,), pick("probe-epochs", "probe-bands", "loss")),
+        Section("look", "Look", "How it looks", (look + look_reference,)),
+        Section("cost", "Cost", "What it costs", (), pick("cost")),
+        Section("reproduce", "Reproduce", "Reproduce", ()),
     ]
+    return [replace(section, number=number) for number, section in enumerate(sections, start=3)]
+
+
+def _why_content(facts: Facts) -> dict[str, Any]:
+    """The rows that are shown at once, and those of many arms that are not."""
+    rows, focus = explain_arms(facts), arms_in_focus(facts)
+    is_few = len(facts.settings) <= MAX_DETAILED
+    first = [row for arm in focus for row in rows if row.arm == arm] if not is_few else rows
+    others = [row for row in rows if row not in first]
+    return {"first": first, "others": others, "others_title": f"{count(len(others), 'further arm')}"}
+
+
+def _why_texts(facts: Facts) -> tuple[str, ...]:
+    if facts.diagnosis is None:
+        return (f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}.",)
+    return (
+        "The first cause that holds, of a fixed order, with the signals that decided; what holds beside it "
+        "is named too. An intervention, such as a lower strength, counts more than what only goes along "
+        "with a fault. Every signal with its interval and control, and every threshold with its source, "
+        "stands in diagnosis.json.",
+    )
 
 
 def _template(name: str, autoescape: bool) -> Any:
