@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.faults.learn import SOURCE
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -20,7 +21,10 @@ from lorascope.cli.app import app
 from lorascope.config import preset_names
 from lorascope.data.captions import MAX_CAPTION_BYTES, SPECIAL_TOKENS
 from lorascope.data.repeats import MAX_REPEATS
-from lorascope.schema import AdapterSection, BaseSection, StudyConfig
+from lorascope.diagnosis.causes import CAUSES, WORDS
+from lorascope.diagnosis.signals import ArmSignals, PointSignals
+from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.schema import AdapterSection, Arm, BaseSection, StudyConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -117,3 +121,48 @@ def test_the_readme_states_the_pocket_worlds_measured_quality() -> None:
     text = (ROOT / "README.md").read_text()
     for key in ("scorer_r1", "scorer_r5", "base_r1", "base_r5"):
         assert f"{quality[key]:.2f}" in text, key
+
+
+DIAGNOSIS = (ROOT / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+
+
+def rows_of(section: str) -> list[str]:
+    """The rows of a section's first table, whose first cell is in code."""
+    text = DIAGNOSIS.split(f"\n## {section}\n")[1].split("\n## ")[0].strip()
+    table = next(block for block in text.split("\n\n") if block.startswith("|"))
+    return [line for line in table.splitlines() if line.startswith("| `")]
+
+
+def test_the_page_on_diagnosis_has_the_thresholds_of_the_code() -> None:
+    table = Thresholds().as_table()
+    assert rows_of("The thresholds") == [
+        f"| `{key}` | {item.name} | {item.value:g} | {item.unit} | {item.source} |"
+        for key, item in table.items()
+    ]
+
+
+def test_the_page_on_diagnosis_has_every_signal() -> None:
+    arm = Arm(name="r4", rank=4, alpha=4.0, lr=1e-4, seed=0)
+    point = PointSignals("last", 1.0)
+    signals = {
+        **{key: getattr(point, key) for key in ("retention", "style", "discrepancy")},
+        **ArmSignals(arm).by_key(),
+    }
+    assert rows_of("The signals") == [
+        f"| `{key}` | {signal.name} | {signal.unit} |" for key, signal in signals.items()
+    ]
+
+
+def test_the_page_on_diagnosis_has_every_cause_and_names_only_signals_that_exist() -> None:
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows_of("The causes")]
+    assert [(row[0], row[1]) for row in rows] == [(f"`{cause}`", WORDS[cause]) for cause in CAUSES]
+    known = {row.split("`")[1] for row in rows_of("The signals")}
+    assert all(set(re.findall(r"`(\w+)`", row[3])) <= known for row in rows)
+    asked = re.findall(r"^\| \d+ \|.*\| `(\w+)` \|$", DIAGNOSIS, re.MULTILINE)
+    assert len(asked) == 11 and set(asked) == set(CAUSES)
+
+
+def test_the_page_on_diagnosis_says_whether_faults_were_planted() -> None:
+    """Learnt thresholds and the table of what was found come from the same run."""
+    is_learnt = any(item.source == SOURCE for item in Thresholds().as_table().values())
+    assert ("**Not run yet.**" in DIAGNOSIS) != is_learnt

@@ -1,0 +1,194 @@
+"""Which faults are planted: arms of studies on the pocket base, each with the cause that it should be given.
+
+The doses rest on one series of measurements on the pocket base (450 steps of batch 4, alpha = 2 x rank): rank
+16 at a learning rate of 1e-4 kept 80 % of the base's prompt fidelity at strength 1, so what counts as healthy
+by the rule, at most 10 % lost, has to be weaker than that. A mild dose of a fault is one near its border.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorascope.diagnosis.causes import Cause
+from lorascope.schema import Arm, StudyConfig
+
+Kind = Literal["main", "few", "scrambled"]
+KINDS: tuple[Kind, ...] = ("main", "few", "scrambled")
+_RESOLUTION_PX = 64
+# With it the second step is beyond float32: the update is that of the first step to the power of two.
+_BEYOND_NUMBERS = 1e15
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An arm with a fault, or without one. `label` is the cause that it should be given.
+
+    `kind` is the study that it is an arm of; `quick` says whether the quick run has it.
+    """
+
+    name: str
+    label: Cause
+    kind: Kind
+    rank: int
+    lr: float
+    alpha_per_rank: float = 2.0
+    epochs: int | None = None
+    batch_size: int | None = None
+    quick: bool = False
+
+    def grid(self, seed: int) -> dict[str, Any]:
+        """The fault as a table of `[[arms]]`."""
+        optional = {"epochs": self.epochs, "batch_size": self.batch_size}
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "alpha_per_rank": self.alpha_per_rank,
+            "lr": self.lr,
+            "seed": seed,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
+
+
+FAULTS = (
+    Fault("healthy-r4-lr5e-5", "healthy", "main", 4, 5e-5),
+    Fault("healthy-r4-lr1e-4", "healthy", "main", 4, 1e-4),
+    Fault("healthy-r16-lr2e-5", "healthy", "main", 16, 2e-5),
+    Fault("healthy-r16-lr5e-5", "healthy", "main", 16, 5e-5, quick=True),
+    Fault("healthy-r64-lr1e-5", "healthy", "main", 64, 1e-5),
+    Fault("healthy-r64-lr2e-5", "healthy", "main", 64, 2e-5),
+    Fault("strong-r16-lr3e-4", "too_strong", "main", 16, 3e-4),  # mild
+    Fault("strong-r64-lr2e-4", "too_strong", "main", 64, 2e-4),  # mild
+    Fault("strong-r16-lr1.4e-3", "too_strong", "main", 16, 1.4e-3, quick=True),
+    Fault("strong-r16-alpha-x4", "too_strong", "main", 16, 3e-4, alpha_per_rank=8.0),
+    Fault("diverged-r64-lr2e-3", "diverged", "main", 64, 2e-3),
+    Fault("diverged-r64-lr4e-3", "diverged", "main", 64, 4e-3, quick=True),
+    Fault("diverged-r16-lr5e-3", "diverged", "main", 16, 5e-3),
+    Fault("little-r16-lr1e-6", "not_learned", "main", 16, 1e-6, quick=True),
+    Fault("little-r64-lr1e-6", "not_learned", "main", 64, 1e-6),
+    # Batches of 60 make 10 steps of an epoch of 600.
+    Fault("little-r16-10-steps", "not_learned", "main", 16, 2e-4, epochs=1, batch_size=60),
+    Fault("not-finite-r16", "numerical", "main", 16, _BEYOND_NUMBERS, quick=True),
+    Fault("overfit-r16", "overfit", "few", 16, 5e-4, quick=True),
+    Fault("overfit-r64", "overfit", "few", 64, 5e-4),
+    Fault("overfit-r16-longer", "overfit", "few", 16, 5e-4, epochs=24),
+    Fault("drift-r16-lr2e-4", "unconditional_drift", "scrambled", 16, 2e-4),
+    Fault("drift-r16-lr5e-4", "unconditional_drift", "scrambled", 16, 5e-4, quick=True),
+    Fault("drift-r64-lr2e-4", "unconditional_drift", "scrambled", 64, 2e-4),
+)
+BY_NAME = {fault.name: fault for fault in FAULTS}
+# Faults are planted into the files of the first of these arms, and the second gives the weights that are
+# taken for it: both have its rank and alpha.
+FILE_ARM, FILE_DONOR = "healthy-r16-lr5e-5", "strong-r16-lr1.4e-3"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One study: the faults of one kind under one seed. `name` is that of its run folder."""
+
+    kind: Kind
+    seed: int
+    faults: tuple[Fault, ...]
+    config: StudyConfig
+
+    @property
+    def name(self) -> str:
+        """Kind and seed."""
+        return f"{self.kind}-s{self.seed}"
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes of one picture through the U-Net that the study takes, roughly."""
+        config = self.config
+        section, train = config.diagnose, config.train
+        num_train = (config.data.num_train or 0) * config.data.repeats
+        num_heldout = config.data.num_heldout or 0
+        num_prompts = 2 * (section.num_prompts or 0) * len(section.seeds)
+        drawing = section.steps * 2  # guidance takes two passes a step
+
+        def of_arm(arm: Arm) -> int:
+            training = round(_TRAINING_FORWARDS * arm.epochs * num_train * _scrambled_factor(self.kind))
+            probing = arm.epochs * train.num_probe * 2 * _PROBES
+            sweep = (
+                (len(section.strengths) + 1) * num_prompts * drawing
+            )  # + 1: the base's unconditional branch
+            losses = (2 * min(num_heldout, 100) + 16) * _PROBES
+            return training + probing + sweep + losses + 2 * config.sample.steps * 2
+
+        of_base = num_prompts * drawing + (2 * num_heldout + 16) * _PROBES
+        return of_base + sum(of_arm(arm) for arm in config.expand_arms())
+
+
+_TRAINING_FORWARDS = 2.17  # a training step over a forward pass, as counted on SD v1.5
+_PROBES = 8  # four timesteps, with caption and without
+SCRAMBLED_SHARE = 0.5  # scrambled pictures for each sound one
+
+
+def _scrambled_factor(kind: Kind) -> float:
+    return 1 + SCRAMBLED_SHARE if kind == "scrambled" else 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and drawn."""
+
+    num_train: int
+    num_heldout: int
+    epochs: int
+    num_few: int  # pictures of the overfit arms, each seen five times an epoch
+    few_epochs: int
+    num_probe: int
+    num_prompts: int  # of each category
+    steps: int
+    strengths: tuple[float, ...]
+
+
+FULL = Size(600, 64, 3, 16, 12, 16, 25, 15, (0.25, 0.5, 1.0))
+QUICK = Size(120, 24, 4, 12, 8, 4, 4, 6, (0.5, 1.0))
+FULL_SEEDS, QUICK_SEEDS = 8, 3
+
+
+def plan_studies(num_seeds: int, quick: bool = False) -> list[Planned]:
+    """All studies, by seed and kind; a study with many arms trains several in one pass."""
+    return [planned for seed in range(num_seeds) for planned in _of_seed(seed, quick)]
+
+
+def _of_seed(seed: int, quick: bool) -> Iterator[Planned]:
+    for kind in KINDS:
+        faults = tuple(fault for fault in FAULTS if fault.kind == kind and (fault.quick or not quick))
+        if faults:
+            size = QUICK if quick else FULL
+            yield Planned(kind, seed, faults, study_config(f"{kind}-s{seed}", kind, seed, faults, size))
+
+
+def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size: Size) -> StudyConfig:
+    """A study of these faults. Its pictures are drawn with the training seed too: no two seeds share them."""
+    few = kind == "few"
+    return StudyConfig.model_validate(
+        {
+            "name": name,
+            # Workers would open the study by its file, which says nothing of scrambled pictures.
+            **({"workers": 1} if kind == "scrambled" else {}),
+            "base": {"model": "pocket"},
+            "data": {
+                "source": "pocket",
+                "resolution_px": _RESOLUTION_PX,
+                "num_train": size.num_few if few else size.num_train,
+                "num_heldout": size.num_heldout,
+                "repeats": 5 if few else 1,  # epochs are probed: fewer of them cost less
+            },
+            "arms": [fault.grid(seed) for fault in faults],
+            "train": {
+                "epochs": size.few_epochs if few else size.epochs,
+                "batch_size": 4,
+                "num_probe": size.num_probe,
+            },
+            "sample": {"num_prompts": size.num_prompts, "steps": size.steps, "seeds": [seed]},
+            "diagnose": {
+                "strengths": list(size.strengths),
+                "num_prompts": size.num_prompts,
+                "seeds": [seed],
+                "steps": size.steps,
+                "guidances": [],
+            },
+        }
+    )
