@@ -37,7 +37,8 @@ from lorascope.inputs import freeze
 from lorascope.machine.device import choose_device
 from lorascope.machine.facts import device_facts, now
 from lorascope.machine.workers import num_cores
-from lorascope.store import RunDir, write_json, write_text
+from lorascope.run_folder import RunDir
+from lorascope.store import write_json, write_text
 from lorascope.study import Study
 
 # A pass of one picture through the pocket U-Net on one core of a server: a rough guess.

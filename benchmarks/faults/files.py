@@ -26,7 +26,8 @@ from lorascope.errors import LorascopeError
 from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.sampling import latent_shape_of, plan_jobs
 from lorascope.machine.arithmetic import full_fp32
-from lorascope.store import PEFT_WEIGHTS, RunDir, read_json, write_json
+from lorascope.run_folder import RunDir
+from lorascope.store import PEFT_WEIGHTS, read_json, write_json
 from lorascope.study import Study
 
 FileFault = Literal["doubled-alpha", "other-arm", "nan-layer", "zeroed-half", "unmatched-half"]

@@ -19,7 +19,7 @@ from lorascope.diagnosis.causes import CAUSES, Cause, Diagnosis, decide_all
 from lorascope.diagnosis.record import read_diagnosis
 from lorascope.diagnosis.signals import ArmSignals
 from lorascope.diagnosis.thresholds import Thresholds
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 
 Found = Cause | Literal["refused"]
 COLUMNS: tuple[Found, ...] = (*CAUSES, "refused")

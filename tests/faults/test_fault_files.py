@@ -14,7 +14,7 @@ from benchmarks.faults.files import (
 
 from conftest import make_study, train_only
 from lorascope.diagnosis.thresholds import Thresholds
-from lorascope.store import RunDir
+from lorascope.run_folder import RunDir
 from lorascope.study import Study
 from synthetic_signals import healthy_arm
 

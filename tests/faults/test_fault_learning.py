@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.faults.__main__ import evaluate, main, run_study
-from benchmarks.faults.arms import FILE_ARM, FILE_DONOR, Fault, Planned
+from benchmarks.faults.arms import BY_NAME, FILE_ARM, FILE_DONOR, Fault, Planned
 from benchmarks.faults.files import FileFinding
 from benchmarks.faults.learn import (
     RULES,
@@ -204,10 +204,11 @@ def test_the_result_in_words() -> None:
 
 
 def a_study(study_file: Path, seed: int) -> Planned:
-    """The two arms into whose files faults are planted, on the tiny base."""
+    """The two arms into whose files faults are planted, and one that fails, on the tiny base."""
     faults = (
         Fault(FILE_ARM, "healthy", "main", 4, 1e-2),
         Fault(FILE_DONOR, "too_strong", "main", 4, 5e-2),
+        BY_NAME["not-finite-r16"],
     )
     config = load_study(
         study_file,
@@ -232,9 +233,10 @@ def test_studies_are_run_once_and_give_a_result(
     printed = capsys.readouterr().out
     assert "main-s0: finished" in printed and "main-s1: finished" in printed
     kept = json.loads((tmp_path / "quick" / "matrix.json").read_text())
-    assert kept["matrix"]["num_judged"] == 2 + 5
+    assert kept["matrix"]["num_judged"] == 3 + 5
     assert "doubled-alpha | 2 of 2 | 2 of 2 | 2 of 2 |" in (tmp_path / "quick" / "matrix.md").read_text()
     result = evaluate(tmp_path / "quick", studies, quick=True)
+    assert result.matrix.counts["numerical"] == {"numerical": 1}
     assert result.matrix.counts["file_fault"] == {"file_fault": 3, "refused": 2}
     other = Planned("main", 0, studies[0].faults, studies[1].config)
     with pytest.raises(ConfigError, match="made with another configuration"):
