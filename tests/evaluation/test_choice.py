@@ -5,7 +5,14 @@ from collections.abc import Mapping
 
 import pytest
 
-from lorascope.evaluation.choice import MAX_PROMPT_LOSS, NO_SWEEP, Choice, choose_point, rule_text
+from lorascope.evaluation.choice import (
+    MAX_PROMPT_LOSS,
+    NO_SWEEP,
+    Choice,
+    choose_at_prices,
+    choose_point,
+    rule_text,
+)
 from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.scores import BASE
 from lorascope.evaluation.sweep_rows import StyleFacts
@@ -99,3 +106,17 @@ def test_what_cannot_be_told_says_why() -> None:
     }
     for reason, case in cases.items():
         assert choose_point(trace_front(case)) == Choice("cannot_tell", reason=reason)
+
+
+def test_every_price_has_its_own_choice() -> None:
+    points = {("r16", 0.5): (0.95, 0.2), ("r16", 1.0): (0.7, 0.4), ("r64", 1.0): (0.6, 0.6)}
+    front = trace_front(simple_sweep(points))
+    prices = [percent / 100 for percent in range(0, 51, 5)]
+    assert choose_at_prices(front, prices) == [choose_point(front, price) for price in prices]
+    assert [place(choice) for choice in choose_at_prices(front, (0.0, 0.2, 0.35, 0.5))] == [
+        None,
+        ("r16", 0.5),
+        ("r16", 1.0),
+        ("r64", 1.0),
+    ]
+    assert [choice.reason for choice in choose_at_prices(None, (0.0, 0.5))] == [NO_SWEEP] * 2

@@ -125,7 +125,7 @@ def test_page_has_all_sections_and_answers_first(two_arms: tuple[RunDir, Report,
     run, report, page = two_arms
     sections = [attributes["id"] for attributes in page.all("section")]
     assert sections == [
-        *("verdict", "fair", "why", "effect", "scale", "training", "look", "cost", "reproduce")
+        *("verdict", "fair", "trade", "why", "effect", "scale", "training", "look", "cost", "reproduce")
     ]
     front, probes = trace_front(read_sweep(run), resamples=500), JsonLines(run.metrics_jsonl).read()
     verdict = reach_verdict(read_scores(run), front, probes, study="two", resamples=500)
@@ -185,7 +185,7 @@ def test_page_is_accessible(two_arms: tuple[RunDir, Report, Page]) -> None:
 
 def test_every_figure_stands_in_page_markdown_and_folder(two_arms: tuple[RunDir, Report, Page]) -> None:
     run, report, page = two_arms
-    keys = ["effect", "scale", "loss", "probe-epochs", "probe-bands", "cost"]
+    keys = ["front", "effect", "scale", "loss", "probe-epochs", "probe-bands", "cost"]
     assert sorted(path.name for path in report.figure_paths) == sorted(
         f"{key}.{suffix}" for key in keys for suffix in ("svg", "png")
     )
@@ -277,6 +277,39 @@ def test_figure_tables_hold_the_numbers_of_score_and_metrics(two_arms: tuple[Run
             assert [cell.value for cell in row.cells[3:]] == [
                 record[key] for key in ("loss", "difference", "difference_low", "difference_high")
             ]
+
+
+def test_the_front_figure_holds_every_point_and_marks_the_kept_one(
+    two_arms: tuple[RunDir, Report, Page],
+) -> None:
+    run, _, _ = two_arms
+    facts = Facts(run)
+    figure, front = build_figures(facts)["front"], facts.front
+    assert front is not None
+    for row, point in zip(figure.table.rows, front.points, strict=True):
+        assert [cell.text for cell in row.cells[:2]] == [point.arm, point.epoch]
+        shares = [100 * value for value in (point.retention.value, point.retention.low)]  # type: ignore[operator]
+        assert [cell.value for cell in row.cells[2:5]] == [point.strength, *shares]
+        assert [cell.value for cell in row.cells[6:9]] == [
+            point.style.value,
+            point.style.low,
+            point.style.high,
+        ]
+        assert row.marked == ((point.arm, point.strength) == ("r16", 0.75))
+    assert "r16: at 0.25 " in figure.alt and "r64: at 0.25 " in figure.alt
+    assert "price: at most 10 % lost" in figure.drawing.page_svg
+    assert "Open marks" not in figure.description and "costs at most 10 %" in figure.description
+
+
+def test_adapters_of_the_best_epoch_are_open_marks(copied: RunDir) -> None:
+    sweep = read_sweep(copied)
+    best = [replace(row, epoch="best") for row in sweep.rows if (row.arm, row.strength) == ("r64", 0.5)]
+    lost = [replace(row, clip_score=0.0) if row.arm == "r64" else row for row in sweep.rows]
+    write_sweep(copied, replace(sweep, rows=(*lost, *best)))
+    figure = build_figures(Facts(copied))["front"]
+    assert "Open marks are of the adapter with the lowest held-out loss." in figure.description
+    assert "Marks under \N{MINUS SIGN}20 % are not drawn; the table has them." in figure.description
+    assert "best" in [row.cells[1].text for row in figure.table.rows]
 
 
 def test_the_chosen_prompts_come_first_and_no_picture_is_left_out(
@@ -726,13 +759,14 @@ def test_markdown_has_tables_links_and_images(two_arms: tuple[RunDir, Report, Pa
     for heading in (
         "1 Verdict",
         "2 Was it a fair test?",
-        "3 Why",
-        "4 Effect",
-        "5 Where",
-        "6 Training",
-        "7 How",
-        "8 What",
-        "9 Reproduce",
+        "3 What style costs",
+        "4 Why",
+        "5 Effect",
+        "6 Where",
+        "7 Training",
+        "8 How",
+        "9 What",
+        "10 Reproduce",
     ):
         assert f"\n## {heading}" in markdown
     for path in re.findall(r"\]\(([^)]+)\)", markdown):

@@ -92,4 +92,4 @@ def test_a_run_without_a_diagnosis_says_what_to_run(run: RunDir) -> None:
     said = "Not measured: run `lorascope diagnose RUN`."
     report = build_report(run)
     assert f"<p>{said}</p>" in report.html_path.read_text(encoding="utf-8").replace("&#39;", "'")
-    assert "## 3 Why each arm wins or fails" in report.md_path.read_text(encoding="utf-8")
+    assert "## 4 Why each arm wins or fails" in report.md_path.read_text(encoding="utf-8")

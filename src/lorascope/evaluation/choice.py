@@ -1,10 +1,11 @@
 """The choice of an arm, a strength and an epoch: the most style at a price in prompt fidelity."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorascope.evaluation.front import Estimate, Front, FrontPoint, style_difference
+from lorascope.evaluation.sweep_rows import Point
 
 Decision = Literal["keep", "keep_base", "cannot_tell"]
 MAX_PROMPT_LOSS = 0.1
@@ -70,6 +71,23 @@ def choose_point(
     others = [point for point in ordered if point.arm != chosen.arm]
     others.sort(key=lambda point: setting_of(point) == setting_of(chosen))
     return Choice("keep", chosen, top, tied, others[0] if others else None)
+
+
+def choose_at_prices(
+    front: Front | None,
+    prices: Sequence[float],
+    settings: Mapping[str, str] | None = None,
+    resamples: int = 10_000,
+) -> list[Choice]:
+    """What `choose_point` chooses at each price; prices at which the same points count share a choice."""
+    chosen: dict[tuple[Point, ...], Choice] = {}
+    choices = []
+    for price in prices:
+        counting = () if front is None else tuple(item.point for item in counting_points(front, price))
+        if counting not in chosen:
+            chosen[counting] = choose_point(front, price, settings, resamples)
+        choices.append(chosen[counting])
+    return choices
 
 
 def _why_not(front: Front | None) -> str | None:

@@ -5,6 +5,7 @@ floor), where the floor is what the base's pictures score with other prompts. St
 position lies above the base's. Both compare the same prompts from the same initial noise.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,8 +226,14 @@ def style_difference(first: FrontPoint, second: FrontPoint, resamples: int = 10_
     values = np.array([ours - other for ours, other in pairs if ours is not None and other is not None])
     if not len(values):
         return Estimate(reason=NO_STYLE)
-    draws = None if len(values) < MIN_PROMPTS else Resamples(len(values), resamples)
+    draws = None if len(values) < MIN_PROMPTS else _resamples(len(values), resamples)
     return _mean_estimate(values, draws)
+
+
+@functools.lru_cache(maxsize=2)
+def _resamples(count: int, resamples: int) -> Resamples:
+    """The same bootstrap samples for the many differences between points of one sweep."""
+    return Resamples(count, resamples)
 
 
 class _Tracer:

@@ -97,10 +97,6 @@ def reach_verdict(
     choice = choose_point(front, max_prompt_loss, settings, resamples)
     losses = read_heldout_losses(probes)
     point = choice.point
-    if point is not None:
-        headline = f"Keep {point.arm} at strength {point.strength:g}, {EPOCHS[point.epoch]}"
-    else:
-        headline = "Keep the base" if choice.decision == "keep_base" else "Cannot tell which arm to keep"
     tag = None if point is None else tag_of(study, point)
     full = _at_full_strength(scores, None if point is None else point.arm, resamples)
     reasons = _reasons(choice, front, max_prompt_loss, resamples)
@@ -108,7 +104,7 @@ def reach_verdict(
     runs = _runs_per_setting(scores, front, settings)
     return Verdict(
         decision=choice.decision,
-        headline=headline,
+        headline=headline_of(choice),
         keep=None if point is None else point.arm,
         epoch=None if point is None else point.epoch,
         strength=None if point is None else point.strength,
@@ -133,6 +129,13 @@ def reach_verdict(
         num_seeds=max((item.num_seeds for item in front.points), default=0) if front else 0,
         num_training_seeds=min(map(len, runs.values()), default=0),
     )
+
+
+def headline_of(choice: Choice) -> str:
+    """What to keep, in a line without a full stop."""
+    if choice.point is None:
+        return "Keep the base" if choice.decision == "keep_base" else "Cannot tell which arm to keep"
+    return f"Keep {choice.point.arm} at strength {choice.point.strength:g}, {EPOCHS[choice.point.epoch]}"
 
 
 def tag_of(study: str, point: FrontPoint) -> str:

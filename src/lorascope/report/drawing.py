@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WIDTH_IN = 3.6
 MAX_ROWS = 24  # rows of a dot plot; the tables hold all arms
+FRONT_FLOOR = -20.0  # percent of prompt fidelity; below 0 a picture fits other prompts better than its own
 MAX_LINES = 6  # arms with a colour of their own in a line plot
 
 # Stand-ins that `_finish` replaces by the page's own colours.
@@ -121,6 +122,22 @@ class Line:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     faint: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One arm at one strength on the plane of two measures; `is_open` for an adapter of another epoch.
+
+    `x_reach` and `y_reach` are ends of intervals, drawn where they are given.
+    """
+
+    arm: str
+    strength: float
+    x: float
+    y: float
+    is_open: bool = False
+    x_reach: tuple[float, float] | None = None
+    y_reach: tuple[float, float] | None = None
 
 
 def looks_of(arms: Sequence[str], detailed: Sequence[str] = ()) -> dict[str, Look]:
@@ -395,6 +412,77 @@ def draw_gain(
         grid[-1].set_xlabel("gain of the update: lr × alpha / rank × √rank")
         _add_legend(figure, named, looks, line=False)
         return _finish(figure, key)
+
+
+def draw_front(
+    marks: Sequence[Mark],
+    looks: Mapping[str, Look],
+    origin: tuple[float, float],
+    least: float,
+    xlabel: str,
+    ylabel: str,
+    key: str = "front",
+) -> Drawing:
+    """Two measures against each other: a line an arm over strengths, from `origin`, the base.
+
+    Measures on the y axis are in percent. The area from `least` upwards is shaded, and what lies below
+    `FRONT_FLOOR` is left out. Marks with intervals have a ring.
+    """
+    named = [arm for arm in dict.fromkeys(mark.arm for mark in marks) if looks[arm].colour != MUTED]
+    with _canvas(1, 1, 3.0 + 0.16 * math.ceil(len(named) / 3)) as (figure, (axes,)):
+        for arm in sorted(dict.fromkeys(mark.arm for mark in marks), key=named.__contains__):
+            _draw_path(axes, [mark for mark in marks if mark.arm == arm], looks[arm], origin)
+        axes.plot(*origin, "P", color=INK, markersize=6.5, zorder=5)
+        axes.annotate("base", origin, xytext=(6, 4), textcoords="offset points", fontsize=7.8)
+        low, high = axes.get_ylim()
+        axes.axhspan(least, max(high, least), color=SHADE, linewidth=0, zorder=0.3)
+        axes.axhline(least, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        axes.annotate(
+            f"price: at most {100 - least:g} % lost",
+            (0.99, least),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            fontsize=7.8,
+            ha="right",
+            va="top",
+        )
+        axes.set_ylim(max(min(low, least), min(FRONT_FLOOR, least)), max(high, least))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        _add_legend(figure, named, looks)
+        return _finish(figure, key)
+
+
+def _draw_path(axes: "Axes", marks: Sequence[Mark], look: Look, origin: tuple[float, float]) -> None:
+    """One arm of `draw_front`: the filled marks on a line from the origin, the open ones beside it."""
+    named = look.colour != MUTED
+    filled = sorted((mark for mark in marks if not mark.is_open), key=lambda mark: mark.strength)
+    path = [origin, *((mark.x, mark.y) for mark in filled)]
+    axes.plot(
+        *zip(*path, strict=True),
+        color=look.colour,
+        linestyle=look.dash if named else "-",
+        linewidth=1.2 if named else 0.5,
+        zorder=2,
+    )
+    for mark in marks:
+        for reach, is_across in ((mark.x_reach, True), (mark.y_reach, False)):
+            if reach is not None:
+                across = (reach, (mark.y, mark.y)) if is_across else ((mark.x, mark.x), reach)
+                axes.plot(*across, color=look.colour, linewidth=1.8, solid_capstyle="butt", zorder=3)
+        if mark.x_reach or mark.y_reach:
+            axes.plot(mark.x, mark.y, "o", color=INK, fillstyle="none", markersize=11, zorder=5)
+        axes.plot(
+            mark.x,
+            mark.y,
+            look.marker,
+            color=look.colour,
+            markerfacecolor=PAPER if mark.is_open else look.colour,
+            markersize=(3 + 2.5 * min(mark.strength, 1.5)) * (1 if named else 0.6),
+            markeredgewidth=1.1 if mark.is_open else 0.5,
+            zorder=4 if named else 2.5,
+        )
 
 
 def _whole_numbers(count: int) -> Any:

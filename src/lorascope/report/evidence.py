@@ -135,17 +135,16 @@ class Facts:
     def _reach_verdict(self, scores: Scores) -> Verdict:
         """The verdict, by a front where there is a sweep."""
         resamples = self.config.score.resamples
-        alike = {name: arm.but_seed for name, arm in self.settings.items()}
         if self.sweep is not None:
             self._refuse_strangers(self.run.sweep_parquet, self.sweep.arms, "holds", _DIAGNOSE)
-            self.front = trace_front(self.sweep, alike, resamples)
+            self.front = trace_front(self.sweep, self.alike, resamples)
         return reach_verdict(
             scores,
             self.front,
             self.probes,
             tuple(self.failed),
             study=self.config.name,
-            settings=alike,
+            settings=self.alike,
             max_prompt_loss=self.config.verdict.max_prompt_loss,
             resamples=resamples,
         )
@@ -166,6 +165,11 @@ class Facts:
                 f"{path}: {what} {', '.join(strangers)}, not a finished arm of this study: delete it and "
                 f"{stage} again"
             )
+
+    @property
+    def alike(self) -> dict[str, str]:
+        """Of every arm what it shares with the arms that differ from it in their training seed alone."""
+        return {name: arm.but_seed for name, arm in self.settings.items()}
 
     @property
     def arms(self) -> tuple[str, ...]:

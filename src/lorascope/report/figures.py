@@ -5,19 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorascope.evaluation.choice import counting_points
+from lorascope.evaluation.front import Estimate, Front, FrontPoint
 from lorascope.evaluation.scores import ALL, BASE, CAPTIONS, NOISE, REAL, SHUFFLED
 from lorascope.evaluation.sentences import describe_difference
 from lorascope.evaluation.statistics import MIN_PROMPTS, POWER_FORMULA
+from lorascope.evaluation.sweep_rows import Point
 from lorascope.report.drawing import (
+    FRONT_FLOOR,
     MAX_LINES,
     MAX_ROWS,
     Drawing,
     Line,
     Look,
+    Mark,
     Row,
     draw_bands,
     draw_costs,
     draw_forest,
+    draw_front,
     draw_gain,
     draw_lines,
     draw_scale,
@@ -46,6 +52,7 @@ def build_figures(facts: Facts) -> dict[str, Figure]:
     """All figures for which the run folder has numbers, by key."""
     looks = looks_of(list(facts.settings), facts.detailed)
     drawn = [
+        _front_figure(facts, looks),
         _effect_figure(facts, looks),
         _gain_figure(facts, looks),
         _scale_figure(facts, looks),
@@ -61,6 +68,111 @@ def _rows_shown(facts: Facts, arms: Sequence[str]) -> list[str]:
         return list(arms)
     ordered = [arm for arm in facts.ranked if arm in arms] or list(arms)
     return ordered if len(ordered) <= MAX_ROWS else [*ordered[: MAX_ROWS - 4], *ordered[-4:]]
+
+
+def _front_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
+    front, verdict = facts.front, facts.verdict
+    if front is None or verdict is None:
+        return None
+    known = [point for point in front.points if None not in (point.style.value, point.retention.value)]
+    if not known:
+        return None
+    kept = verdict.point.point if verdict.point else None
+    price = 100 * verdict.max_prompt_loss
+    strengths = sorted({point.strength for point in known})
+    notes = []
+    if any(point.epoch == "best" for point in known):
+        notes.append(" Open marks are of the adapter with the lowest held-out loss.")
+    if kept is not None:
+        notes.append(" The ring is what the verdict keeps, its bars the 95 % intervals.")
+    if any((point.retention.value or 0.0) < FRONT_FLOOR / 100 for point in known):
+        notes.append(f" Marks under {cell(FRONT_FLOOR, '.0f').text} % are not drawn; the table has them.")
+    if len(facts.arms) > MAX_LINES:
+        notes.append(f" Colours only for {', '.join(facts.detailed)}.")
+    return Figure(
+        key="front",
+        title="Prompts against style",
+        description=(
+            "Each mark is an arm at one strength. To the right there is more style: 0 is where the base's "
+            "drawings stand, 1 where real pictures of the style do. Further up, more of the base's prompt "
+            "fidelity is left. Along a line the strength grows from the base, at the cross, by "
+            f"{', '.join(f'{strength:g}' for strength in strengths)}, and the marks with it. Grey is what "
+            f"costs at most {price:g} %.{''.join(notes)}"
+        ),
+        alt="Line plot of the share of prompt fidelity kept over style. " + " ".join(_paths(facts, known)),
+        drawing=draw_front(
+            [_mark(point, point.point == kept) for point in known],
+            looks,
+            (0.0, 100.0),
+            100 - price,
+            "style gained over the base",
+            "prompt fidelity kept, %",
+        ),
+        table=_front_table(front, kept, verdict.max_prompt_loss),
+    )
+
+
+def _mark(point: FrontPoint, is_kept: bool) -> Mark:
+    def reach(estimate: Estimate, factor: float) -> tuple[float, float] | None:
+        if not is_kept or estimate.low is None or estimate.high is None:
+            return None
+        return factor * estimate.low, factor * estimate.high
+
+    return Mark(
+        point.arm,
+        point.strength,
+        point.style.value or 0.0,
+        100 * (point.retention.value or 0.0),
+        point.epoch == "best",
+        reach(point.style, 1.0),
+        reach(point.retention, 100.0),
+    )
+
+
+def _paths(facts: Facts, points: Sequence[FrontPoint]) -> list[str]:
+    """A sentence for each arm in detail: what it keeps and gains from strength to strength."""
+    sentences = []
+    for arm in facts.detailed:
+        own = [point for point in points if point.arm == arm and point.epoch == "last"]
+        steps = [
+            f"at {point.strength:g} {100 * (point.retention.value or 0.0):.0f} % and "
+            f"{cell(point.style.value, '+.2f').text}"
+            for point in own
+        ]
+        sentences += [f"{arm}: {', '.join(steps)}."] if steps else []
+    return sentences
+
+
+def _front_table(front: Front, kept: Point | None, max_prompt_loss: float) -> Table:
+    counting = [point.point for point in counting_points(front, max_prompt_loss)]
+    names = ("kept, %", "95 % low", "95 % high", "style", "95 % low", "95 % high")
+    columns = (
+        Column("arm", False),
+        Column("epoch", False),
+        Column("strength"),
+        *(Column(name) for name in names),
+        Column("counts", False),
+    )
+    rows = []
+    for point in front.points:
+        keeps, style = point.retention, point.style
+        shares = [None if value is None else 100 * value for value in (keeps.value, keeps.low, keeps.high)]
+        rows.append(
+            row(
+                Cell(point.arm),
+                Cell(point.epoch),
+                cell(point.strength, "g"),
+                *(cell(value, ".1f") for value in shares),
+                *(cell(value, "+.2f") for value in (style.value, style.low, style.high)),
+                Cell("yes" if point.point in counting else "no"),
+                marked=point.point == kept,
+            )
+        )
+    caption = (
+        "Prompt fidelity kept and style gained at each strength; a point counts if it is shown to gain style "
+        f"and costs at most {100 * max_prompt_loss:g} %"
+    )
+    return Table(caption, columns, tuple(rows))
 
 
 def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:

@@ -37,6 +37,7 @@ from lorascope.report.evidence import (
     list_warnings,
 )
 from lorascope.report.figures import Figure, build_figures
+from lorascope.report.price import MAX_PERCENT, price_choices
 from lorascope.report.tables import (
     Table,
     build_arms_table,
@@ -226,6 +227,7 @@ def _content(facts: Facts, answer: Answer, figures: Mapping[str, Figure]) -> dic
         "fair_summary": _fair_summary(conditions),
         "sections": _sections(facts, figures),
         "why": _why_content(facts),
+        "price": price_choices(facts),
         "command": manifest.get("command", "lorascope study study.toml"),
         "facts": build_fact_tables(facts),
         "toml": facts.config.to_toml(),
@@ -274,6 +276,7 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
     )
     tables = (build_arms_table(facts), *([contrasts] if contrasts else []), build_reference_table())
     sections = [
+        Section("trade", "Prompts and style", "What style costs", _trade_texts(facts), pick("front")),
         Section("why", "Why", "Why each arm wins or fails", _why_texts(facts)),
         Section(
             "effect",
@@ -300,6 +303,21 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
     return [replace(section, number=number) for number, section in enumerate(sections, start=3)]
 
 
+def _trade_texts(facts: Facts) -> tuple[str, ...]:
+    front = facts.front
+    reason = NO_SWEEP if front is None else front.fidelity_reason or front.style_reason
+    if front is None or reason is not None:
+        return (_sentence(reason or NO_SWEEP),)
+    return (
+        "An adapter's strength can be turned down: that gives back some of the prompts and takes some of "
+        "the style. So arms are compared over strengths, not at full strength alone.",
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _why_content(facts: Facts) -> dict[str, Any]:
     """The rows that are shown at once, and those of many arms that are not."""
     rows, focus = explain_arms(facts), arms_in_focus(facts)
@@ -311,7 +329,7 @@ def _why_content(facts: Facts) -> dict[str, Any]:
 
 def _why_texts(facts: Facts) -> tuple[str, ...]:
     if facts.diagnosis is None:
-        return (f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}.",)
+        return (_sentence(NO_SWEEP),)
     return (
         "The first cause that holds, of a fixed order, with the signals that decided; what holds beside it "
         "is named too. An intervention, such as a lower strength, counts more than what only goes along "
@@ -363,6 +381,7 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
                 "look": album.content(taken) if facts.pictures else {"chosen": ()},
             },
             css=_asset("report.css"),
+            max_percent=MAX_PERCENT,
             script=script,
             script_hash=f"sha256-{digest}",
         )

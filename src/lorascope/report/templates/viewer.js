@@ -1,4 +1,4 @@
-// The report's viewer, blind vote and table sorting. Without it the page still shows every picture and number.
+// The report's viewer, blind vote, price slider and table sorting. Without it the page still shows every picture and number.
 "use strict";
 (() => {
   const find = (id) => document.getElementById(id);
@@ -31,6 +31,22 @@
         table.tBodies[0].append(...rows);
       });
     });
+  }
+
+  // The reader's own price: what the same rule keeps at it, as the report worked it out -------------------------------
+  const price = find("price");
+  if (price) {
+    const { answers, places: chosen } = JSON.parse(price.dataset.choices);
+    const range = find("price-range");
+    range.addEventListener("input", () => {
+      const [headline, detail] = answers[chosen[Number(range.value)]];
+      find("price-value").textContent = `${range.value} %`;
+      range.setAttribute("aria-valuetext", `${range.value} %`);
+      // Only a change is written, so that a screen reader says it once.
+      if (find("price-answer").textContent !== headline) find("price-answer").textContent = headline;
+      if (find("price-detail").textContent !== detail) find("price-detail").textContent = detail;
+    });
+    find("price-control").hidden = false;
   }
 
   // The pictures on the page: place ("normal-000-0") -> its prompt and, for each arm, the picture ----------------------
