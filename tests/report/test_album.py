@@ -1,6 +1,7 @@
 """The report's album: prompts by rule, pictures of the run folder alone, and no more than the budget."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, save_picture
 from lorascope.evaluation.scores import BASE, paired_differences, read_scores
+from lorascope.evaluation.sweep_rows import read_sweep, write_sweep
 from lorascope.report.album import Album, _embed
 from lorascope.report.evidence import Facts
+from lorascope.report.why import arms_in_focus
 from lorascope.run_folder import RunDir
 from lorascope.schema import SampleSection
-from synthetic_run import make_run
+from synthetic_run import ABSTRACT, NORMAL, make_run
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +40,54 @@ def test_prompts_are_chosen_by_rule(run: RunDir) -> None:
 def test_pictures_are_taken_in_blocks_until_the_budget_is_used(run: RunDir) -> None:
     album = Album(Facts(run))
     everything = album.fill(10**9)
-    assert len(everything) == 96  # 16 prompts, 2 seeds, the base and two arms
+    scored = [path for path in everything if path.startswith("images/")]
+    assert len(scored) == 96  # 16 prompts, 2 seeds, the base and two arms
+    assert len(everything) - len(scored) == 27  # three prompts by the base and both arms at four strengths
     first = {picture.path for picture in album.blocks()[0]}
     assert len(first) == 24  # the eight chosen prompts of the base and both arms, of the first seed
     assert album.fill(album.size(first)) == first
     assert album.fill(album.size(first) - 1) == set()
     assert album.fill(album.size(everything)) == everything
+
+
+def test_three_prompts_are_shown_from_strength_to_strength(run: RunDir) -> None:
+    facts = Facts(run)
+    album = Album(facts)
+    strips = album.shown_strips(album.fill(10**9))
+    assert [strip.prompt for strip in strips[:2]] == [NORMAL[0], ABSTRACT[0]]
+    assert facts.front is not None
+    (full,) = [point for point in facts.front.of("r16") if point.strength == 1]
+    worst = min(full.per_prompt, key=lambda item: item.difference or 0.0)
+    if (worst.category, worst.prompt_index) not in (("normal", 0), ("abstract", 0)):
+        assert strips[2].prompt == worst.prompt
+    assert "among r16's largest losses" in strips[2].note
+    for strip in strips:
+        assert [arm for arm, _ in strip.rows] == ["r16", "r64"]
+        for arm, pictures in strip.rows:
+            assert [picture.arm for picture in pictures] == ["base", "0.25", "0.5", "0.75", "1"]
+            assert pictures[0].alt == f"base: {strip.prompt} (seed 0)"
+            assert pictures[2].alt == f"{arm} at strength 0.5: {strip.prompt} (seed 0)"
+            assert all(picture.source and picture.score for picture in pictures)
+            assert pictures[4].path.startswith(f"sweep/{arm}/last-s1.00-g7.5/")
+
+
+def test_strips_leave_out_other_epochs_guidances_and_arms_out_of_focus(tmp_path: Path) -> None:
+    many = make_run(
+        tmp_path / "many", ranks=(4, 16, 64), lrs=(5e-4, 1e-3), num_prompts=5, num_steps=4, side_px=16
+    )
+    sweep = read_sweep(many)
+    extra = [row for row in sweep.rows if row.kind == "point" and row.strength == 1]
+    others = [replace(row, epoch="best") for row in extra] + [replace(row, guidance=3.0) for row in extra]
+    write_sweep(many, replace(sweep, rows=(*sweep.rows, *others)))
+    album = Album(Facts(many))
+    focus = arms_in_focus(Facts(many))
+    assert 1 < len(focus) <= 3
+    for strip in album.shown_strips(set()):
+        assert tuple(arm for arm, _ in strip.rows) == focus
+        assert {len(pictures) for _, pictures in strip.rows} == {5}
+    assert f"Of 6 arms these are shown: {', '.join(focus)}." in album.strip_rule
+    many.sweep_parquet.unlink()
+    assert Album(Facts(many)).shown_strips(set()) == []
 
 
 def test_previews_count_as_the_pictures_that_they_are(run: RunDir, tmp_path: Path) -> None:

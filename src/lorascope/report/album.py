@@ -10,10 +10,13 @@ from typing import Any
 from PIL import Image
 
 from lorascope.evaluation.scores import ALL, BASE
-from lorascope.report.evidence import Facts, Picture, count, open_picture
+from lorascope.evaluation.sweep_rows import SweepRow
+from lorascope.report.evidence import MAX_DETAILED, Facts, Picture, count, open_picture
 from lorascope.report.tables import cell
+from lorascope.report.why import arms_in_focus
 
 MAX_PREVIEWS = 6  # in a row
+MAX_STRIPS = 3  # prompts shown from strength to strength
 EMBED_SIDE_PX = 256
 LOSSLESS_SIDE_PX = 96  # pictures up to this side are embedded as they are
 _MARKUP_BYTES = 400  # of a picture in the page, beside its data
@@ -43,6 +46,15 @@ class PromptRow:
     pictures: tuple[Shown, ...]
 
 
+@dataclass(frozen=True)
+class Strip:
+    """One prompt at every strength: a row an arm, the base's picture first. `rows` are arms with theirs."""
+
+    prompt: str
+    note: str
+    rows: tuple[tuple[str, tuple[Shown, ...]], ...]
+
+
 class Album:
     """Chooses the prompts to show and embeds pictures, the most telling first, until the budget is used."""
 
@@ -55,6 +67,7 @@ class Album:
         self.first = [arm for arm in drawn if arm == BASE or arm in facts.detailed]
         self.others = [arm for arm in drawn if arm not in self.first]
         self.chosen = self._choose()
+        self.strips = self._strips()
         self._cache: dict[str, tuple[str, int]] = {}
 
     def _choose(self) -> dict[tuple[str, int], str]:
@@ -110,6 +123,7 @@ class Album:
         """
         rest = [place for place in self.prompts if place not in self.chosen]
         blocks = [self._take(self.first, list(self.chosen), self.seeds[:1])]
+        blocks += [[picture for _, _, rows in self.strips for _, row in rows for picture in row]]
         blocks += [[picture for _, row in self._preview_rows() for _, picture in row]]
         blocks += [self._take([arm], rest, self.seeds[:1]) for arm in self.first]
         blocks += [self._take([arm], self.prompts, self.seeds[:1]) for arm in self.others]
@@ -197,11 +211,13 @@ class Album:
             f"{left_out:,} pictures are not embedded, to keep this page under 5 MB; they lie in the "
             "folder images, by arm."
             if left_out
-            else "Every picture of the run is on this page."
+            else "Every picture that was scored for the table of arms is on this page."
         )
         return {
             "rule": self.rule,
             "chosen": chosen,
+            "strips": self.shown_strips(taken),
+            "strip_rule": self.strip_rule,
             "previews": self.previews(taken),
             "sheet": sheet,
             "sheet_title": f"Contact sheet: {count(len(sheet), 'further row')} of pictures",
@@ -212,6 +228,91 @@ class Album:
                 else ""
             ),
         }
+
+    def _strips(self) -> list[tuple[str, str, list[tuple[str, list[Picture]]]]]:
+        """For each of `MAX_STRIPS` prompts its text, why it was chosen, and the arms in focus, each with its
+        pictures of the last epoch from the base, of strength 0, to the highest strength.
+        """
+        sweep, front = self.facts.sweep, self.facts.front
+        if sweep is None or front is None or front.guidance is None:
+            return []
+        own = [
+            point
+            for point in sweep.points
+            if (point.epoch, point.unconditional, point.guidance) == ("last", "own", front.guidance)
+        ]
+        paths = {
+            arm: sorted((p for p in own if p.arm in (BASE, arm)), key=lambda p: (p.arm != BASE, p.strength))
+            for arm in arms_in_focus(self.facts)
+        }
+        drawn = {(row.point, row.category, row.prompt_index): row for row in reversed(sweep.rows)}
+        strips = []
+        for (category, index), note in self._choose_for_strips().items():
+            rows = [
+                (arm, [_of_row(drawn[key]) for point in path if (key := (point, category, index)) in drawn])
+                for arm, path in paths.items()
+                if len(path) > 1
+            ]
+            if rows and rows[0][1]:
+                strips.append((rows[0][1][0].prompt, note, rows))
+        return strips
+
+    def _choose_for_strips(self) -> dict[tuple[str, int], str]:
+        """The first prompt of each category, then the largest losses at the highest strength of one arm."""
+        front, arm = self.facts.front, self._strip_arm
+        if front is None or arm is None:
+            return {}
+        full = max((p for p in front.of(arm) if p.epoch == "last"), key=lambda p: p.strength, default=None)
+        prompts = full.per_prompt if full else ()
+        chosen: dict[tuple[str, int], str] = {}
+        for item in prompts:
+            if all(category != item.category for category, _ in chosen) and len(chosen) < MAX_STRIPS:
+                chosen[item.category, item.prompt_index] = f"{item.category}, the first"
+        for item in sorted(prompts, key=lambda item: item.difference or 0.0):
+            if item.difference is not None and len(chosen) < MAX_STRIPS:
+                shown = (
+                    f"{item.category}, among {arm}'s largest losses ({cell(item.difference, '+.1f').text})"
+                )
+                chosen.setdefault((item.category, item.prompt_index), shown)
+        return chosen
+
+    @property
+    def _strip_arm(self) -> str | None:
+        """The arm whose losses choose the strips' prompts: the kept one, else the first in focus."""
+        keep = self.facts.verdict.keep if self.facts.verdict else None
+        return keep or next(iter(arms_in_focus(self.facts)), None)
+
+    @property
+    def strip_rule(self) -> str:
+        """How the strips' prompts and arms were chosen, in words."""
+        focus, few = arms_in_focus(self.facts), len(self.facts.arms) <= MAX_DETAILED
+        arms = "" if few else f" Of {len(self.facts.arms)} arms these are shown: {', '.join(focus)}."
+        return (
+            f"The first prompt of each category, then what {self._strip_arm} loses most on at full strength. "
+            f"All pictures of a prompt start from the same noise; the number is the CLIP score.{arms}"
+        )
+
+    def shown_strips(self, taken: set[str]) -> list[Strip]:
+        """The chosen prompts from strength to strength."""
+        strips = []
+        for prompt, note, rows in self.strips:
+            shown = tuple(
+                (
+                    arm,
+                    tuple(
+                        replace(
+                            self.show(picture, taken),
+                            arm=picture.arm,
+                            alt=f"{BASE if picture.arm == BASE else f'{arm} at strength {picture.arm}'}: "
+                            f"{prompt} (seed {picture.seed})",
+                        )
+                        for picture in row
+                    ),
+                )
+                for arm, row in rows
+            )
+            strips.append(Strip(prompt, note, shown))
+        return strips
 
     def _preview_rows(self) -> list[tuple[str, list[tuple[int, Picture]]]]:
         """For each arm in detail and each preview prompt the pictures by epoch, the base first, at most
@@ -256,6 +357,12 @@ class Album:
         shown = tuple(self.show(picture, taken) for picture in pictures)
         prompt = pictures[0].prompt if pictures else ""
         return PromptRow(f"{place[0]}-{place[1]:03d}-{seed}", place[0], prompt, seed, note, shown)
+
+
+def _of_row(row: SweepRow) -> Picture:
+    """A picture of the sweep, named by its strength."""
+    name = BASE if row.arm == BASE else f"{row.strength:g}"
+    return Picture(name, row.category, row.prompt_index, row.prompt, row.seed, row.image, row.clip_score)
 
 
 def pictures_of(facts: Facts, arm: str) -> list[Picture]:

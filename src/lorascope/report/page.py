@@ -378,7 +378,7 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
             r={
                 **content,
                 "verdict": verdict,
-                "look": album.content(taken) if facts.pictures else {"chosen": ()},
+                "look": album.content(taken) if facts.pictures else {"chosen": (), "strips": ()},
             },
             css=_asset("report.css"),
             max_percent=MAX_PERCENT,
@@ -394,7 +394,7 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
 def _render_markdown(facts: Facts, content: dict[str, Any]) -> str:
     album = Album(facts)
     text: str = _template("report.md.j2", autoescape=False).render(
-        r={**content, "look": album.content(set()) if facts.pictures else {"chosen": ()}}
+        r={**content, "look": album.content(set()) if facts.pictures else {"chosen": (), "strips": ()}}
     )
     return text
 
