@@ -1,7 +1,7 @@
 """Plant faults on the pocket base, see what the diagnosis calls them, and learn its thresholds.
 
 Command:  python -m benchmarks.faults --out build/faults
-Time:     about 7 hours on 2 CPU cores by its own estimate, which has not been run; `--quick` under 10
+Time:     about 6 h 30 min on 2 CPU cores by its own estimate, never run as a whole; `--quick` about 9
           minutes. `--dry-run` says what it would do.
 Result:   build/faults/full/matrix.md and matrix.json; of `--quick` in build/faults/quick.
 

@@ -18,8 +18,6 @@ from lorascope.seeding import seeded
 from lorascope.study import Study
 from lorascope.training.stage import Material
 
-BLOCK_PX = 8
-
 
 class ScrambledStudy(Study):
     """A study with scrambled copies of its first pictures, captioned by nothing, among what it trains on.
@@ -45,15 +43,11 @@ class ScrambledStudy(Study):
 
 
 def scramble(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The picture, uint8 [height, width, 3], with its blocks of `BLOCK_PX` in an order of their own."""
-    height, width, channels = picture.shape
-    rows, columns = height // BLOCK_PX, width // BLOCK_PX
-    blocks = picture[: rows * BLOCK_PX, : columns * BLOCK_PX]
-    blocks = blocks.reshape(rows, BLOCK_PX, columns, BLOCK_PX, channels).swapaxes(1, 2)
+    """The picture, uint8 [height, width, 3], with its pixels in an order of their own."""
     generator = seeded("scrambled", hashlib.sha256(picture.tobytes()).hexdigest())
-    order = torch.randperm(rows * columns, generator=generator).numpy()
-    shuffled = blocks.reshape(rows * columns, BLOCK_PX, BLOCK_PX, channels)[order].reshape(blocks.shape)
-    return shuffled.swapaxes(1, 2).reshape(rows * BLOCK_PX, columns * BLOCK_PX, channels)
+    pixels = picture.reshape(-1, picture.shape[-1])
+    shuffled: NDArray[np.uint8] = pixels[torch.randperm(len(pixels), generator=generator).numpy()]
+    return shuffled.reshape(picture.shape)
 
 
 def with_scrambled(sound: Encoded, latents: list[torch.Tensor]) -> Encoded:
