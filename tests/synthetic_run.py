@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lorascope.diagnosis.causes import decide_all
+from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.record import write_diagnosis
 from lorascope.diagnosis.signals import (
     ArmSignals,
@@ -470,9 +471,27 @@ def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str])
         found |= {key: make_signal(key, 1.0) for key in sound}
         fields = training_signals([], arm.name, "loss is not finite" if arm.name in failed else None)
         if arm.name not in failed:
-            fields |= {**found, **sweep_signals(fronts, arm.name)}
+            fields |= {**found, **sweep_signals(fronts, arm.name), "layers": _layers(arm, size)}
         signals.append(ArmSignals(arm, best_epoch=4, num_train=100, caption_dropout=0.1, **fields))
     write_diagnosis(run, decide_all(signals))
+
+
+def _layers(arm: Arm, size: float) -> tuple[LayerFigures, ...]:
+    """Updates that grow towards the output, and are larger in what reads the prompt."""
+    places = [
+        f"{side}_blocks.{block}" for side, blocks in (("down", "012"), ("up", "123")) for block in blocks
+    ]
+    paths = [f"unet.{place}.attentions.{n}" for place in places[:3] for n in (0, 1)]
+    paths += ["unet.mid_block.attentions.0"]
+    paths += [f"unet.{place}.attentions.{n}" for place in places[3:] for n in (0, 1, 2)]
+    found = []
+    for depth, path in enumerate(paths):
+        for attention in (1, 2):
+            for n, kind in enumerate(("to_q", "to_k", "to_v", "to_out.0")):
+                layer = f"{path}.transformer_blocks.0.attn{attention}.{kind}"
+                ratio = size * (0.5 + depth / len(paths)) * (0.7 + 0.15 * n) * attention / 1.5
+                found.append(LayerFigures(layer, arm.rank, ratio, 1.5 * ratio, 3.0, 8, 10, 0))
+    return tuple(found)
 
 
 def _draw(

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorascope.diagnosis.causes import decide_all
+from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.record import Keep, read_diagnosis, write_diagnosis
 from lorascope.diagnosis.signals import ArmSignals, GuidanceSignal, make_signal
 from lorascope.diagnosis.thresholds import Thresholds
@@ -17,13 +19,18 @@ from lorascope.store import digest_json
 from synthetic_signals import an_arm, default_arm, diverged_arm, healthy_arm, overfit_arm
 
 KEEP = Keep("r16", "last", 1.0, 0.3, 0.97)
+LAYERS = (
+    LayerFigures("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 64, 0.2, 0.3, 4.5, 12, 10, 1),
+    LayerFigures("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k", 64, None, None, 0.0, 0, 0, 0),
+)
 LEARNED = Thresholds().with_values({"train_gap": 0.03}, "planted faults")
 
 
 def some_diagnoses() -> Any:
     guided = healthy_arm(guidances=(GuidanceSignal(3.0, make_signal("retention", 0.8)),))
     unknown = ArmSignals(an_arm("unknown"))
-    return decide_all([guided, default_arm(), diverged_arm(), overfit_arm(), unknown], LEARNED)
+    default = replace(default_arm(), layers=LAYERS)
+    return decide_all([guided, default, diverged_arm(), overfit_arm(), unknown], LEARNED)
 
 
 @pytest.fixture
@@ -56,12 +63,14 @@ def test_the_documented_keys_are_there(run: RunDir) -> None:
     text = " ".join((Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8").split())
     described = text.split("`diagnosis.json`: `")[1].split("`scores.parquet` columns")[0]
     arm = values["arms"]["r64"]
+    assert arm["layers"] == [asdict(layer) for layer in LAYERS]
     for key in (
         *values,
         *values["keep"],
         *arm,
         *arm["remedy"],
         *arm["points"][0],
+        *arm["layers"][0],
         *arm["signals"],
         *arm["signals"]["heldout"],
     ):
@@ -89,13 +98,13 @@ def test_what_other_versions_left_out_or_added(run: RunDir) -> None:
         values["news"] = values["arms"]["r64"]["news"] = values["keep"]["news"] = 1
         values["arms"]["r64"]["signals"]["news"] = {}
         values["arms"]["r64"]["remedy"]["news"] = 1
-        del values["arms"]["r64"]["signals"]["heldout"]
+        del values["arms"]["r64"]["signals"]["heldout"], values["arms"]["r64"]["layers"]
         del values["thresholds"]["black"]
 
     change(run, edit)
     record = read_diagnosis(run)
     assert record.arms["r64"].signals.heldout.note == "not measured"
-    assert record.thresholds == LEARNED
+    assert (record.thresholds, record.arms["r64"].signals.layers) == (LEARNED, ())
 
 
 def set_cause(values: dict[str, Any]) -> None:

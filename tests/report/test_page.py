@@ -19,6 +19,7 @@ import pytest
 import tomli_w
 
 from lorascope.config import load_study
+from lorascope.diagnosis.record import read_diagnosis, write_diagnosis
 from lorascope.errors import StorageError
 from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.prompts import Prompt
@@ -185,7 +186,7 @@ def test_page_is_accessible(two_arms: tuple[RunDir, Report, Page]) -> None:
 
 def test_every_figure_stands_in_page_markdown_and_folder(two_arms: tuple[RunDir, Report, Page]) -> None:
     run, report, page = two_arms
-    keys = ["front", "effect", "scale", "loss", "probe-epochs", "probe-bands", "cost"]
+    keys = ["front", "effect", "scale", "loss", "probe-epochs", "probe-bands", "cost", "layers"]
     assert sorted(path.name for path in report.figure_paths) == sorted(
         f"{key}.{suffix}" for key in keys for suffix in ("svg", "png")
     )
@@ -310,6 +311,26 @@ def test_adapters_of_the_best_epoch_are_open_marks(copied: RunDir) -> None:
     assert "Open marks are of the adapter with the lowest held-out loss." in figure.description
     assert "Marks under \N{MINUS SIGN}20 % are not drawn; the table has them." in figure.description
     assert "best" in [row.cells[1].text for row in figure.table.rows]
+
+
+def test_the_heat_map_has_the_ratio_of_every_layer(two_arms: tuple[RunDir, Report, Page]) -> None:
+    facts = Facts(two_arms[0])
+    figure = build_figures(facts)["layers"]
+    assert facts.diagnosis is not None
+    ratios = [layer.norm_ratio for arm in facts.arms for layer in facts.diagnosis.arms[arm].signals.layers]
+    assert sorted(cell.value for row in figure.table.rows for cell in row.cells[2:]) == sorted(ratios)  # type: ignore[type-var]
+    assert [cell.text for cell in figure.table.rows[0].cells[:2]] == ["r16", "down 0.0"]
+    assert figure.drawing.page_svg.count("var(--series-0)") >= len(ratios)
+    assert "r16 at most" in figure.alt and "up 3.2 attn2.to_out.0" in figure.alt
+
+
+def test_a_diagnosis_without_layers_has_no_heat_map(copied: RunDir) -> None:
+    record = read_diagnosis(copied)
+    bare = {
+        arm: replace(found, signals=replace(found.signals, layers=())) for arm, found in record.arms.items()
+    }
+    write_diagnosis(copied, bare)
+    assert "layers" not in build_figures(Facts(copied))
 
 
 def test_the_chosen_prompts_come_first_and_no_picture_is_left_out(

@@ -61,6 +61,7 @@ def measure_arms(finished: Finished, sweep: Sweep) -> list[ArmSignals]:
             fields |= {"best_epoch": best.best_epoch if best else None}
             fields |= sweep_signals(fronts, name)
             fields |= loss_signals(losses.get(name), rise)
+            fields |= {"layers": tuple(layers.get((name, "last"), ()))}
             fields |= weight_signals(summarise(layers[name, "last"]) if layers.get((name, "last")) else None)
             adapter = finished.adapters.get((name, "last"))
             fields |= file_signals(

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from lorascope import __version__
 from lorascope.diagnosis.causes import CAUSES, DEFAULT_THRESHOLDS, Change, Confidence, Diagnosis, Remedy
+from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.signals import ArmSignals, GuidanceSignal, PointSignals, Signal
 from lorascope.diagnosis.thresholds import THRESHOLD_SHAPE, Threshold, Thresholds
 from lorascope.errors import StorageError
@@ -33,6 +34,16 @@ _POINT: Any = {
     "retention": _SIGNAL,
     "style": _SIGNAL,
     "discrepancy": _SIGNAL,
+}
+_LAYER: Any = {
+    "layer": str,
+    "rank": int,
+    "norm_ratio": Maybe(Number),
+    "spectral_ratio": Maybe(Number),
+    "stable_rank": Number,
+    "rank_95": int,
+    "num_directions": int,
+    "num_intruders": int,
 }
 _KEYS = tuple(ArmSignals(Arm(name="", rank=1, alpha=1.0, lr=1.0, seed=0)).by_key())
 _ARM: Any = {
@@ -64,6 +75,7 @@ _ARM: Any = {
     "caption_dropout": Maybe(Number),
     "points": [_POINT],
     "guidances": [{"guidance": Number, "retention": _SIGNAL}],
+    "layers?": [_LAYER],
     "signals": {f"{key}?": _SIGNAL for key in _KEYS},
 }
 _SHAPE: Any = {
@@ -138,6 +150,7 @@ def _as_json(found: Diagnosis) -> dict[str, Any]:
         "caption_dropout": signals.caption_dropout,
         "points": [asdict(point) for point in signals.points],
         "guidances": [asdict(item) for item in signals.guidances],
+        "layers": [asdict(layer) for layer in signals.layers],
         "signals": {key: asdict(signal) for key, signal in signals.by_key().items()},
     }
 
@@ -206,6 +219,7 @@ def _diagnosis(found: Mapping[str, Any]) -> Diagnosis:
         caption_dropout=found["caption_dropout"],
         points=points,
         guidances=guidances,
+        layers=tuple(LayerFigures(**_known(LayerFigures, layer)) for layer in found.get("layers", ())),
         **{key: _signal(found["signals"][key]) for key in _KEYS if key in found["signals"]},
     )
     return Diagnosis(

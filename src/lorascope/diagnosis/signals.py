@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.diagnosis.layers import Summary
+from lorascope.diagnosis.layers import LayerFigures, Summary
 from lorascope.diagnosis.loss_figures import LossFigures, Measured, Rise
 from lorascope.evaluation.copying import COPY_THRESHOLD, Copying
 from lorascope.evaluation.front import Estimate, Front, FrontPoint, trace_front
@@ -126,7 +126,8 @@ class GuidanceSignal:
 class ArmSignals:
     """All that is known of one arm; what was not measured says why in its note.
 
-    `best_epoch` is the one with the lowest held-out loss, `num_train` the training pictures.
+    `best_epoch` is the one with the lowest held-out loss, `num_train` the training pictures, `layers` the
+    update of the last epoch by layer, empty where that was not measured.
     """
 
     arm: Arm
@@ -135,6 +136,7 @@ class ArmSignals:
     caption_dropout: float | None = None
     points: tuple[PointSignals, ...] = ()
     guidances: tuple[GuidanceSignal, ...] = ()
+    layers: tuple[LayerFigures, ...] = ()
     finished: Signal = field(default=make_signal("finished", None))
     finite_training: Signal = field(default=make_signal("finite_training", None))
     finite_losses: Signal = field(default=make_signal("finite_losses", None))

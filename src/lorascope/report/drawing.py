@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from lorascope.diagnosis.layers import HeatMap
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
@@ -483,6 +485,52 @@ def _draw_path(axes: "Axes", marks: Sequence[Mark], look: Look, origin: tuple[fl
             markeredgewidth=1.1 if mark.is_open else 0.5,
             zorder=4 if named else 2.5,
         )
+
+
+def draw_heat(maps: Mapping[str, HeatMap], greatest: float, key: str = "layers") -> Drawing:
+    """Heat maps side by side, one an arm, on one scale from 0 to `greatest` > 0; a cell without a value stays
+    empty. One hue, the stronger the larger, so that it reads on light and dark paper alike.
+    """
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Patch, Rectangle
+
+    widest = max(len(heat.columns) for heat in maps.values())
+    tallest = max(len(heat.rows) for heat in maps.values())
+    longest = max(map(len, maps))
+    across = min(len(maps), 4 if widest <= 8 else 2 if widest <= 16 else 1, max(1, 54 // longest))
+    shares = len({heat.rows for heat in maps.values()}) == 1
+    down = math.ceil(len(maps) / across)
+
+    def shade(value: float) -> Any:
+        return to_rgba(_COLOURS[0], 0.06 + 0.94 * min(1.0, value / greatest))
+
+    with _canvas(down, across, 0.4 + down * (1.1 + 0.125 * tallest), sharey=shares) as (figure, grid):
+        for axes in grid[len(maps) :]:
+            axes.set_visible(False)
+        for axes, (arm, heat) in zip(grid, maps.items(), strict=False):
+            for y, values in enumerate(heat.values):
+                for x, value in enumerate(values):
+                    if value is not None:
+                        cell = Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=shade(value))
+                        cell.set_clip_on(False)  # a clip path for each would double the file
+                        axes.add_patch(cell)
+            axes.set_title(arm, fontsize=7.8)
+            axes.set_xlim(-0.5, len(heat.columns) - 0.5)
+            axes.set_ylim(len(heat.rows) - 0.5, -0.5)
+            axes.set_xticks(range(len(heat.columns)), heat.columns, rotation=90, fontsize=6.4)
+            axes.set_yticks(range(len(heat.rows)), heat.rows, fontsize=6.4)
+            axes.tick_params(length=0)
+            axes.grid(visible=False)
+        steps = [greatest * part for part in (0.25, 0.5, 1.0)]
+        figure.legend(
+            handles=[Patch(facecolor=shade(value), label=f"{value:.2g}") for value in steps],
+            loc="outside upper left",
+            ncol=len(steps),
+            handlelength=1.2,
+            columnspacing=1.2,
+            borderaxespad=0.1,
+        )
+        return _finish(figure, key)
 
 
 def _whole_numbers(count: int) -> Any:

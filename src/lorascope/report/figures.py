@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorascope.diagnosis.layers import heat_map, place_of, summarise
 from lorascope.evaluation.choice import counting_points
 from lorascope.evaluation.front import Estimate, Front, FrontPoint
 from lorascope.evaluation.scores import ALL, BASE, CAPTIONS, NOISE, REAL, SHUFFLED
@@ -25,12 +26,14 @@ from lorascope.report.drawing import (
     draw_forest,
     draw_front,
     draw_gain,
+    draw_heat,
     draw_lines,
     draw_scale,
     looks_of,
 )
 from lorascope.report.evidence import Facts, count
 from lorascope.report.tables import REFERENCE, Cell, Column, Table, cell, row
+from lorascope.report.why import arms_in_focus
 
 NUM_CURVE_POINTS = 160
 
@@ -59,6 +62,7 @@ def build_figures(facts: Facts) -> dict[str, Figure]:
         _loss_figure(facts, looks),
     ]
     drawn += [_epochs_figure(facts, looks), _bands_figure(facts, looks), _cost_figure(facts, looks)]
+    drawn += [_layers_figure(facts)]
     return {figure.key: figure for figure in drawn if figure is not None}
 
 
@@ -173,6 +177,47 @@ def _front_table(front: Front, kept: Point | None, max_prompt_loss: float) -> Ta
         f"and costs at most {100 * max_prompt_loss:g} %"
     )
     return Table(caption, columns, tuple(rows))
+
+
+def _layers_figure(facts: Facts) -> Figure | None:
+    found = facts.diagnosis.arms if facts.diagnosis else {}
+    layers = {arm: found[arm].signals.layers for arm in arms_in_focus(facts) if arm in found}
+    spreads = {arm: summarise(own).norm_ratio for arm, own in layers.items() if own}
+    known = {arm: spread for arm, spread in spreads.items() if spread is not None}
+    maps = {arm: heat_map(layers[arm], "norm_ratio") for arm in known}
+    greatest = max((spread.greatest for spread in known.values()), default=0.0)
+    if not greatest > 0:
+        return None
+    kinds = tuple(dict.fromkeys(column for heat in maps.values() for column in heat.columns))
+    table = []
+    for arm, heat in maps.items():
+        for place, values in zip(heat.rows, heat.values, strict=True):
+            by_kind = dict(zip(heat.columns, values, strict=True))
+            ratios = (by_kind.get(kind) for kind in kinds)
+            cells = (Cell("") if ratio is None else cell(ratio, ".3f") for ratio in ratios)
+            table.append(row(Cell(arm), Cell(place), *cells))
+    medians = ", ".join(f"{arm} {spread.median:.2g}" for arm, spread in known.items())
+    tops = "; ".join(
+        f"{arm} at most {spread.greatest:.2g}, in {' '.join(place_of(spread.greatest_layer))}"
+        for arm, spread in known.items()
+    )
+    return Figure(
+        key="layers",
+        title="Where the update sits",
+        description=(
+            "Size of each adapted layer's update beside the base's weight (Frobenius norms), after the last "
+            f"epoch: the stronger the colour, the larger. Medians: {medians}. Rows are places in the model, "
+            "from input to output, columns kinds of layers. No size is known to be too much by itself: "
+            "compare arms."
+        ),
+        alt=f"Heat maps of the update's size by layer: {tops}.",
+        drawing=draw_heat(maps, greatest),
+        table=Table(
+            "Size of the update over that of the base's weight by layer",
+            (Column("arm", False), Column("place", False), *(Column(kind) for kind in kinds)),
+            tuple(table),
+        ),
+    )
 
 
 def _effect_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:

@@ -277,7 +277,7 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
     tables = (build_arms_table(facts), *([contrasts] if contrasts else []), build_reference_table())
     sections = [
         Section("trade", "Prompts and style", "What style costs", _trade_texts(facts), pick("front")),
-        Section("why", "Why", "Why each arm wins or fails", _why_texts(facts)),
+        Section("why", "Why", "Why each arm wins or fails", _why_texts(facts), pick("layers")),
         Section(
             "effect",
             "Effect",
