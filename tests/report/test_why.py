@@ -12,7 +12,15 @@ from lorascope.report.page import build_report
 from lorascope.report.why import arms_in_focus, explain_arms
 from lorascope.run_folder import RunDir
 from synthetic_run import make_run
-from synthetic_signals import an_arm, default_arm, diverged_arm, healthy_arm, overfit_arm
+from synthetic_signals import (
+    a_point,
+    an_arm,
+    default_arm,
+    diverged_arm,
+    healthy_arm,
+    overfit_arm,
+    signals_of,
+)
 
 
 @pytest.fixture
@@ -49,6 +57,17 @@ def test_states_say_whether_there_is_a_way_to_use_the_arm(run: RunDir) -> None:
     missing = explain_arms(Facts(run))[1]
     assert (missing.state, missing.css) == (NOT_MEASURED, "not-measured")
     assert missing.cause == "not measured: run `lorascope diagnose RUN`"
+
+
+def test_what_is_open_is_said_once(run: RunDir) -> None:
+    undecided = signals_of(an_arm("r16"), a_point(1.0, 0.91, 0.3))
+    diagnose(run, r16=undecided)
+    row = explain_arms(Facts(run))[0]
+    assert (row.state, row.evidence_name) == (NOT_MEASURED, "What is open")
+    assert row.evidence[1].startswith("About ")
+    assert not [text for text in row.now if "prompts would decide" in text]
+    page = build_report(run).html_path.read_text(encoding="utf-8")
+    assert "<dt>What is open</dt>" in page and "<dt>Against it</dt>" not in page
 
 
 def test_where_the_verdict_uses_another_strength_both_are_named(run: RunDir) -> None:

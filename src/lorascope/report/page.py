@@ -334,7 +334,7 @@ def _why_texts(facts: Facts) -> tuple[str, ...]:
         "The first cause that holds, of a fixed order, with the signals that decided; what holds beside it "
         "is named too. An intervention, such as a lower strength, counts more than what only goes along "
         "with a fault. Every signal with its interval and control, and every threshold with its source, "
-        "stands in diagnosis.json.",
+        "stands in diagnosis.json. `lorascope next RUN` prints the study to run after this one.",
     )
 
 

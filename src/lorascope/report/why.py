@@ -57,6 +57,11 @@ class Why:
         return SIGNS[self.state]
 
     @property
+    def evidence_name(self) -> str:
+        """What the evidence is called: it stands for a cause, or says what is open."""
+        return "What is open" if self.state == NOT_MEASURED else "For it"
+
+    @property
     def settings(self) -> tuple[tuple[str, str], ...]:
         """What the next study should change: each as a line of a study file, empty where there is none, and
         why.
@@ -127,7 +132,7 @@ def _say_now(facts: Facts, arm: str, found: Diagnosis) -> Iterator[str]:
     numbers = remedy.reason.partition(": ")[2].rstrip(".")
     if remedy.reason and not (numbers and numbers in evidence):
         yield remedy.reason
-    if remedy.prompts is not None:
+    if remedy.prompts is not None and f"About {remedy.prompts:,} prompts" not in evidence:
         yield f"At least {remedy.prompts:,} prompts would decide what is open."
 
 
