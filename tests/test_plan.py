@@ -129,7 +129,10 @@ def test_a_plan_tells_what_its_prompts_and_seeds_could_show(pipeline_folder: Pat
     assert plan_of("sample.seeds=[0, 1]").power.prompt_std == 15
     assert json.loads(json.dumps(asdict(three)))["power"]["seed_std"] == 2
     other = plan_of("score.model=openai/clip-vit-large-patch14")
-    assert other.power.source == "as published for SD v1.5"
+    assert (
+        other.power.source
+        == "between prompts as published for SD v1.5, between seeds in the pocket world's proportion"
+    )
 
 
 def test_a_study_that_could_not_start_is_not_planned() -> None:

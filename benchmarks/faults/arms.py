@@ -1,8 +1,9 @@
 """Which faults are planted: arms of studies on the pocket base, each with the cause that it should be given.
 
-The doses rest on one series of measurements on the pocket base (450 steps of batch 4, alpha = 2 x rank): rank
-16 at a learning rate of 1e-4 kept 80 % of the base's prompt fidelity at strength 1, so what counts as healthy
-by the rule, at most 10 % lost, has to be weaker than that. A mild dose of a fault is one near its border.
+The doses rest on one series of measurements on the pocket base of before it was trained further (450 steps of
+batch 4, alpha = 2 x rank): rank 16 at a learning rate of 1e-4 kept 80 % of the base's prompt fidelity at
+strength 1, so what counts as healthy by the rule, at most 10 % lost, has to be weaker than that.
+A mild dose of a fault is one near its border.
 """
 
 from collections.abc import Iterator, Sequence

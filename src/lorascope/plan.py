@@ -36,6 +36,7 @@ _EFFICIENCY = {"cpu": 0.25, "cuda": 0.3, "mps": 0.25}
 # spread). Of other scorers only what was published for Stable Diffusion v1.5 is known, pictures of one arm;
 # between training seeds they are taken to spread in the pocket world's proportion.
 _POCKET_STDS, _OTHER_STDS = (21.0, 15.0, 2.0), (3.2, 3.2, 0.3)
+_OTHER_SOURCE = "between prompts as published for SD v1.5, between seeds in the pocket world's proportion"
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _power(config: StudyConfig, num_prompts: int) -> Power:
         num_training_seeds=seeds,
         prompt_std=prompt_std,
         seed_std=seed_std,
-        source="as measured on the pocket world" if is_pocket else "as published for SD v1.5",
+        source="as measured on the pocket world" if is_pocket else _OTHER_SOURCE,
         smallest_difference=smallest_detectable_effect(prompt_std, num_prompts, seed_std, seeds),
     )
 

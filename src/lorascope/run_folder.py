@@ -198,6 +198,7 @@ class RunDir:
         self.sweep_parquet = path / "sweep.parquet"
         self.diagnosis_json = path / "diagnosis.json"
         self.features_safetensors = path / "features.safetensors"
+        self.style_features_safetensors = path / "style_features.safetensors"
         self.merge_check_json = path / "merge_check.json"
         self.adapters_dir = path / "adapters"
         self.checkpoints_dir = path / "checkpoints"

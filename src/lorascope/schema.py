@@ -480,8 +480,8 @@ class ScoreSection(Section):
     revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
     style_model: Text | None = Field(
         default=None,
-        description="a second model that measures style beside the scorer: a DINOv2 or CLIP folder, or a hub "
-        "id such as `facebook/dinov2-base`",
+        description="a model whose features measure style in place of the scorer's: a DINOv2 or CLIP folder, "
+        "or a hub id such as `facebook/dinov2-base`",
     )
     batch_size: BatchSize = Field(default=64, description="pictures scored at once")
     resamples: Whole = Field(

@@ -28,7 +28,7 @@ from lorascope.diagnosis.finished import Finished
 from lorascope.diagnosis.stage import diagnose
 from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError, StorageError
-from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder
+from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder, load_style_encoder
 from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.prompts import Prompt, check_prefix, describe_cut, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_jobs
@@ -472,7 +472,8 @@ class Study:
         )
         with self._stage("diagnose", inputs) as note:
             encoder = load_encoder(self.config.score, self.device)
-            found = diagnose(finished, encoder, software_versions(_PACKAGES))
+            style_encoder = load_style_encoder(self.config.score, self.device)
+            found = diagnose(finished, encoder, software_versions(_PACKAGES), style_encoder)
             note(pictures=sum(part.num_pictures for part in finished.parts))
         for arm, diagnosis in found.items():
             log.info("diagnose %s: %s", arm, diagnosis.as_line())

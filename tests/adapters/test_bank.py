@@ -139,6 +139,15 @@ def test_a_fresh_adapter_is_an_exact_no_op(base: Base, bank: AdapterBank) -> Non
     assert torch.equal(plain, adapted)
 
 
+def test_an_adapter_taken_from_the_bank_stays_as_it_was(bank: AdapterBank) -> None:
+    taken = bank.adapter(1)
+    before = {name: (module.down.clone(), module.up.clone()) for name, module in taken.modules.items()}
+    bank.parameters.add_(1.0)
+    for name, (down, up) in before.items():
+        assert torch.equal(taken.modules[name].down, down) and torch.equal(taken.modules[name].up, up)
+        assert taken.modules[name].up.is_contiguous()
+
+
 def test_strength_zero_is_exactly_the_base(base: Base, bank: AdapterBank) -> None:
     randomize(bank)
     noisy, timesteps, text = unet_inputs(4)

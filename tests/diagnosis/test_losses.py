@@ -12,12 +12,11 @@ from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
 from lorascope.base.loading import Base
 from lorascope.console import track
 from lorascope.data.encoding import Encoded
-from lorascope.diagnosis.loss_figures import Losses, Measured
+from lorascope.diagnosis.loss_figures import Losses, Measured, loss_figures
 from lorascope.diagnosis.losses import (
     choose_pictures,
     count_probes,
     encode_drawings,
-    measure_losses,
     measure_tables,
 )
 from lorascope.errors import RunError
@@ -73,7 +72,8 @@ def test_strength_0_is_the_base_and_damage_is_seen(
     slices = {"off": Slice(1, 0.0), "fresh": Slice(0), "damaged": Slice(1)}
     bank.attach()
     with track("diagnose", 1, "pictures") as tally:
-        figures = measure_losses(base, bank, slices, *sets, tally)
+        losses = measure_tables(base, bank, slices, *sets, tally)
+    figures = {name: loss_figures(losses, name) for name in slices}
     bank.detach()
     for name in ("off", "fresh"):
         same = figures[name]

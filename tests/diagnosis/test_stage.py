@@ -80,6 +80,22 @@ def test_a_run_is_diagnosed_later_as_it_would_have_been(
         assert path.read_bytes() == (finished / path.name).read_bytes()
 
 
+def test_a_model_for_style_takes_the_scorers_place_there(
+    study_file: Path, scorer_folder: Path, finished: Path, tmp_path: Path
+) -> None:
+    """With the scorer's own folder: the same style, by features of a file of their own."""
+    run = RunDir(undiagnosed(finished, tmp_path / "run"))
+    study = make_study(study_file, run.path, f"score.style_model={scorer_folder}")
+    run.study_toml.write_text(study.config.to_toml())
+    with study.working("test"):
+        study.diagnose()
+    found, before = read_sweep(run), read_sweep(RunDir(finished))
+    assert found.style.model == str(scorer_folder) and before.style.model is None
+    assert run.style_features_safetensors.exists()
+    assert found.rows == before.rows and found.discrepancies == before.discrepancies
+    assert found.style.auc == before.style.auc and found.style.controls == before.style.controls
+
+
 def test_a_failed_arm_is_numerical_and_the_others_are_diagnosed(
     study_file: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -275,7 +275,7 @@ class AdapterBank:
         return own
 
     def adapter(self, index: int) -> Adapter:
-        """Adapter `index` as it goes into files: float32, without padding, on the CPU."""
+        """Adapter `index` as it goes into files: float32 copies, without padding, on the CPU."""
         arm = self.arms[index]
         modules = {}
         for target in self.targets:
@@ -284,7 +284,9 @@ class AdapterBank:
             up = up if len(target.down_shape) == 1 else up[:, :, None, None]
             down = layer.down.detach()[index, :rank]
             modules[_name_in_files(target)] = LoraModule(
-                down.cpu().contiguous(), up.cpu().contiguous(), target.alpha(arm)
+                down.cpu().clone(memory_format=torch.contiguous_format),
+                up.cpu().clone(memory_format=torch.contiguous_format),
+                target.alpha(arm),
             )
         return Adapter(modules, "bank", {}, ())
 

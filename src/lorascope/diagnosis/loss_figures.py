@@ -1,7 +1,7 @@
 """What denoising losses at fixed noise say about an arm: figures with intervals over pictures.
 
 All is paired over pictures: an arm's loss and the base's are of the same picture, noise and timestep. Losses
-are means over timestep bands unless a band is named. `measure_losses` in `diagnosis.losses` makes the tables;
+are means over timestep bands unless a band is named. `measure_tables` in `diagnosis.losses` makes the tables;
 here is what they mean, in plain numbers, so that a report can have it without torch.
 """
 

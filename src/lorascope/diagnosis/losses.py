@@ -19,7 +19,7 @@ from lorascope.base.loading import Base
 from lorascope.console import Tally
 from lorascope.data.encoding import Encoded
 from lorascope.data.pictures import RefusedError, open_picture
-from lorascope.diagnosis.loss_figures import Losses, LossFigures, SetLosses, loss_figures
+from lorascope.diagnosis.loss_figures import Losses, SetLosses
 from lorascope.errors import RunError, first_line
 from lorascope.store import read_regular
 from lorascope.training.probe import NUM_BANDS, Probe, band_names, probe_losses
@@ -27,21 +27,6 @@ from lorascope.training.probe import NUM_BANDS, Probe, band_names, probe_losses
 MAX_PICTURES = 100  # of training and of held-out pictures
 NUM_DRAWINGS = 16
 _TEXTS_AT_ONCE = 64
-
-
-def measure_losses(
-    base: Base,
-    bank: AdapterBank,
-    slices_by_name: Mapping[str, Slice],
-    train: Encoded,
-    heldout: Encoded,
-    drawings: Encoded,
-    tally: Tally,
-    num_drawings: int = NUM_DRAWINGS,
-) -> dict[str, LossFigures]:
-    """The figures of each arm, a slice of the attached bank, as `measure_tables` measures them."""
-    losses = measure_tables(base, bank, slices_by_name, train, heldout, drawings, tally, num_drawings)
-    return {name: loss_figures(losses, name) for name in losses.names}
 
 
 def measure_tables(

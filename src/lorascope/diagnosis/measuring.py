@@ -18,13 +18,13 @@ from lorascope.diagnosis.losses import count_probes, encode_drawings, measure_ta
 from lorascope.diagnosis.read_back import read_back
 from lorascope.diagnosis.signals import (
     ArmSignals,
+    Fronts,
     copying_signals,
     file_signals,
     find_picture_faults,
     loss_signals,
     picture_signals,
     sweep_signals,
-    trace_fronts,
     training_signals,
     weight_signals,
 )
@@ -36,18 +36,18 @@ from lorascope.store import read_regular
 Pictures = Sequence[NDArray[np.uint8]]
 
 
-def measure_arms(finished: Finished, sweep: Sweep) -> list[ArmSignals]:
-    """The signals of every arm of the study; of one whose training failed, that it did.
+def measure_arms(finished: Finished, sweep: Sweep, fronts: Fronts) -> list[ArmSignals]:
+    """The signals of every arm of the study, `fronts` being those of the sweep; of an arm whose training
+    failed, that it did.
 
     Raises as reading the run folder does.
     """
     run, config = finished.run, finished.config
     names = [arm.name for arm in config.expand_arms()]
     metrics, merges = run.read_metrics(names), run.merges(names)
-    fronts = trace_fronts(sweep, config.score.resamples)
     losses, rises = measure_all_losses(finished, sweep)
     layers = measure_weights(finished)
-    base_pictures = [_pixels(run.path / row.image) for row in sweep.of(sweep.points[0])]
+    base_faults = find_picture_faults(_pixels(run.path / row.image) for row in sweep.of(sweep.points[0]))
     trained = {arm.name for arm in finished.arms}
     found = []
     for arm in config.expand_arms():
@@ -55,12 +55,11 @@ def measure_arms(finished: Finished, sweep: Sweep) -> list[ArmSignals]:
         signals = ArmSignals(arm, num_train=len(finished.train), caption_dropout=config.train.caption_dropout)
         fields: dict[str, Any] = training_signals(metrics, name, run.failure(name))
         if name in trained:
-            rise = rises.get(name) or rise_from_best(metrics, name)
             best = rise_from_best(metrics, name)
             drawn = [_pixels(run.path / row.image) for row in _at_full_strength(sweep, name)]
             fields |= {"best_epoch": best.best_epoch if best else None}
             fields |= sweep_signals(fronts, name)
-            fields |= loss_signals(losses.get(name), rise)
+            fields |= loss_signals(losses.get(name), rises.get(name) or best)
             fields |= {"layers": tuple(layers.get((name, "last"), ()))}
             fields |= weight_signals(summarise(layers[name, "last"]) if layers.get((name, "last")) else None)
             adapter = finished.adapters.get((name, "last"))
@@ -68,8 +67,8 @@ def measure_arms(finished: Finished, sweep: Sweep) -> list[ArmSignals]:
                 merges.get(name), *(read_back(run, config, arm, adapter) if adapter else (None, None))
             )
             fields |= copying_signals(*_copying(drawn, finished))
-            faults = find_picture_faults(drawn), find_picture_faults(base_pictures)
-            fields |= picture_signals(*faults, is_finite=True if drawn else None)
+            is_finite = True if drawn else None
+            fields |= picture_signals(find_picture_faults(drawn), base_faults, is_finite)
         found.append(replace(signals, **fields))
     return found
 

@@ -199,13 +199,14 @@ class Fronts:
     guidances: Mapping[float, Front]
 
 
-def trace_fronts(sweep: Sweep, resamples: int = 10_000) -> Fronts:
-    """The fronts of a sweep, each against the base's pictures that belong to it.
+def trace_fronts(sweep: Sweep, resamples: int = 10_000, settings: Mapping[str, str] | None = None) -> Fronts:
+    """The fronts of a sweep, each against the base's pictures that belong to it; `settings` is as for
+    `trace_front`.
 
     At another guidance scale these are the base's at that scale; the floor stays that of the study's, since
     pictures fit other prompts no better at any scale.
     """
-    own = trace_front(sweep, resamples=resamples)
+    own = trace_front(sweep, settings, resamples)
     if own.guidance is None:
         return Fronts(own, None, {})
     guidance = own.guidance

@@ -8,33 +8,36 @@ from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Diagnosis, decide_all
 from lorascope.diagnosis.finished import Finished
 from lorascope.diagnosis.measuring import measure_arms
 from lorascope.diagnosis.record import Keep, write_diagnosis
+from lorascope.diagnosis.signals import trace_fronts
 from lorascope.diagnosis.strengths import draw, score
 from lorascope.evaluation.choice import choose_point
-from lorascope.evaluation.front import trace_front
-from lorascope.evaluation.sweep_rows import Sweep
+from lorascope.evaluation.front import Front
 
 
-def diagnose(finished: Finished, encoder: Any, versions: Mapping[str, str]) -> dict[str, Diagnosis]:
+def diagnose(
+    finished: Finished, encoder: Any, versions: Mapping[str, str], style_encoder: Any = None
+) -> dict[str, Diagnosis]:
     """Why each arm wins or fails, by name; writes `sweep/`, `sweep.parquet` and `diagnosis.json`.
 
-    `encoder` is a `features.ClipEncoder`; `versions` go into the record. Pictures of the sweep that are there
-    already are not drawn again. Raises as drawing, scoring and reading the run folder do.
+    `encoder` is a `features.ClipEncoder`; style is measured in its features, or in those of `style_encoder`,
+    a `features.StyleEncoder`, where there is one. `versions` go into the record. Pictures of the sweep that
+    are there already are not drawn again. Raises as drawing, scoring and reading the run folder do.
     """
     with track("diagnose", sum(part.num_pictures for part in finished.parts), "pictures") as task:
         draw(finished, task.advance)
-    sweep = score(finished, encoder)
+    sweep = score(finished, encoder, style_encoder)
     price = finished.config.verdict.max_prompt_loss
     thresholds = DEFAULT_THRESHOLDS.with_values({"prompt_loss": price}, DEFAULT_THRESHOLDS.prompt_loss.source)
-    found = decide_all(measure_arms(finished, sweep), thresholds)
-    write_diagnosis(finished.run, found, _keep(finished, sweep), thresholds, versions)
+    settings = {arm.name: arm.but_seed for arm in finished.arms}
+    fronts = trace_fronts(sweep, finished.config.score.resamples, settings)
+    found = decide_all(measure_arms(finished, sweep, fronts), thresholds)
+    write_diagnosis(finished.run, found, _keep(finished, fronts.own, settings), thresholds, versions)
     return found
 
 
-def _keep(finished: Finished, sweep: Sweep) -> Keep | None:
+def _keep(finished: Finished, front: Front, settings: Mapping[str, str]) -> Keep | None:
     """What the study's rule keeps."""
     config = finished.config
-    settings = {arm.name: arm.but_seed for arm in finished.arms}
-    front = trace_front(sweep, settings, config.score.resamples)
     point = choose_point(front, config.verdict.max_prompt_loss, settings, config.score.resamples).point
     if point is None:
         return None

@@ -25,15 +25,21 @@ def draw(finished: Finished, progress: Callable[[int], None] = lambda count: Non
         draw_sweep(finished.run, finished.base, bank, places, finished.parts, shape, progress)
 
 
-def score(finished: Finished, encoder: Any) -> Sweep:
+def score(finished: Finished, encoder: Any, style_encoder: Any = None) -> Sweep:
     """Score the sweep and place its pictures between base and style; writes `sweep.parquet`.
 
-    `encoder` is a `features.ClipEncoder`.
+    `encoder` is a `features.ClipEncoder`. Style is measured in hidden features of its image tower, or of
+    `style_encoder`, a `features.StyleEncoder`, where there is one.
     """
     run, parts = finished.run, finished.parts
     encoder = encoder.cached(run.features_safetensors)
     rows, hidden = score_sweep(run, finished.arms, parts, finished.prompts, encoder)
     sweep = Sweep(rows, encoder.identity)
+    eye = encoder
+    if style_encoder is not None:
+        eye = style_encoder.cached(run.style_features_safetensors)
+        paths = [run.path / image for image in hidden]
+        hidden = dict(zip(hidden, eye.encode_hidden(paths), strict=True))
 
     def features_of(point: Point) -> NDArray[np.float32]:
         return np.stack([hidden[row.image] for row in sweep.of(point)])
@@ -41,14 +47,15 @@ def score(finished: Finished, encoder: Any) -> Sweep:
     origin = parts[0].points[0]  # the base at the study's guidance
     style = measure_style(
         features_of(origin),
-        _real_features(finished, encoder, hidden),
-        _controls(finished, encoder, features_of, sweep.points, origin),
+        _real_features(finished, eye, hidden),
+        _controls(finished, eye, features_of, sweep.points, origin),
         [row.prompt for row in sweep.of(origin)],
     )
     controls = {name: control.position for name, control in style.controls.items()}
     facts = StyleFacts(
         auc=style.auc,
-        layer=encoder.hidden_layer(),
+        layer=eye.hidden_layer(),
+        model=None if style_encoder is None else str(eye.identity["model"]),
         num_real=style.num_real,
         reason=style.reason,
         controls={name: value for name, value in controls.items() if value is not None},

@@ -7,7 +7,8 @@ from typing import Any
 from lorascope.shapes import Number
 
 _FIRST_SERIES = (
-    "between planted faults and sound arms in one series on the pocket base (one training seed and one "
+    "between planted faults and sound arms in one series on the pocket base of before 25 November 2026, "
+    "when it was trained further (one training seed and one "
     "sampling seed, not validated)"
 )
 _CHOSEN = "chosen, not measured"

@@ -109,7 +109,8 @@ class StyleFacts:
     """How style was measured: `auc` is how well the base's drawings can be told from the style's pictures.
 
     `reason` says why positions were not measured, and is None where they were. `layer` is the hidden layer
-    of the scorer's image tower, `controls` the positions of what should not count as style.
+    of the image tower, the scorer's or that of `model`; `controls` are the positions of what should not count
+    as style.
     """
 
     auc: float | None = None
@@ -117,6 +118,7 @@ class StyleFacts:
     num_real: int = 0
     reason: str | None = "no style was measured"
     controls: Mapping[str, float] = field(default_factory=dict)
+    model: str | None = None
 
 
 @dataclass(frozen=True)
