@@ -113,13 +113,28 @@ def test_paper_as_run_differs_from_paper_in_one_target_only() -> None:
 
 def test_pocket_full_has_the_protocol_of_paper_on_the_pocket_world() -> None:
     paper, full = load("paper"), load("pocket-full")
-    assert (full.train, full.arms, full.adapter) == (paper.train, paper.arms, paper.adapter)
+    assert (full.train, full.adapter) == (paper.train, paper.adapter)
+    assert arms("pocket-full") == [(*setting, seed) for *setting, _ in arms("paper") for seed in (0, 1, 2)]
     assert full.data.num_train == 1500
     assert {full.base.model, full.data.source, full.sample.prompts, full.score.model} == {"pocket"}
 
 
-def test_pocket_compares_the_reference_studys_ranks_and_alpha() -> None:
-    assert arms("pocket") == arms("paper")
+def test_pocket_has_the_reference_studys_ranks_and_alpha_and_rank_64_at_the_gain_of_rank_16() -> None:
+    r16, r64, matched = arms("pocket")
+    assert [r16[:2], r64[:2]] == [arm[:2] for arm in arms("paper")]
+    assert r16[2] == r64[2]
+    assert matched[:2] == r64[:2] and matched[2] == pytest.approx(r16[2] / 2)
+
+
+def test_paper_explained_is_paper_with_gain_and_learning_rate_apart_from_rank() -> None:
+    paper, explained = load("paper"), load("paper-explained")
+    assert (explained.adapter, explained.data, explained.base) == (paper.adapter, paper.data, paper.base)
+    assert explained.train == paper.train
+    gains = [(arm.rank, arm.lr * arm.scale * arm.rank**0.5) for arm in explained.expand_arms()[::3]]
+    published = {rank: 5e-4 * 2 * rank**0.5 for rank in (16, 64)}
+    assert gains[:2] == [(16, pytest.approx(published[16])), (64, pytest.approx(published[64]))]
+    assert gains[2:4] == [(64, pytest.approx(published[16])), (16, pytest.approx(published[64]))]
+    assert [arm.seed for arm in explained.expand_arms()] == [0, 1, 2] * 6
 
 
 def test_recommended_is_what_its_comment_says() -> None:

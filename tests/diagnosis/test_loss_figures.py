@@ -115,6 +115,9 @@ def test_a_drift_lowers_the_gain_ratio_and_an_unlearned_arm_has_none() -> None:
     drifted = make_losses(heldout=some_losses(24, -0.02, -0.0016, (0.0, 0.0), 2))
     ratio = loss_figures(drifted, "arm").gain_ratio
     assert ratio.value == pytest.approx(0.08, abs=0.01) and ratio.high is not None and ratio.high < 0.1
+    elsewhere = some_losses(24, -0.02, -0.012, (0.0, 0.0), 2)
+    elsewhere.uncaptioned[2, :, :2] = elsewhere.uncaptioned[0, :, :2]
+    assert loss_figures(make_losses(heldout=elsewhere), "arm").gain_ratio.value == pytest.approx(0.6, rel=0.1)
     worse = loss_figures(make_losses(heldout=some_losses(24, 0.02, 0.02, (0.0, 0.0), 2)), "arm")
     assert worse.gain_ratio.value is None and worse.heldout.value == pytest.approx(0.02, rel=0.1)
 

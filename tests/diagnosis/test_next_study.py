@@ -29,11 +29,22 @@ from synthetic_signals import (
 )
 
 
+def pocket(*overrides: str) -> StudyConfig:
+    """Two ranks on the pocket world, with the defaults of `[diagnose]`."""
+    return study(
+        "name=pocket",
+        "arms=[{rank=[16, 64], alpha_per_rank=2, lr=5e-4}]",
+        "sample.seeds=[0, 1]",
+        *overrides,
+        preset="pocket-full",
+    )
+
+
 def proposal_of(
     *arms: ArmSignals, keep: Keep | None = None, config: StudyConfig | None = None, **values: Any
 ) -> Proposal:
     record = Record(keep, decide_all(arms), Thresholds(), {})
-    return propose(config or study(preset="pocket"), record, **values)
+    return propose(config or pocket(), record, **values)
 
 
 def loaded(proposal: Proposal, tmp_path: Path) -> tuple[StudyConfig, list[Arm]]:
@@ -80,7 +91,7 @@ def test_what_is_kept_at_a_lower_strength_is_tried_at_that_gain(tmp_path: Path) 
 
 
 def test_the_study_keeps_its_own_keys(tmp_path: Path) -> None:
-    own = study("train.epochs=7", "workers=2", "trackers=['wandb']", "data.num_train=40", preset="pocket")
+    own = pocket("train.epochs=7", "workers=2", "trackers=['wandb']", "data.num_train=40")
     arms = [healthy_arm(), replace(default_arm(), finite_training=make_signal("finite_training", NO))]
     config, _ = loaded(proposal_of(*arms, config=own), tmp_path)
     assert (config.train.epochs, config.workers, config.trackers, config.data.num_train) == (
@@ -106,7 +117,7 @@ def test_an_open_question_gets_prompts_and_sampling_seeds(tmp_path: Path) -> Non
 
 
 def test_an_arm_that_nothing_brings_back_is_drawn_at_less(tmp_path: Path) -> None:
-    own = study("diagnose.swap_unconditional=false", preset="pocket")
+    own = pocket("diagnose.swap_unconditional=false")
     lost = signals_of(None, a_point(1.0, 0.5, 0.4), a_point(0.25, 0.6, 0.2))
     config, arms = loaded(proposal_of(lost, config=own), tmp_path)
     assert config.diagnose.strengths == (0.125, 0.25, 0.5, 0.75, 1.0)

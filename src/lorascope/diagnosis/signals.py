@@ -73,7 +73,7 @@ _NAMES = {
     "train_gap": ("gain on training pictures beyond that on held-out ones", "loss"),
     "member_auc": ("chance that a training picture gained more than a held-out one", "AUC"),
     "member_p": ("p-value of that chance", "p"),
-    "gain_ratio": ("gain without captions over gain with them", "ratio"),
+    "gain_ratio": ("gain without captions over that with them, at timesteps of the third quarter", "ratio"),
     "advantage_kept": ("caption advantage kept on the base's drawings", "of the base's"),
     "guidance_cosine": ("agreement of guidance with the base's", "cosine"),
     "intruder_share": ("intruder directions among the leading ones", "share"),
