@@ -18,7 +18,7 @@ from lorascope.evaluation.statistics import (
     nested_interval,
     smallest_detectable_effect,
 )
-from lorascope.evaluation.sweep_rows import Discrepancy, StyleFacts, Sweep
+from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, Discrepancy, StyleFacts, Sweep, cut_to
 from synthetic_sweeps import STYLED, make_sweep, point_rows, simple_sweep
 
 SHUFFLED = point_rows(BASE, 0.0, ([10.0, 12.0], [0.0, 0.1]), kind="shuffled")
@@ -66,11 +66,16 @@ def test_sampling_seeds_are_averaged_and_only_common_pictures_count() -> None:
     assert (odd.num_seeds, odd.retention.value) == (1, pytest.approx(0.8))
 
 
-def test_other_guidance_and_the_bases_branch_are_no_points_of_the_front() -> None:
+def test_other_guidance_and_interventions_are_no_points_of_the_front() -> None:
     others = [
         dataclasses.replace(row, **change)
         for row in ARM
-        for change in ({"guidance": 1.0}, {"unconditional": "base"})
+        for change in (
+            {"guidance": 1.0},
+            {"unconditional": "base"},
+            {"weights": SCALED_INTRUDERS},
+            {"weights": cut_to(4)},
+        )
     ]
     base = [dataclasses.replace(row, guidance=1.0) for row in BASE_ROWS]
     front = trace_front(make_sweep([*BASE_ROWS, *base, *SHUFFLED, *ARM, *others]))

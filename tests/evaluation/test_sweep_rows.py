@@ -8,15 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorascope.errors import RunError, StorageError
+from lorascope.evaluation.row_files import write_rows
 from lorascope.evaluation.sweep_rows import (
+    SCALED_INTRUDERS,
+    TRAINED,
     Discrepancy,
     Point,
     StyleFacts,
     Sweep,
     SweepRow,
+    cut_to,
     name_of,
     order_rows,
     prompt_means,
+    rank_of_cut,
     read_sweep,
     write_sweep,
 )
@@ -50,6 +55,7 @@ SWEEP = Sweep(
         ROW,
         dataclasses.replace(ROW, prompt_index=1, style=None),
         dataclasses.replace(ROW, guidance=1.0, strength=1.0),
+        dataclasses.replace(ROW, weights=cut_to(2)),
         dataclasses.replace(BASE_ROW, kind="shuffled", clip_score=2.0),
     ),
     {"model": "tiny"},
@@ -61,7 +67,16 @@ SWEEP = Sweep(
 def test_points_name_the_folders_of_their_pictures() -> None:
     assert Point("r4", "best", 0.5, 7.5).folder == "best-s0.50-g7.5"
     assert Point("r4", guidance=1.0, unconditional="base").folder == "last-s1.00-g1-base"
+    assert Point("r4", weights=SCALED_INTRUDERS).folder == "last-s1.00-g7.5-scaled-intruders"
+    assert Point("r4", weights=cut_to(2)).folder == "last-s1.00-g7.5-cut-to-r2"
     assert name_of(ROW.point) == "r4/last-s0.50-g7.5"
+    assert [rank_of_cut(weights) for weights in (cut_to(16), TRAINED, "cut to rx")] == [16, None, None]
+
+
+def test_interventions_are_told_from_what_an_arm_is_used_as() -> None:
+    swapped, edited = Point("r4", unconditional="base"), Point("r4", weights=SCALED_INTRUDERS)
+    assert swapped.is_intervention and edited.is_intervention
+    assert not Point("r4", "best", 0.5, 1.0).is_intervention
 
 
 def test_a_sweep_is_read_as_it_was_written_in_its_order(tmp_path: Path) -> None:
@@ -69,7 +84,7 @@ def test_a_sweep_is_read_as_it_was_written_in_its_order(tmp_path: Path) -> None:
     write_sweep(run, dataclasses.replace(SWEEP, rows=SWEEP.rows[::-1]))
     read = read_sweep(run)
     assert read == dataclasses.replace(SWEEP, rows=order_rows(SWEEP.rows))
-    assert read.arms == ("r4",) and read.points[0].arm == "base" and len(read.points) == 4
+    assert read.arms == ("r4",) and read.points[0].arm == "base" and len(read.points) == 5
     assert [row.kind for row in read.rows][-1] == "shuffled" and read.shuffled == (SWEEP.rows[-1],)
     assert [row.prompt_index for row in read.of(ROW.point)] == [0, 1]
     content = run.sweep_parquet.read_bytes()
@@ -102,6 +117,20 @@ def test_a_missing_or_damaged_file_is_told(tmp_path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({"lorascope": '{"scorer": {}}'}), run.sweep_parquet)
     with pytest.raises(StorageError, match=r"damaged \(no style\): delete it and diagnose this run again"):
         read_sweep(run)
+
+
+def test_a_file_without_weights_holds_adapters_as_trained(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    trained = [row for row in SWEEP.rows if row.weights == TRAINED]
+    write_sweep(run, SWEEP)
+    schema = pq.read_schema(run.sweep_parquet)
+    earlier = schema.remove(schema.get_field_index("weights"))
+    rows = [dataclasses.asdict(row) for row in trained]
+    for row in rows:
+        del row["weights"]
+    facts = {"scorer": dict(SWEEP.scorer), "style": dataclasses.asdict(SWEEP.style), "discrepancies": {}}
+    write_rows(run.sweep_parquet, earlier, rows, facts)
+    assert read_sweep(run).rows == order_rows(trained)
 
 
 def test_prompt_means_leave_out_what_has_no_value() -> None:

@@ -10,7 +10,7 @@ import pytest
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, save_picture
 from lorascope.evaluation.scores import BASE, paired_differences, read_scores
-from lorascope.evaluation.sweep_rows import read_sweep, write_sweep
+from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, read_sweep, write_sweep
 from lorascope.report.album import Album, _embed
 from lorascope.report.evidence import Facts
 from lorascope.report.why import arms_in_focus
@@ -77,7 +77,8 @@ def test_strips_leave_out_other_epochs_guidances_and_arms_out_of_focus(tmp_path:
     )
     sweep = read_sweep(many)
     extra = [row for row in sweep.rows if row.kind == "point" and row.strength == 1]
-    others = [replace(row, epoch="best") for row in extra] + [replace(row, guidance=3.0) for row in extra]
+    changes = ({"epoch": "best"}, {"guidance": 3.0}, {"weights": SCALED_INTRUDERS})
+    others = [replace(row, **change) for row in extra for change in changes]
     write_sweep(many, replace(sweep, rows=(*sweep.rows, *others)))
     album = Album(Facts(many))
     focus = arms_in_focus(Facts(many))

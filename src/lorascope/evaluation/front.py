@@ -177,7 +177,7 @@ class _Columns:
 
 
 def trace_front(sweep: Sweep, settings: Mapping[str, str] | None = None, resamples: int = 10_000) -> Front:
-    """The front of a sweep at the study's guidance, with each arm's own unconditional branch.
+    """The front of a sweep at the study's guidance, with each arm's own unconditional branch and weights.
 
     `settings` says for every arm what it shares with the arms that differ from it in their training seed
     alone, any text; without it arms of one rank, alpha and lr share a setting.
@@ -255,8 +255,8 @@ class _Tracer:
         self.fidelity_reason = self._fidelity_reason()
 
     def is_own(self, point: Point) -> bool:
-        """Whether a point is an arm's at the study's guidance, with its own unconditional branch."""
-        return point.arm != BASE and point.guidance == self.guidance and point.unconditional == "own"
+        """Whether a point is an arm's at the study's guidance, as it was trained."""
+        return point.arm != BASE and point.guidance == self.guidance and not point.is_intervention
 
     def measure(self, point: Point) -> _Columns:
         """A point with its values per prompt, over the prompts and seeds that base and floor have too."""

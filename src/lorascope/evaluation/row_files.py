@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -30,12 +31,14 @@ def read_rows(
     optional: Collection[str],
     stage: str,
     fault: Callable[[Mapping[str, Any]], str | None],
+    later: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a file and its facts.
 
     Only columns named in `optional` may be null. `stage` says what writes the file, such as "score this run",
-    and `fault` what is wrong with the facts. A file without a digest passes if it is whole. Raises
-    `StorageError` if the file is missing, damaged to a bit or has other columns.
+    and `fault` what is wrong with the facts. `later` gives the columns that files of earlier versions lack,
+    and the value of their rows there. A file without a digest passes if it is whole. Raises `StorageError` if
+    the file is missing, damaged to a bit or has other columns.
     """
     remedy = f"delete it and {stage} again"
     try:
@@ -48,7 +51,9 @@ def read_rows(
         raise StorageError(f"{path}: not there: {stage} first") from error
     except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not a readable score file: {remedy}") from error
-    if [(field.name, field.type) for field in table.schema] != [(f.name, f.type) for f in schema]:
+    added = {name: value for name, value in later.items() if name not in table.schema.names}
+    expected = [(field.name, field.type) for field in schema if field.name not in added]
+    if [(field.name, field.type) for field in table.schema] != expected:
         raise StorageError(
             f"{path}: columns are {', '.join(table.schema.names)}, must be {', '.join(schema.names)}: "
             f"{stage} again"
@@ -58,13 +63,13 @@ def read_rows(
     else:
         reason = fault(facts)
     if reason is None:
-        empty = [key for row in rows for key in schema.names if row[key] is None and key not in optional]
+        empty = [key for row in rows for key, value in row.items() if value is None and key not in optional]
         reason = f"a row without {empty[0]}" if empty else None
     if reason is None and "digest" in facts and facts["digest"] != _digest(rows, facts):
         reason = "its content is not what was written, by its digest"
     if reason is not None:
         raise StorageError(f"{path}: damaged ({reason}): {remedy}")
-    return rows, facts
+    return [{**row, **added} for row in rows], facts
 
 
 def _digest(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:

@@ -170,6 +170,7 @@ def _row(point: Point, arm: Arm | None, job: Job, score: float, image: str, dige
         style=None,
         image=image,
         image_digest=digest,
+        weights=point.weights,
     )
 
 

@@ -1,6 +1,7 @@
 """The rows of a sweep over strengths: what every arm draws at several of them, and `sweep.parquet`.
 
 A point is an arm's adapter of one epoch at one strength, under one guidance scale. The base is a point too.
+Interventions are points as well: the base's unconditional branch, and adapters edited after training.
 """
 
 import math
@@ -18,6 +19,9 @@ from lorascope.run_folder import RunDir
 Epoch = Literal["last", "best"]
 Unconditional = Literal["own", "base"]
 Kind = Literal["point", "shuffled"]
+TRAINED = "trained"
+SCALED_INTRUDERS = "scaled intruders"
+_CUT = "cut to r"
 
 _OPTIONAL = ("alpha", "lr", "training_seed", "style")
 _SCHEMA = pa.schema(
@@ -40,8 +44,21 @@ _SCHEMA = pa.schema(
         pa.field("style", pa.float64()),
         pa.field("image", pa.string()),
         pa.field("image_digest", pa.string()),
+        pa.field("weights", pa.string()),
     ]
 )
+_LATER = {"weights": TRAINED}  # columns that files of earlier versions lack, and what their rows have there
+
+
+def cut_to(rank: int) -> str:
+    """The weights of an adapter cut to a rank."""
+    return f"{_CUT}{rank}"
+
+
+def rank_of_cut(weights: str) -> int | None:
+    """The rank that weights were cut to; None for others."""
+    rank = weights.removeprefix(_CUT)
+    return int(rank) if weights.startswith(_CUT) and rank.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,8 @@ class Point:
     """What draws: an arm's adapter after its last epoch, or after the one with the lowest held-out loss.
 
     `strength` is the factor on the adapter, 0 for the base. `unconditional` says whose prediction for the
-    empty caption guidance starts from.
+    empty caption guidance starts from. `weights` are the adapter's as trained, `TRAINED`, or edited:
+    `SCALED_INTRUDERS`, or `cut_to` a rank.
     """
 
     arm: str
@@ -57,12 +75,19 @@ class Point:
     strength: float = 1.0
     guidance: float = 7.5
     unconditional: Unconditional = "own"
+    weights: str = TRAINED
 
     @property
     def folder(self) -> str:
         """Name of its pictures' folder within the arm's."""
         swapped = "-base" if self.unconditional == "base" else ""
-        return f"{self.epoch}-s{self.strength:.2f}-g{self.guidance:g}{swapped}"
+        edited = "" if self.weights == TRAINED else f"-{self.weights.replace(' ', '-')}"
+        return f"{self.epoch}-s{self.strength:.2f}-g{self.guidance:g}{swapped}{edited}"
+
+    @property
+    def is_intervention(self) -> bool:
+        """Whether it was drawn otherwise than the arm is used, to see what that changes."""
+        return self.unconditional != "own" or self.weights != TRAINED
 
 
 @dataclass(frozen=True)
@@ -92,11 +117,12 @@ class SweepRow:
     style: float | None
     image: str
     image_digest: str
+    weights: str = TRAINED
 
     @property
     def point(self) -> Point:
         """The point it was drawn at."""
-        return Point(self.arm, self.epoch, self.strength, self.guidance, self.unconditional)
+        return Point(self.arm, self.epoch, self.strength, self.guidance, self.unconditional, self.weights)
 
     @property
     def place(self) -> tuple[str, int, int]:
@@ -189,7 +215,8 @@ def order_rows(rows: Iterable[SweepRow]) -> tuple[SweepRow, ...]:
 def _order(row: SweepRow) -> tuple[Any, ...]:
     settings = tuple(-1 if value is None else value for value in (row.alpha, row.lr, row.training_seed))
     model = (row.kind != "point", row.arm != BASE, row.rank, *settings, row.arm)
-    point = (row.epoch != "last", row.unconditional != "own", row.guidance, row.strength)
+    edit = row.weights != TRAINED, row.weights
+    point = (row.epoch != "last", row.unconditional != "own", *edit, row.guidance, row.strength)
     category = {"normal": 0, "abstract": 1}.get(row.category, 2), row.category
     return *model, *point, *category, row.prompt_index, row.seed
 
@@ -205,8 +232,11 @@ def write_sweep(run: RunDir, sweep: Sweep) -> None:
 
 
 def read_sweep(run: RunDir) -> Sweep:
-    """Read `sweep.parquet`; raise `StorageError` if it is missing, damaged to a bit or has other columns."""
-    rows, facts = read_rows(run.sweep_parquet, _SCHEMA, _OPTIONAL, "diagnose this run", _fault)
+    """Read `sweep.parquet`; raise `StorageError` if it is missing, damaged to a bit or has other columns.
+
+    Rows of files without the column `weights` are of adapters as trained.
+    """
+    rows, facts = read_rows(run.sweep_parquet, _SCHEMA, _OPTIONAL, "diagnose this run", _fault, _LATER)
     return Sweep(
         order_rows(SweepRow(**row) for row in rows),
         facts["scorer"],

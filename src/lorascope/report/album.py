@@ -239,7 +239,7 @@ class Album:
         own = [
             point
             for point in sweep.points
-            if (point.epoch, point.unconditional, point.guidance) == ("last", "own", front.guidance)
+            if (point.epoch, point.guidance) == ("last", front.guidance) and not point.is_intervention
         ]
         paths = {
             arm: sorted((p for p in own if p.arm in (BASE, arm)), key=lambda p: (p.arm != BASE, p.strength))
