@@ -21,9 +21,9 @@ from lorascope.cli.app import app
 from lorascope.config import preset_names
 from lorascope.data.captions import MAX_CAPTION_BYTES, SPECIAL_TOKENS
 from lorascope.data.repeats import MAX_REPEATS
-from lorascope.diagnosis.causes import CAUSES, WORDS
 from lorascope.diagnosis.signals import ArmSignals, PointSignals
 from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.diagnosis.words import CAUSES, WORDS
 from lorascope.schema import AdapterSection, Arm, BaseSection, StudyConfig
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorascope.diagnosis.causes import Cause
+from lorascope.diagnosis.words import Cause
 from lorascope.schema import Arm, StudyConfig
 
 Kind = Literal["main", "few", "scrambled"]

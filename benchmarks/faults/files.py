@@ -19,9 +19,10 @@ import torch
 from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.base.weights import load_tensors, read_header, save_tensors
-from lorascope.diagnosis.causes import Cause, decide
+from lorascope.diagnosis.causes import decide
 from lorascope.diagnosis.signals import ArmSignals, file_signals
 from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.diagnosis.words import Cause
 from lorascope.errors import LorascopeError
 from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.sampling import latent_shape_of, plan_jobs

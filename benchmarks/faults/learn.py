@@ -15,10 +15,11 @@ from typing import Literal
 from benchmarks.faults.arms import BY_NAME, FILE_ARM, Planned
 from benchmarks.faults.files import FileFinding, read_findings
 
-from lorascope.diagnosis.causes import CAUSES, Cause, Diagnosis, decide_all
+from lorascope.diagnosis.causes import Diagnosis, decide_all
 from lorascope.diagnosis.record import read_diagnosis
 from lorascope.diagnosis.signals import ArmSignals
 from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.diagnosis.words import CAUSES, Cause
 from lorascope.run_folder import RunDir
 
 Found = Cause | Literal["refused"]

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from lorascope.diagnosis.causes import CAUSES, WORDS, Diagnosis, decide, decide_all
+from lorascope.diagnosis.causes import decide
 from lorascope.diagnosis.signals import ArmSignals, make_signal
 from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.diagnosis.words import CAUSES, WORDS
 from synthetic_signals import (
     NO,
     a_point,
@@ -262,59 +263,6 @@ def test_what_is_open_comes_with_the_prompts_that_would_decide_it() -> None:
     assert found.remedy.prompts == 64
     on_the_line = decide(signals_of(None, a_point(1.0, 0.9, 0.3)))
     assert on_the_line.remedy.prompts is None and len(on_the_line.evidence_for) == 1
-
-
-def test_the_strength_to_use_now_is_the_one_with_most_style_that_keeps_the_prompts() -> None:
-    found = decide(
-        signals_of(None, LOST, a_point(0.75, 0.92, 0.3), a_point(0.5, 0.97, 0.2), a_point(0.25, 0.99, 0.1))
-    )
-    assert (found.remedy.strength, found.remedy.epoch) == (0.5, "last")  # .75 is an estimate only
-    assert decide(default_arm()).remedy.strength == 0.5
-    assert decide(diverged_arm()).remedy.strength is None
-    assert decide(healthy_arm()).remedy.strength == 1.0
-
-
-def changes_of(found: Diagnosis) -> dict[str, Any]:
-    return {change.key: change.value for change in found.remedy.changes}
-
-
-def test_the_changes_of_each_cause() -> None:
-    assert changes_of(decide(default_arm())) == {"arms.lr": 2.5e-4}
-    assert changes_of(decide(diverged_arm())) == {"arms.lr": 5e-4}
-    assert changes_of(decide(short_arm())) == {"arms.lr": 1.5e-3}
-    assert changes_of(decide(replace(short_arm(), best_epoch=1))) == {"arms.epochs": 2}
-    assert changes_of(decide(overfit_arm())) == {
-        "arms.epochs": 20,
-        "data.source": None,
-        "train.caption_dropout": 0.1,
-    }
-    assert changes_of(decide(drifted_arm()))["train.caption_dropout"] == 0.0
-    assert changes_of(decide(replace(drifted_arm(), caption_dropout=0.0)))["train.caption_dropout"] == 0.1
-    numerical = replace(default_arm(), finite_training=make_signal("finite_training", NO))
-    assert changes_of(decide(numerical))["train.max_grad_norm"] == 1.0
-    assert changes_of(decide(healthy_arm())) == {}
-    for signals in (default_arm(), overfit_arm(), drifted_arm(), short_arm()):
-        assert all(change.reason.endswith(".") for change in decide(signals).remedy.changes)
-
-
-def test_an_arm_that_keeps_more_shows_which_gain_holds() -> None:
-    healthy = healthy_arm()
-    found = decide_all([healthy, default_arm(), diverged_arm()])
-    assert {name: item.cause for name, item in found.items()} == {
-        "r16": "healthy",
-        "r64": "too_strong",
-        "r64-lr0.002": "diverged",
-    }
-    for name in ("r64", "r64-lr0.002"):
-        signals = found[name].signals
-        lr = changes_of(found[name])["arms.lr"]
-        gain = lr * signals.arm.scale * signals.arm.rank**0.5
-        assert gain == pytest.approx(healthy.arm.gain, rel=0.05)
-        assert "that of r16" in found[name].remedy.changes[0].reason
-    assert found["r16"] == decide(healthy)
-    without = decide_all([default_arm(), diverged_arm()])
-    assert "that of r64," in without["r64-lr0.002"].remedy.changes[0].reason
-    assert without["r64"] == decide(default_arm())
 
 
 def test_other_thresholds_decide_otherwise() -> None:

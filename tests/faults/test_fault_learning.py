@@ -24,9 +24,9 @@ from benchmarks.faults.learn import (
 from benchmarks.faults.table import Result, as_markdown
 
 from lorascope.config import load_study
-from lorascope.diagnosis.causes import Cause
 from lorascope.diagnosis.signals import ArmSignals, make_signal
 from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.diagnosis.words import Cause
 from lorascope.errors import ConfigError
 from synthetic_signals import (
     a_point,

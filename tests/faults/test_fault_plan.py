@@ -21,7 +21,7 @@ from benchmarks.faults.scrambled import ScrambledStudy, scramble, with_scrambled
 from conftest import train_only
 from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
-from lorascope.diagnosis.causes import CAUSES
+from lorascope.diagnosis.words import CAUSES
 from lorascope.training.trainer import count_steps
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes import Change, Diagnosis
+from lorascope.diagnosis.causes import Diagnosis
 from lorascope.diagnosis.record import Keep, Record
+from lorascope.diagnosis.remedies import Change
 
 
 def record_as_text(record: Record) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from lorascope.diagnosis.causes import WORDS, Diagnosis
+from lorascope.diagnosis.causes import Diagnosis
 from lorascope.diagnosis.record import Keep, Record
+from lorascope.diagnosis.words import WORDS
 from lorascope.evaluation.statistics import seeds_needed
 from lorascope.schema import Arm, StudyConfig
 

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from lorascope import __version__
-from lorascope.diagnosis.causes import CAUSES, DEFAULT_THRESHOLDS, Change, Confidence, Diagnosis, Remedy
+from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Confidence, Diagnosis
 from lorascope.diagnosis.layers import LayerFigures
+from lorascope.diagnosis.remedies import Change, Remedy
 from lorascope.diagnosis.signals import ArmSignals, GuidanceSignal, PointSignals, Signal
 from lorascope.diagnosis.thresholds import THRESHOLD_SHAPE, Threshold, Thresholds
+from lorascope.diagnosis.words import CAUSES
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import Epoch
 from lorascope.run_folder import RunDir

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lorascope.diagnosis.causes import WORDS, Cause, Change, Diagnosis
+from lorascope.diagnosis.causes import Diagnosis
+from lorascope.diagnosis.remedies import Change
+from lorascope.diagnosis.words import WORDS, Cause
 from lorascope.evaluation.choice import NO_SWEEP
 from lorascope.evaluation.scores import ALL
 from lorascope.evaluation.sentences import EPOCHS

@@ -1,0 +1,101 @@
+"""Remedies: the strength to use now, what each cause asks to change, and the gain of an arm that holds."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lorascope.diagnosis.case import Case
+from lorascope.diagnosis.causes import Diagnosis, decide, decide_all
+from lorascope.diagnosis.remedies import find_reference, find_remedy
+from lorascope.diagnosis.signals import ArmSignals, make_signal
+from lorascope.diagnosis.thresholds import Thresholds
+from lorascope.diagnosis.words import Cause
+from synthetic_signals import (
+    NO,
+    a_point,
+    default_arm,
+    diverged_arm,
+    drifted_arm,
+    healthy_arm,
+    overfit_arm,
+    short_arm,
+    signals_of,
+)
+
+LOST = a_point(1.0, 0.5, 0.4)
+
+
+def test_the_strength_to_use_now_is_the_one_with_most_style_that_keeps_the_prompts() -> None:
+    found = decide(
+        signals_of(None, LOST, a_point(0.75, 0.92, 0.3), a_point(0.5, 0.97, 0.2), a_point(0.25, 0.99, 0.1))
+    )
+    assert (found.remedy.strength, found.remedy.epoch) == (0.5, "last")  # .75 is an estimate only
+    assert decide(default_arm()).remedy.strength == 0.5
+    assert decide(diverged_arm()).remedy.strength is None
+    assert decide(healthy_arm()).remedy.strength == 1.0
+
+
+def changes_of(found: Diagnosis) -> dict[str, Any]:
+    return {change.key: change.value for change in found.remedy.changes}
+
+
+def test_the_changes_of_each_cause() -> None:
+    assert changes_of(decide(default_arm())) == {"arms.lr": 2.5e-4}
+    assert changes_of(decide(diverged_arm())) == {"arms.lr": 5e-4}
+    assert changes_of(decide(short_arm())) == {"arms.lr": 1.5e-3}
+    assert changes_of(decide(replace(short_arm(), best_epoch=1))) == {"arms.epochs": 2}
+    assert changes_of(decide(overfit_arm())) == {
+        "arms.epochs": 20,
+        "data.source": None,
+        "train.caption_dropout": 0.1,
+    }
+    assert changes_of(decide(drifted_arm()))["train.caption_dropout"] == 0.0
+    assert changes_of(decide(replace(drifted_arm(), caption_dropout=0.0)))["train.caption_dropout"] == 0.1
+    numerical = replace(default_arm(), finite_training=make_signal("finite_training", NO))
+    assert changes_of(decide(numerical))["train.max_grad_norm"] == 1.0
+    assert changes_of(decide(healthy_arm())) == {}
+    for signals in (default_arm(), overfit_arm(), drifted_arm(), short_arm()):
+        assert all(change.reason.endswith(".") for change in decide(signals).remedy.changes)
+
+
+def test_an_arm_that_keeps_more_shows_which_gain_holds() -> None:
+    healthy = healthy_arm()
+    found = decide_all([healthy, default_arm(), diverged_arm()])
+    assert {name: item.cause for name, item in found.items()} == {
+        "r16": "healthy",
+        "r64": "too_strong",
+        "r64-lr0.002": "diverged",
+    }
+    for name in ("r64", "r64-lr0.002"):
+        signals = found[name].signals
+        lr = changes_of(found[name])["arms.lr"]
+        gain = lr * signals.arm.scale * signals.arm.rank**0.5
+        assert gain == pytest.approx(healthy.arm.gain, rel=0.05)
+        assert "that of r16" in found[name].remedy.changes[0].reason
+    assert found["r16"] == decide(healthy)
+    without = decide_all([default_arm(), diverged_arm()])
+    assert "that of r64," in without["r64-lr0.002"].remedy.changes[0].reason
+    assert without["r64"] == decide(default_arm())
+
+
+def test_the_first_cause_to_name_a_key_decides_its_value() -> None:
+    case = Case(overfit_arm(), Thresholds())
+    alone = find_remedy(case, "not_learned")
+    both = find_remedy(case, "not_learned", ("diverged", "unconditional_drift"), prompts=40)
+    assert [change.key for change in both.changes] == ["arms.lr", "train.caption_dropout"]
+    assert both.changes[0] == alone.changes[0]
+    assert (alone.prompts, both.prompts) == (None, 40)
+
+
+def test_only_an_arm_of_a_smaller_gain_that_keeps_more_is_a_reference() -> None:
+    healthy, default, diverged = healthy_arm(), default_arm(), diverged_arm()
+    known: list[tuple[Cause, ArmSignals]] = [
+        ("healthy", healthy),
+        ("too_strong", default),
+        ("diverged", diverged),
+    ]
+    assert find_reference(healthy, known) is None
+    assert find_reference(default, known) == healthy
+    assert find_reference(diverged, known[1:]) == default
+    assert find_reference(diverged, known[2:]) is None
