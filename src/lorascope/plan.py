@@ -13,7 +13,7 @@ from lorascope.data.captions import check_additions
 from lorascope.data.sources import count_repeats
 from lorascope.evaluation.prompts import Prompt, check_prefix, load_prompts
 from lorascope.evaluation.statistics import smallest_detectable_effect
-from lorascope.evaluation.sweep import Part, plan_sweep
+from lorascope.evaluation.sweep import Part, plan_edits, plan_sweep
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
@@ -294,8 +294,10 @@ def _plan_diagnosis(config: StudyConfig, prompts: Sequence[Prompt]) -> list[Part
     if not config.diagnose.enabled:
         return []
     wanted = [epoch for epoch in config.diagnose.epochs if epoch == "last" or config.train.keep_best]
-    epochs = {arm.name: tuple(wanted) or ("last",) for arm in config.expand_arms()}
-    return plan_sweep(epochs, prompts, config.sample, config.diagnose)
+    arms = config.expand_arms()
+    epochs = {arm.name: tuple(wanted) or ("last",) for arm in arms}
+    edits = plan_edits(arms, config.diagnose)
+    return plan_sweep(epochs, prompts, config.sample, config.diagnose, edits)
 
 
 def _drawing_flops(section: SampleSection, flops: Mapping[str, float]) -> float:

@@ -29,6 +29,9 @@ _LATER_KEYS = (
     ("score", "style_model"),
     ("arms", "scaling"),
     ("arms", "match_gain"),
+    ("diagnose", "num_intervention_prompts"),
+    ("diagnose", "scale_intruders"),
+    ("diagnose", "cut_rank"),
 )
 _DEFAULT_LR = 1e-4
 _LOWEST, _HIGHEST = 1e-12, 1e20
@@ -522,6 +525,25 @@ class DiagnoseSection(Section):
             "draw with the base's prediction for the empty caption too, at strength 1: what that brings "
             "back was lost there"
         ),
+    )
+    scale_intruders: Flag = Field(
+        default=True,
+        description=(
+            "draw with the adapter's intruder directions at three quarters of their size too, at strength 1: "
+            "what that brings back was lost by them"
+        ),
+    )
+    cut_rank: Flag = Field(
+        default=True,
+        description=(
+            "draw with arms above the study's lowest rank cut to it by SVD too, at strength 1: whether a "
+            "lower rank would do"
+        ),
+    )
+    num_intervention_prompts: Positive = Field(
+        default=12,
+        description="prompts of each category, of those drawn, for `swap_unconditional`, `scale_intruders` "
+        "and `cut_rank`",
     )
 
 

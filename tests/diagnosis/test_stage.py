@@ -3,11 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import make_study
+from lorascope.diagnosis import finished as finished_module
+from lorascope.diagnosis.edits import edit_adapters
 from lorascope.diagnosis.finished import epochs_of
 from lorascope.diagnosis.record import read_diagnosis
 from lorascope.errors import StorageError
@@ -36,6 +39,10 @@ def test_every_arm_is_drawn_at_every_strength_and_placed(finished: Path) -> None
     for arm in ("r4", "r8"):
         assert {f"{arm}/last-s{strength}-g7.5" for strength in ("0.50", "1.00")} <= names
         assert f"{arm}/last-s1.00-g7.5-base" in names and f"{arm}/last-s1.00-g1" in names
+        assert f"{arm}/last-s1.00-g7.5-scaled-intruders" in names
+    assert "r8/last-s1.00-g7.5-cut-to-r4" in names and not any(
+        "r4/" in name and "cut" in name for name in names
+    )
     assert len(sweep.shuffled) == 4
     origin = sweep.of(sweep.points[0])
     if sweep.style.reason is None:
@@ -76,6 +83,29 @@ def test_a_run_is_diagnosed_later_as_it_would_have_been(
     study = make_study(study_file, run.path)
     with study.working("test"):
         study.diagnose()
+    for path in (run.sweep_parquet, run.diagnosis_json):
+        assert path.read_bytes() == (finished / path.name).read_bytes()
+
+
+def test_adapters_are_edited_only_for_pictures_that_are_missing(
+    study_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
+    (run.sweep_dir / "r8" / "last-s1.00-g7.5-cut-to-r4" / "abstract-001-0.png").unlink()
+    manifest = read_json(run.manifest_json)
+    del manifest["stages"]["diagnose"]
+    run.manifest_json.write_text(json.dumps(manifest))
+    edited: list[str] = []
+
+    def edit(*values: Any) -> Any:
+        edited.append(values[-1])
+        return edit_adapters(*values)
+
+    monkeypatch.setattr(finished_module, "edit_adapters", edit)
+    study = make_study(study_file, run.path)
+    with study.working("test"):
+        study.diagnose()
+    assert edited == ["cut to r4"]
     for path in (run.sweep_parquet, run.diagnosis_json):
         assert path.read_bytes() == (finished / path.name).read_bytes()
 

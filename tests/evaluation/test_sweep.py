@@ -13,8 +13,16 @@ from lorascope.base.loading import Base
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import latent_shape_of
-from lorascope.evaluation.sweep import Part, draw_sweep, first_of_each, plan_sweep, score_sweep
-from lorascope.evaluation.sweep_rows import Epoch, Point
+from lorascope.evaluation.sweep import (
+    Part,
+    draw_sweep,
+    first_of_each,
+    is_drawn,
+    plan_edits,
+    plan_sweep,
+    score_sweep,
+)
+from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, TRAINED, Epoch, Point, Slot, cut_to
 from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, DiagnoseSection, SampleSection
 
@@ -25,6 +33,7 @@ PROMPTS = [
 ARMS = [Arm(name=f"r{rank}", rank=rank, alpha=2 * rank, lr=1e-3, seed=0) for rank in (2, 4)]
 EPOCHS: dict[str, tuple[Epoch, ...]] = {"r2": ("last",), "r4": ("last", "best")}
 SECTION = DiagnoseSection(strengths=(0.5, 1.0), num_prompts=2, steps=2, num_guidance_prompts=1)
+EDITS = {"r2": (SCALED_INTRUDERS,), "r4": (SCALED_INTRUDERS, cut_to(2))}
 SAMPLE = SampleSection(steps=30, batch_size=8)
 
 
@@ -80,6 +89,46 @@ def test_without_guidance_there_is_no_branch_to_swap_and_no_scale_twice() -> Non
     assert all(point.unconditional == "own" for part in parts for point in part.points)
 
 
+def test_every_arm_is_drawn_with_its_intruders_scaled_and_those_above_the_lowest_rank_cut() -> None:
+    assert plan_edits(ARMS, SECTION) == EDITS
+    off = SECTION.model_copy(update={"scale_intruders": False})
+    assert plan_edits(ARMS, off) == {"r2": (), "r4": (cut_to(2),)}
+    off = SECTION.model_copy(update={"cut_rank": False})
+    assert plan_edits(ARMS, off) == {"r2": (SCALED_INTRUDERS,), "r4": (SCALED_INTRUDERS,)}
+    assert plan_edits([], SECTION) == {}
+
+
+def test_edits_are_drawn_last_with_the_prompts_of_interventions() -> None:
+    few = SECTION.model_copy(update={"num_intervention_prompts": 1, "seeds": (0, 1)})
+    parts = plan_sweep(EPOCHS, PROMPTS, SAMPLE, few, EDITS)
+    assert [part.weights for part in parts] == ["trained"] * 4 + [SCALED_INTRUDERS, cut_to(2)]
+    assert parts[4].points == tuple(Point(arm, weights=SCALED_INTRUDERS) for arm in ("r2", "r4"))
+    assert parts[5].points == (Point("r4", weights=cut_to(2)),)
+    swapped, scaled, cut = parts[1], *parts[4:]
+    assert swapped.jobs == scaled.jobs == cut.jobs
+    assert {(job.prompt.text, job.seed) for job in cut.jobs} == {
+        (text, seed) for text in ("red", "luck") for seed in (0, 1)
+    }
+    assert set(cut.jobs) < set(parts[0].jobs)  # each has its counterpart at strength 1
+    many = SECTION.model_copy(update={"num_intervention_prompts": 50})
+    assert plan_sweep(EPOCHS, PROMPTS, SAMPLE, many, EDITS)[5].jobs == parts_of(many)[0].jobs
+
+
+def parts_of(section: DiagnoseSection) -> list[Part]:
+    return plan_sweep(EPOCHS, PROMPTS, SAMPLE, section)
+
+
+def test_an_arm_without_its_last_epoch_takes_no_part_in_what_that_is_drawn_for() -> None:
+    parts = plan_sweep({"r2": ("best",), "r4": ("last",)}, PROMPTS, SAMPLE, SECTION, EDITS)
+    drawn = {point.arm for part in parts[1:] for point in part.points}
+    assert drawn == {"base", "r4"}
+    assert [part.section.guidance for part in plan_sweep({}, PROMPTS, SAMPLE, SECTION, EDITS)] == [
+        7.5,
+        1.0,
+        3.0,
+    ]
+
+
 def test_the_first_prompts_of_each_category_are_taken() -> None:
     assert [prompt.text for prompt in first_of_each(PROMPTS, 1)] == ["red", "luck"]
     assert first_of_each(PROMPTS, 3) == PROMPTS
@@ -92,7 +141,11 @@ def drawn(base: Base, tmp_path: Path) -> tuple[RunDir, list[Part]]:
     bank = AdapterBank(base.components, resolve_targets(base.unet, ["to_q", "to_v"]), [*ARMS, ARMS[1]])
     for layer in bank.layers.values():
         layer.up.detach().normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    places: dict[tuple[str, Epoch], int] = {("r2", "last"): 0, ("r4", "last"): 1, ("r4", "best"): 2}
+    places: dict[Slot, int] = {
+        ("r2", "last", TRAINED): 0,
+        ("r4", "last", TRAINED): 1,
+        ("r4", "best", TRAINED): 2,
+    }
     bank.attach()
     draw_sweep(run, base, bank, places, parts, latent_shape_of(base, 32))
     bank.detach()
@@ -101,6 +154,7 @@ def drawn(base: Base, tmp_path: Path) -> tuple[RunDir, list[Part]]:
 
 def test_every_picture_is_drawn_and_has_its_row(drawn: tuple[RunDir, list[Part]]) -> None:
     run, parts = drawn
+    assert all(is_drawn(run, part) for part in parts)
     assert len(list(run.sweep_dir.rglob("*.png"))) == sum(part.num_pictures for part in parts)
     rows, hidden = score_sweep(run, ARMS, parts, PROMPTS, Encoder())
     assert set(hidden) == {row.image for row in rows} and {len(row) for row in hidden.values()} == {2}
@@ -131,5 +185,6 @@ def test_models_share_the_initial_noise_and_differ_by_strength(drawn: tuple[RunD
 def test_a_missing_picture_is_named(drawn: tuple[RunDir, list[Part]]) -> None:
     run, parts = drawn
     (run.sweep_dir / "r4" / "best-s0.50-g7.5" / "abstract-001-0.png").unlink()
+    assert [is_drawn(run, part) for part in parts] == [False, True, True, True]
     with pytest.raises(StorageError, match=r"abstract-001-0.png: not there: run `lorascope diagnose"):
         score_sweep(run, ARMS, parts, PROMPTS, Encoder())

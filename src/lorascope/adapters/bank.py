@@ -46,6 +46,14 @@ class Target:
         return f"{self.component}.{self.path}"
 
     @property
+    def name_in_files(self) -> str:
+        """Component and path as files have them: transformers 5 dropped `text_model` from its modules' names,
+        files keep it.
+        """
+        dropped = self.component == "text_encoder" and not self.path.startswith("text_model.")
+        return f"{self.component}.{'text_model.' if dropped else ''}{self.path}"
+
+    @property
     def size_per_rank(self) -> int:
         """Trainable parameters for each unit of rank."""
         return math.prod(self.down_shape) + self.out_features
@@ -283,7 +291,7 @@ class AdapterBank:
             up = layer.up.detach()[index, :, :rank]
             up = up if len(target.down_shape) == 1 else up[:, :, None, None]
             down = layer.down.detach()[index, :rank]
-            modules[_name_in_files(target)] = LoraModule(
+            modules[target.name_in_files] = LoraModule(
                 down.cpu().clone(memory_format=torch.contiguous_format),
                 up.cpu().clone(memory_format=torch.contiguous_format),
                 target.alpha(arm),
@@ -296,7 +304,7 @@ class AdapterBank:
         alpha.
         """
         arm = self.arms[index]
-        expected = {_name_in_files(target): target for target in self.targets}
+        expected = {target.name_in_files: target for target in self.targets}
         if unknown := sorted(set(adapter.modules) ^ set(expected)):
             raise AdapterError(
                 f"adapter {arm.name!r}: {len(unknown)} layers do not match the targets, the first is "
@@ -319,14 +327,6 @@ class AdapterBank:
             layer = self.layers[target.name]
             layer.down[index, :rank].copy_(module.down)
             layer.up[index, :, :rank].copy_(module.up.flatten(1))
-
-
-def _name_in_files(target: Target) -> str:
-    """Component and path as files have them: transformers 5 dropped `text_model` from its modules' names,
-    files keep it.
-    """
-    dropped = target.component == "text_encoder" and not target.path.startswith("text_model.")
-    return f"{target.component}.{'text_model.' if dropped else ''}{target.path}"
 
 
 class StackedLinear(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,9 +13,10 @@ from lorascope.adapters.bank import AdapterBank, Target
 from lorascope.adapters.files import load_adapter
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
+from lorascope.diagnosis.edits import arm_of, edit_adapters
 from lorascope.evaluation.prompts import Prompt
-from lorascope.evaluation.sweep import Part, plan_sweep
-from lorascope.evaluation.sweep_rows import Epoch
+from lorascope.evaluation.sweep import Part, plan_edits, plan_sweep
+from lorascope.evaluation.sweep_rows import TRAINED, Epoch, Slot
 from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, StudyConfig
 
@@ -51,7 +52,9 @@ class Finished:
     def parts(self) -> list[Part]:
         """The sweep's plan."""
         epochs = {arm.name: tuple(e for name, e in self.places if name == arm.name) for arm in self.arms}
-        return plan_sweep(epochs, self.prompts, self.config.sample, self.config.diagnose)
+        section = self.config.diagnose
+        edits = plan_edits(self.config.expand_arms(), section)
+        return plan_sweep(epochs, self.prompts, self.config.sample, section, edits)
 
     @cached_property
     def adapters(self) -> Mapping[Place, Adapter]:
@@ -69,11 +72,37 @@ class Finished:
         bank = AdapterBank(self.base.components, self.targets, [by_name[name] for name, _ in self.places])
         for index, place in enumerate(self.places):
             bank.load(index, self.adapters[place])
-        bank.attach()
-        try:
+        with _acting(bank):
             yield bank, {place: index for index, place in enumerate(self.places)}
-        finally:
-            bank.detach()
+
+    @contextmanager
+    def attached_to(self, part: Part) -> Iterator[tuple[AdapterBank, Mapping[Slot, int]]]:
+        """Within, a bank with the adapters that draw a part acts on the base, edited where its points are;
+        and where each lies in it.
+        """
+        if part.weights == TRAINED:
+            with self.attached() as (bank, places):
+                yield bank, {(*place, TRAINED): index for place, index in places.items()}
+            return
+        names = [point.arm for point in part.points]
+        trained = {name: self.adapters[name, "last"] for name in names}
+        edited = edit_adapters(self.base.components, self.targets, trained, part.weights)
+        targets = [replace(target, group=None) for target in self.targets]
+        bank = AdapterBank(self.base.components, targets, [arm_of(name, edited[name]) for name in names])
+        for index, name in enumerate(names):
+            bank.load(index, edited[name])
+        with _acting(bank):
+            yield bank, {point.slot: index for index, point in enumerate(part.points)}
+
+
+@contextmanager
+def _acting(bank: AdapterBank) -> Iterator[None]:
+    """Within, a bank is attached."""
+    bank.attach()
+    try:
+        yield
+    finally:
+        bank.detach()
 
 
 def epochs_of(run: RunDir, arm: Arm, wanted: Sequence[Epoch]) -> tuple[Epoch, ...]:

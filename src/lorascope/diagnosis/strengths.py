@@ -1,5 +1,6 @@
 """The sweep over strengths of a finished training: drawn, scored, and placed between base and style."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,17 +13,29 @@ from lorascope.evaluation.sampling import latent_shape_of
 from lorascope.evaluation.scores import BASE
 from lorascope.evaluation.scoring import draw_noise
 from lorascope.evaluation.style import Style, measure_style, through_vae
-from lorascope.evaluation.sweep import draw_sweep, score_sweep
+from lorascope.evaluation.sweep import Part, draw_sweep, is_drawn, score_sweep
 from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, name_of, write_sweep
 
 _NUM_CONTROLS = 16  # pictures of noise, and white ones
 
 
 def draw(finished: Finished, progress: Callable[[int], None] = lambda count: None) -> None:
-    """Draw the sweep; pictures that are there stay."""
+    """Draw the sweep; pictures that are there stay, and adapters are edited only for those that are not."""
+    for _, group in itertools.groupby(finished.parts, key=lambda part: part.weights):
+        parts = list(group)
+        if all(is_drawn(finished.run, part) for part in parts):
+            progress(sum(part.num_pictures for part in parts))
+        else:
+            _draw(finished, parts, progress)
+
+
+def _draw(finished: Finished, parts: Sequence[Part], progress: Callable[[int], None]) -> None:
+    """Draw parts of the same kind of weights. Their bank goes with this function's variables: the next one
+    is made once there is room for it.
+    """
     shape = latent_shape_of(finished.base, finished.config.data.resolution_px)
-    with finished.attached() as (bank, places):
-        draw_sweep(finished.run, finished.base, bank, places, finished.parts, shape, progress)
+    with finished.attached_to(parts[0]) as (bank, places):
+        draw_sweep(finished.run, finished.base, bank, places, parts, shape, progress)
 
 
 def score(finished: Finished, encoder: Any, style_encoder: Any = None) -> Sweep:

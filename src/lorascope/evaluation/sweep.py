@@ -7,6 +7,7 @@ lower strength shows what the same adapter does when it is given less weight: no
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,16 @@ from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, draw_all, plan_jobs
 from lorascope.evaluation.scores import BASE
 from lorascope.evaluation.scoring import Encoder, clip_score, derange
-from lorascope.evaluation.sweep_rows import Epoch, Point, SweepRow, name_of, order_rows
+from lorascope.evaluation.sweep_rows import (
+    SCALED_INTRUDERS,
+    Epoch,
+    Point,
+    Slot,
+    SweepRow,
+    cut_to,
+    name_of,
+    order_rows,
+)
 from lorascope.run_folder import RunDir
 from lorascope.schema import Arm, DiagnoseSection, SampleSection
 
@@ -34,7 +44,7 @@ class StyleEncoder(Encoder, Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Points that are drawn together: the same jobs, guidance and unconditional branch."""
+    """Points that are drawn together: the same jobs, guidance, unconditional branch and kind of weights."""
 
     points: tuple[Point, ...]
     jobs: tuple[Job, ...]
@@ -45,35 +55,62 @@ class Part:
         """Pictures to draw."""
         return len(self.points) * len(self.jobs)
 
+    @property
+    def weights(self) -> str:
+        """The weights of its adapters: as trained, or which edit of them."""
+        return self.points[0].weights
+
+
+def plan_edits(arms: Sequence[Arm], section: DiagnoseSection) -> dict[str, tuple[str, ...]]:
+    """The edits that an arm's adapter is drawn with, by arm: `arms` are all of the study, of which those
+    above the lowest rank are cut to it.
+    """
+    lowest = min((arm.rank for arm in arms), default=0)
+    scaled = (SCALED_INTRUDERS,) if section.scale_intruders else ()
+    return {
+        arm.name: (*scaled, cut_to(lowest)) if section.cut_rank and arm.rank > lowest else scaled
+        for arm in arms
+    }
+
 
 def plan_sweep(
     arms: Mapping[str, Sequence[Epoch]],
     prompts: Sequence[Prompt],
     sample: SampleSection,
     section: DiagnoseSection,
+    edits: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> list[Part]:
-    """The sweep's parts: strengths at the study's guidance, then at strength 1 other guidance scales and the
-    base's unconditional branch.
+    """The sweep's parts: strengths at the study's guidance; then, of the last epoch at strength 1, the base's
+    unconditional branch, other guidance scales, and each of `edits`.
 
-    `arms` gives the epochs whose adapters an arm has, of those that `section.epochs` asks for; the base is a
-    point of every part. Where guidance is off there is no unconditional branch to change.
+    `arms` gives the epochs whose adapters an arm has, of those that `section.epochs` asks for, and `edits` is
+    as of `plan_edits`. The base is a point of every guidance scale. Where guidance is off there is no
+    unconditional branch to change.
     """
     drawn = sample.model_copy(update={"steps": section.steps, "scheduler": section.scheduler})
     jobs = tuple(plan_jobs(first_of_each(prompts, section.num_prompts), section.seeds))
     few = tuple(plan_jobs(first_of_each(prompts, section.num_guidance_prompts), section.seeds[:1]))
+    num_tried = min(section.num_prompts, section.num_intervention_prompts)
+    tried = tuple(plan_jobs(first_of_each(prompts, num_tried), section.seeds))
     guidance = sample.guidance
+    last = [arm for arm, epochs in arms.items() if "last" in epochs]
     pairs = [(arm, epoch) for arm, epochs in arms.items() for epoch in epochs]
     strengths = [
         Point(arm, epoch, strength, guidance) for arm, epoch in pairs for strength in section.strengths
     ]
     parts = [Part((Point(BASE, "last", 0.0, guidance), *strengths), jobs, drawn)]
-    if section.swap_unconditional and guidance != 1:
-        swapped = tuple(Point(arm, "last", 1.0, guidance, "base") for arm in arms)
-        parts.append(Part(swapped, jobs, drawn))
+    if section.swap_unconditional and guidance != 1 and last:
+        swapped = tuple(Point(arm, "last", 1.0, guidance, "base") for arm in last)
+        parts.append(Part(swapped, tried, drawn))
     for scale in section.guidances:
         if scale != guidance:
-            points = (Point(BASE, "last", 0.0, scale), *(Point(arm, "last", 1.0, scale) for arm in arms))
+            points = (Point(BASE, "last", 0.0, scale), *(Point(arm, "last", 1.0, scale) for arm in last))
             parts.append(Part(points, few, drawn.model_copy(update={"guidance": scale})))
+    for edit in dict.fromkeys(edit for arm in last for edit in edits.get(arm, ())):
+        edited = [
+            Point(arm, "last", 1.0, guidance, weights=edit) for arm in last if edit in edits.get(arm, ())
+        ]
+        parts.append(Part(tuple(edited), tried, drawn))
     return parts
 
 
@@ -86,20 +123,20 @@ def draw_sweep(
     run: RunDir,
     base: Base,
     bank: AdapterBank,
-    places: Mapping[tuple[str, Epoch], int],
+    places: Mapping[Slot, int],
     parts: Sequence[Part],
     latent_shape: tuple[int, ...],
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Draw what is not drawn yet. `places` says where in the attached `bank` an arm's adapter of an epoch
-    lies.
+    """Draw what is not drawn yet. `places` says where in the attached `bank` an arm's adapter lies, of an
+    epoch and with such weights.
 
     Raises as `draw_all` does.
     """
     for part in parts:
         by_name = {name_of(point): point for point in part.points}
         models = [
-            (name, Slice(places.get((point.arm, point.epoch), 0), point.strength))
+            (name, Slice(0 if point.arm == BASE else places[point.slot], point.strength))
             for name, point in by_name.items()
         ]
 
@@ -108,6 +145,12 @@ def draw_sweep(
 
         unconditional = part.points[0].unconditional
         draw_all(base, bank, models, part.jobs, latent_shape, part.section, path_of, progress, unconditional)
+
+
+def is_drawn(run: RunDir, part: Part) -> bool:
+    """Whether all pictures of a part are there."""
+    names = [name_of(point) for point in part.points]
+    return all((run.sweep_dir / name / job.file_name).exists() for name in names for job in part.jobs)
 
 
 def score_sweep(

@@ -19,6 +19,7 @@ from lorascope.run_folder import RunDir
 Epoch = Literal["last", "best"]
 Unconditional = Literal["own", "base"]
 Kind = Literal["point", "shuffled"]
+Slot = tuple[str, Epoch, str]  # an arm's adapter: of which epoch, with which weights
 TRAINED = "trained"
 SCALED_INTRUDERS = "scaled intruders"
 _CUT = "cut to r"
@@ -76,6 +77,11 @@ class Point:
     guidance: float = 7.5
     unconditional: Unconditional = "own"
     weights: str = TRAINED
+
+    @property
+    def slot(self) -> Slot:
+        """The adapter that draws."""
+        return self.arm, self.epoch, self.weights
 
     @property
     def folder(self) -> str:
