@@ -39,6 +39,11 @@ def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
     assert 0 < plan.estimated_s < 600
     assert plan.estimated_bytes > 0
     assert "12 steps" in plan.as_text()
+    # Of 6 prompts: the base and 2 arms of 2 epochs at 4 strengths, 3 models at 2 other guidance scales, and
+    # as interventions the base's branch and scaled intruders of both arms, and the cut of one.
+    assert plan.diagnosis_pictures == 6 * (1 + 2 * 2 * 4 + 2 * 3 + 2 + 2 + 1)
+    few = StudyConfig.model_validate({**config.model_dump(), "diagnose": {"num_intervention_prompts": 1}})
+    assert plan_study(few).diagnosis_pictures == 6 * (1 + 2 * 2 * 4 + 2 * 3) + 2 * (2 + 2 + 1)
 
 
 def test_a_plan_of_as_many_arms_as_there_may_be_answers_soon(pipeline_folder: Path) -> None:

@@ -104,14 +104,16 @@ class Planned:
         num_train = (config.data.num_train or 0) * config.data.repeats
         num_heldout = config.data.num_heldout or 0
         num_prompts = 2 * (section.num_prompts or 0) * len(section.seeds)
+        num_tried = 2 * min(section.num_prompts, section.num_intervention_prompts) * len(section.seeds)
         drawing = section.steps * 2  # guidance takes two passes a step
+        lowest = min(arm.rank for arm in config.expand_arms())
 
         def of_arm(arm: Arm) -> int:
             training = round(_TRAINING_FORWARDS * arm.epochs * num_train * _scrambled_factor(self.kind))
             probing = arm.epochs * train.num_probe * 2 * _PROBES
-            sweep = (
-                (len(section.strengths) + 1) * num_prompts * drawing
-            )  # + 1: the base's unconditional branch
+            # The base's unconditional branch, scaled intruders, and the cut of arms above the lowest rank.
+            num_interventions = 1 + section.scale_intruders + (section.cut_rank and arm.rank > lowest)
+            sweep = (len(section.strengths) * num_prompts + num_interventions * num_tried) * drawing
             losses = (2 * min(num_heldout, 100) + 16) * _PROBES
             return training + probing + sweep + losses + 2 * config.sample.steps * 2
 
@@ -139,12 +141,13 @@ class Size:
     few_epochs: int
     num_probe: int
     num_prompts: int  # of each category
+    num_tried: int  # of these, for interventions
     steps: int
     strengths: tuple[float, ...]
 
 
-FULL = Size(600, 64, 3, 16, 12, 16, 25, 15, (0.25, 0.5, 1.0))
-QUICK = Size(100, 20, 4, 12, 6, 4, 8, 7, (0.5, 1.0))
+FULL = Size(600, 64, 3, 16, 12, 16, 25, 12, 15, (0.25, 0.5, 1.0))
+QUICK = Size(100, 20, 4, 12, 6, 4, 8, 4, 7, (0.5, 1.0))
 FULL_SEEDS, QUICK_SEEDS = 8, 3
 
 
@@ -187,6 +190,7 @@ def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size
             "diagnose": {
                 "strengths": list(size.strengths),
                 "num_prompts": size.num_prompts,
+                "num_intervention_prompts": size.num_tried,
                 "seeds": [seed],
                 "steps": size.steps,
                 "guidances": [],
