@@ -132,12 +132,20 @@ def _raise_or_wait(
 
 def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) -> str:
     """What happened and the remedy, for the user."""
+    from huggingface_hub.errors import HFValidationError
+
+    root = _root(error)
+    if isinstance(root, HFValidationError):
+        return f"no hub id ({first_line(root)}): give owner/name"
+    return _explain_answer(root, repo_id, kind, revision) or _explain_connection(root)
+
+
+def _explain_answer(root: BaseException, repo_id: str, kind: str, revision: str | None) -> str | None:
+    """What the hub refuses and the remedy; None where it did not answer."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -146,12 +154,8 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
     endpoint, noun = constants.ENDPOINT, _noun(kind)
     page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     login = "`hf auth login` or HF_TOKEN"
-    root = _root(error)
-    names = _names(root)
     status = _status(root)
-    if isinstance(root, HFValidationError):
-        return f"no hub id ({first_line(root)}): give owner/name"
-    if names & _BAD_TOKEN or (status == 401 and "invalid credentials" in str(root).lower()):
+    if _names(root) & _BAD_TOKEN or (status == 401 and "invalid credentials" in str(root).lower()):
         return (
             f"the hub does not accept your token: make a new one at {endpoint}/settings/tokens ({login}), "
             "or unset HF_TOKEN"
@@ -160,9 +164,8 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
         return f"gated: log in on {page} and accept its terms, then log in here with {login}"
     if isinstance(root, DisabledRepoError):
         return f"disabled on the hub, see {page}: give another {noun}, or a local folder"
-    if isinstance(root, RepositoryNotFoundError) or (
-        status in (401, 404) and not isinstance(root, _entry_errors())
-    ):
+    is_of_the_whole = not isinstance(root, RemoteEntryNotFoundError | RevisionNotFoundError)
+    if isinstance(root, RepositoryNotFoundError) or (status in (401, 404) and is_of_the_whole):
         return f"no {noun} of this id at {endpoint}, or a private one: check the id, or log in with {login}"
     if isinstance(root, RevisionNotFoundError):
         return (
@@ -175,23 +178,33 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
             f"the hub lists {path} and does not have it: give another revision, or download the files by "
             "hand and give the folder"
         )
-    if status == 403:
-        return f"the hub refuses access (403): use a token that may read {page} ({login})"
-    if status == 429:
-        wait = root.response.headers.get("Retry-After") if hasattr(root, "response") else None
-        return (
-            f"the hub limits your rate (429): wait {f'{wait} s' if wait else 'some minutes'} and run again; "
-            f"{login} raises the limit"
-        )
-    if status is not None:
-        return f"the hub answered {status}: run the same command again later; what arrived whole is kept"
+    match status:
+        case None:
+            return None
+        case 403:
+            return f"the hub refuses access (403): use a token that may read {page} ({login})"
+        case 429:
+            wait = root.response.headers.get("Retry-After") if hasattr(root, "response") else None
+            return (
+                f"the hub limits your rate (429): wait {f'{wait} s' if wait else 'some minutes'} and run "
+                f"again; {login} raises the limit"
+            )
+    return f"the hub answered {status}: run the same command again later; what arrived whole is kept"
+
+
+def _explain_connection(root: BaseException) -> str:
+    """Why there is no answer, or only a part of it, and the remedy."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    endpoint = constants.ENDPOINT
     if isinstance(root, LocalEntryNotFoundError):
         offline = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
         return (
             f"not complete in the cache ({constants.HF_HUB_CACHE}) and {offline}: go online once, or give a "
             "local folder"
         )
-    if names & _NO_CONNECTION or (_is_transport(root) and not _may_pass(root)):
+    if _names(root) & _NO_CONNECTION or (_is_transport(root) and not _may_pass(root)):
         return (
             f"{endpoint} cannot be reached ({_reason(root)}): check network, proxy and HF_ENDPOINT, or give "
             "a local folder"
@@ -210,12 +223,6 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
         f"could not be fetched ({_reason(root)}): run again, with HF_HUB_DISABLE_XET=1 for plain transfers, "
         "or give a local folder"
     )
-
-
-def _entry_errors() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-
-    return RemoteEntryNotFoundError, RevisionNotFoundError
 
 
 def _root(error: BaseException) -> BaseException:

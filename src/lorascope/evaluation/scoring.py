@@ -3,7 +3,7 @@
 Scores are 100 x cosine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -157,24 +157,49 @@ def score_run(
     interruption changes its numbers. Raises `RunError` if there is no picture at all, or if arms differ in
     prompts or seeds.
     """
+    by_arm = _by_arm(run, generated, prompts)
+    encoder = encoder.cached(run.features_safetensors)
+    texts = encoder.encode_texts([prompt.text for prompt in prompts])  # (P, D)
+    rows = _rows_of_arms(run, encoder, by_arm, prompts, texts)
+    rows += _rows_of_noise(encoder, prompts, texts, config.data.resolution_px)
+    rows += _rows_of_real_pictures(encoder, heldout[:MAX_REAL])
+    shown = [*(prompt.text for prompt in prompts), *(caption for _, caption in heldout[:MAX_REAL])]
+    scores = Scores.from_rows(rows, encoder.identity, encoder.count_truncated(shown))
+    write_scores(run, scores)
+    return scores
+
+
+def _by_arm(
+    run: RunDir, generated: Sequence[Generated], prompts: Sequence[Prompt]
+) -> dict[str, list[Generated]]:
+    """The pictures of every arm in order; refused where arms or the study's prompts do not go together."""
     if not generated:
         raise RunError(f"{run.path}: no pictures to score: sample this run first")
-    encoder = encoder.cached(run.features_safetensors)
     by_arm: dict[str, list[Generated]] = {}
     for item in sorted(generated, key=picture_order):
         by_arm.setdefault(item.arm, []).append(item)
     check_same_prompts(
         {arm: [(i.category, i.prompt_index, i.seed) for i in items] for arm, items in by_arm.items()}
     )
-    position = {(prompt.category, prompt.index): n for n, prompt in enumerate(prompts)}
+    known = {(prompt.category, prompt.index) for prompt in prompts}
     for item in generated:
-        if (item.category, item.prompt_index) not in position:
+        if (item.category, item.prompt_index) not in known:
             raise RunError(
                 f"{item.image}: {item.category} prompt {item.prompt_index} is not in the study's list: "
                 "sample this run again"
             )
+    return by_arm
 
-    texts = encoder.encode_texts([prompt.text for prompt in prompts])  # (P, D)
+
+def _rows_of_arms(
+    run: RunDir,
+    encoder: Encoder,
+    by_arm: Mapping[str, Sequence[Generated]],
+    prompts: Sequence[Prompt],
+    texts: NDArray[np.float32],
+) -> list[ScoreRow]:
+    """Every picture with its own prompt, the base's with another one too; `texts` [P, D] are the prompts'."""
+    position = {(prompt.category, prompt.index): n for n, prompt in enumerate(prompts)}
     targets = derange([(prompt.category, prompt.text) for prompt in prompts])
     rows: list[ScoreRow] = []
     for arm, items in by_arm.items():
@@ -182,37 +207,42 @@ def score_run(
         features = encoder.encode_images(paths)  # (N, D)
         digests = [encoder.digest_picture(path) for path in paths]
         own = [position[item.category, item.prompt_index] for item in items]
-        for item, digest, score in zip(
-            items, digests, clip_score(features, texts[own]).tolist(), strict=True
-        ):
+        matched = clip_score(features, texts[own]).tolist()
+        for item, digest, score in zip(items, digests, matched, strict=True):
             values = {key: value for key, value in asdict(item).items() if key != "image"}
             rows.append(
                 ScoreRow(kind="arm", **values, clip_score=score, image=item.image, image_digest=digest)
             )
         if arm == BASE and targets is not None:
             other = [targets[place] for place in own]
-            for item, place, digest, score in zip(
-                items, other, digests, clip_score(features, texts[other]).tolist(), strict=True
-            ):
+            shuffled = clip_score(features, texts[other]).tolist()
+            for item, place, digest, score in zip(items, other, digests, shuffled, strict=True):
                 rows.append(_calibration_row(SHUFFLED, prompts[place], score, digest, item.seed, item.image))
+    return rows
 
-    noise = draw_noise(len(prompts), config.data.resolution_px)
-    for picture, prompt, score in zip(
-        noise, prompts, clip_score(encoder.encode_images(noise), texts).tolist(), strict=True
-    ):
-        rows.append(_calibration_row(NOISE, prompt, score, encoder.digest_picture(picture)))
-    captions = [Prompt(CAPTIONS, n, caption) for n, (_, caption) in enumerate(heldout[:MAX_REAL])]
-    if captions:
-        pictures = [picture for picture, _ in heldout[:MAX_REAL]]
-        real = clip_score(
-            encoder.encode_images(pictures), encoder.encode_texts([caption.text for caption in captions])
-        )
-        for picture, caption, score in zip(pictures, captions, real.tolist(), strict=True):
-            rows.append(_calibration_row(REAL, caption, score, encoder.digest_picture(picture)))
-    num_truncated = encoder.count_truncated([prompt.text for prompt in (*prompts, *captions)])
-    scores = Scores.from_rows(rows, encoder.identity, num_truncated)
-    write_scores(run, scores)
-    return scores
+
+def _rows_of_noise(
+    encoder: Encoder, prompts: Sequence[Prompt], texts: NDArray[np.float32], side_px: int
+) -> list[ScoreRow]:
+    """A picture of noise with every prompt."""
+    noise = draw_noise(len(prompts), side_px)
+    scores = clip_score(encoder.encode_images(noise), texts).tolist()
+    return [
+        _calibration_row(NOISE, prompt, score, encoder.digest_picture(picture))
+        for picture, prompt, score in zip(noise, prompts, scores, strict=True)
+    ]
+
+
+def _rows_of_real_pictures(encoder: Encoder, heldout: Sequence[tuple[Any, str]]) -> list[ScoreRow]:
+    """Every held-out picture with its own caption; none where there are none."""
+    if not heldout:
+        return []
+    pictures, captions = zip(*heldout, strict=True)
+    scores = clip_score(encoder.encode_images(pictures), encoder.encode_texts(captions)).tolist()
+    return [
+        _calibration_row(REAL, Prompt(CAPTIONS, n, caption), score, encoder.digest_picture(picture))
+        for n, (picture, caption, score) in enumerate(zip(pictures, captions, scores, strict=True))
+    ]
 
 
 def _calibration_row(

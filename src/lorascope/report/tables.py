@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,17 @@ from lorascope.report.evidence import NOT_MEASURED, Facts, count
 from lorascope.store import digest_bytes, digest_file
 
 MAX_CONTRASTS = 12  # arms; with more, contrasts between neighbours say little and take long
+
+# Settings of an arm with the form of their numbers.
+_SETTINGS = {
+    "rank": "d",
+    "alpha": "g",
+    "lr": "g",
+    "gain": ".3g",
+    "seed": "d",
+    "batch_size": "d",
+    "epochs": "d",
+}
 
 # The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
 REFERENCE: dict[str, dict[str, float]] = {
@@ -58,6 +69,9 @@ class Table:
         return "table-" + digest_bytes(self.caption.encode())[:8]
 
 
+_BLANK = Cell("")
+
+
 def cell(value: float | None, form: str = ".2f") -> Cell:
     """A number with a true minus sign, or `not measured`."""
     if value is None or not math.isfinite(value):
@@ -83,83 +97,103 @@ def row(*cells: Cell, marked: bool = False) -> TableRow:
 def build_arms_table(facts: Facts) -> Table:
     """Every arm of the study with what was measured: the reference study's Table 1 with the base as its first
     row.
+
+    A setting that all arms share stands in the caption, the others in a column each.
     """
     categories = facts.scores.categories if facts.scores else ("normal", "abstract")
-    columns = [Column("arm", False), Column("verdict", False)]
-    keys = {
-        "rank": "d",
-        "alpha": "g",
-        "lr": "g",
-        "gain": ".3g",
-        "seed": "d",
-        "batch_size": "d",
-        "epochs": "d",
-    }
-    fixed = {
+    shared = {
         key: form
-        for key, form in keys.items()
+        for key, form in _SETTINGS.items()
         if len({format(getattr(arm, key), form) for arm in facts.settings.values()}) == 1
     }
-    columns += [Column(key.replace("_", " ")) for key in keys if key not in fixed]
-    columns += [
+    varied = {key: form for key, form in _SETTINGS.items() if key not in shared}
+    best = {arm: (training.get("best") or {}).get("epoch") for arm, training in facts.training.items()}
+    has_best = any(best.values())
+    columns = (
+        Column("arm", False),
+        Column("verdict", False),
+        *(Column(_in_words(key)) for key in varied),
         *(Column(f"{category} (std)") for category in categories),
         Column("minus base"),
         Column("95 % interval"),
         Column("held-out loss"),
-    ]
-    best = {arm: (training.get("best") or {}).get("epoch") for arm, training in facts.training.items()}
-    columns += [Column("best epoch")] if any(best.values()) else []
+        *([Column("best epoch")] if has_best else []),
+    )
     rows = []
     for arm in (BASE, *facts.settings):
-        setting = facts.settings.get(arm)
-        role = (
-            "failed"
-            if arm in facts.failed
-            else "not trained"
-            if arm != BASE and arm not in facts.training
-            else facts.role(arm)
-        )
-        blank = Cell("", None)
-        cells = [Cell(arm), Cell(role)]
-        cells += [
-            blank if setting is None else cell(getattr(setting, key), form)
-            for key, form in keys.items()
-            if key not in fixed
+        role = _role(facts, arm)
+        cells = [
+            Cell(arm),
+            Cell(role),
+            *_setting_cells(facts, arm, varied),
+            *_mean_cells(facts, arm, categories),
+            *_difference_cells(facts, arm),
         ]
-        for category in categories:
-            part = facts.summary.get((arm, category))
-            cells.append(Cell(f"{part.mean:.2f} ({cell(part.std).text})", part.mean) if part else cell(None))
-        effect, loss = facts.effects.get((arm, ALL)), facts.heldout_losses.get(arm)
-        if arm == BASE:
-            cells += [blank] * 3
-        else:
-            cells += [
-                cell(effect.difference if effect else None, "+.2f"),
-                interval(effect.low if effect else None, effect.high if effect else None),
-            ]
-            cells.append(cell(loss.difference if loss else None, "+.4f"))
-        if any(best.values()):
-            cells.append(blank if arm == BASE else cell(best.get(arm), "d"))
+        if has_best:
+            cells.append(_BLANK if arm == BASE else cell(best.get(arm), "d"))
         rows.append(TableRow(tuple(cells), marked=role == "kept"))
-    caption = (
+    return Table(_arms_caption(facts, shared, has_best), columns, tuple(rows), sortable=True)
+
+
+def _in_words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _role(facts: Facts, arm: str) -> str:
+    """What the arm is in the verdict, or why it is not in it."""
+    if arm in facts.failed:
+        return "failed"
+    return "not trained" if arm != BASE and arm not in facts.training else facts.role(arm)
+
+
+def _setting_cells(facts: Facts, arm: str, forms: Mapping[str, str]) -> list[Cell]:
+    setting = facts.settings.get(arm)  # the base has none
+    return [_BLANK if setting is None else cell(getattr(setting, key), form) for key, form in forms.items()]
+
+
+def _mean_cells(facts: Facts, arm: str, categories: Sequence[str]) -> list[Cell]:
+    parts = [facts.summary.get((arm, category)) for category in categories]
+    return [
+        Cell(f"{part.mean:.2f} ({cell(part.std).text})", part.mean) if part else cell(None) for part in parts
+    ]
+
+
+def _difference_cells(facts: Facts, arm: str) -> list[Cell]:
+    """Score minus base with its interval, and held-out loss minus the base's."""
+    if arm == BASE:
+        return [_BLANK] * 3
+    effect, loss = facts.effects.get((arm, ALL)), facts.heldout_losses.get(arm)
+    return [
+        cell(effect.difference if effect else None, "+.2f"),
+        interval(effect.low if effect else None, effect.high if effect else None),
+        cell(loss.difference if loss else None, "+.4f"),
+    ]
+
+
+def _arms_caption(facts: Facts, shared: Mapping[str, str], has_best: bool) -> str:
+    """What the columns are, the settings of all arms, and which arms are compared at equal lr or gain."""
+    parts = [
         f"CLIP score of the base and {count(len(facts.settings), 'arm')}: mean and standard deviation "
-        "over pictures, as in the reference study's Table 1; the difference from the base over all "
-        "prompts; held-out loss minus the base's"
-        + ("; and the epoch at which it was lowest" if any(best.values()) else "")
-    ) + "".join(
-        f"; {key.replace('_', ' ')} {format(getattr(facts.settings[arm], key), form)} throughout"
-        for key, form in fixed.items()
-    )
-    caption += "; gain is lr x scale x √rank"
-    scalings = {arm.scaling for arm in facts.settings.values()}
-    caption += "; alpha is as in files: √rank times the study's with rsLoRA" if "rslora" in scalings else ""
-    if facts.same_gain and {"gain", "lr"} - set(fixed):
-        caption += "".join(
-            f"; {how}: {facts.settings_in_words(group)}"
+        "over pictures, as in the reference study's Table 1",
+        "the difference from the base over all prompts",
+        "held-out loss minus the base's",
+    ]
+    if has_best:
+        parts.append("and the epoch at which it was lowest")
+    example = next(iter(facts.settings.values()))
+    parts += [
+        f"{_in_words(key)} {format(getattr(example, key), form)} throughout" for key, form in shared.items()
+    ]
+    parts.append("gain is lr x scale x √rank")
+    if "rslora" in {arm.scaling for arm in facts.settings.values()}:
+        parts.append("alpha is as in files: √rank times the study's with rsLoRA")
+    if facts.same_gain and {"gain", "lr"} - set(shared):
+        parts += [
+            f"{how}: {facts.settings_in_words(group)}"
             for how, groups in (("at equal lr", facts.same_lr), ("at matched gain", facts.same_gain))
             for group in groups
-        )
-    return Table(caption, tuple(columns), tuple(rows), sortable=True)
+        ]
+    return "; ".join(parts)
 
 
 def build_reference_table() -> Table:
