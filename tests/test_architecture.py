@@ -230,8 +230,16 @@ RAISED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tests() -> list[tuple[str, set[str]]]:
+    """Every file of tests, with the modules of this package that it imports."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    return [(text, own_modules(ast.parse(text))) for text in texts]
+
+
 @pytest.mark.parametrize(("module", "error"), RAISED)
-def test_every_kind_of_error_a_module_raises_is_expected_by_a_test_of_it(module: str, error: str) -> None:
-    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
-    own = [text for text in tests if module in own_modules(ast.parse(text))]
+def test_every_kind_of_error_a_module_raises_is_expected_by_a_test_of_it(
+    module: str, error: str, tests: list[tuple[str, set[str]]]
+) -> None:
+    own = [text for text, modules in tests if module in modules]
     assert any(re.search(rf"raises\(\(?{error}\b", text) for text in own)

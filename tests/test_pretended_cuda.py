@@ -130,6 +130,7 @@ def broad(
         train.precision = "fp16"
         sample = {{ prompts = "{folder / "prompts.txt"}", steps = 2, seeds = [0, 1] }}
         score = {{ model = "{scorer_folder}", resamples = 100 }}
+        diagnose = {{ strengths = [0.5, 1.0], steps = 2, guidances = [3.0], num_guidance_prompts = 1 }}
         """,
         folder,
     )

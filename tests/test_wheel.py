@@ -62,6 +62,8 @@ def test_the_installed_wheel_runs_the_smoke_study_without_posix(wheel: Path, tmp
     )
     command = ["study", "--preset", "smoke", "--quiet", "--run-dir", str(folder / "der Lauf")]
     command += ["--set", "workers=2", "--set", "train.max_stacked_arms=1"]
+    for few in ("sample.steps=2", "diagnose.steps=2", "sample.num_prompts=2", "data.num_train=8"):
+        command += ["--set", few]
     (tmp_path / "disguise").mkdir()
     cache = str(folder / "Zwischen speicher")
     done = run_without_posix(tmp_path / "disguise", installed, code, *command, XDG_CACHE_HOME=cache)

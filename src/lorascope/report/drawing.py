@@ -491,6 +491,7 @@ def draw_heat(maps: Mapping[str, HeatMap], greatest: float, key: str = "layers")
     """Heat maps side by side, one an arm, on one scale from 0 to `greatest` > 0; a cell without a value stays
     empty. One hue, the stronger the larger, so that it reads on light and dark paper alike.
     """
+    from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch, Rectangle
 
@@ -508,12 +509,12 @@ def draw_heat(maps: Mapping[str, HeatMap], greatest: float, key: str = "layers")
         for axes in grid[len(maps) :]:
             axes.set_visible(False)
         for axes, (arm, heat) in zip(grid, maps.items(), strict=False):
+            cells = []
             for y, values in enumerate(heat.values):
                 for x, value in enumerate(values):
                     if value is not None:
-                        cell = Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=shade(value))
-                        cell.set_clip_on(False)  # a clip path for each would double the file
-                        axes.add_patch(cell)
+                        cells.append(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=shade(value)))
+            axes.add_collection(PatchCollection(cells, match_original=True, clip_on=False))
             axes.set_title(arm, fontsize=7.8)
             axes.set_xlim(-0.5, len(heat.columns) - 0.5)
             axes.set_ylim(len(heat.rows) - 0.5, -0.5)
@@ -613,16 +614,22 @@ class _canvas:
 
 def _finish(figure: "Canvas", key: str) -> Drawing:
     """Render to SVG and PNG, without dates, and hand ink and ids over to the page."""
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer,
-        format="svg",
-        transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    for axes in figure.axes:
+        axes.patch.set_facecolor("none")
+    figure.patch.set_facecolor("none")
+    drawn, pixels = io.BytesIO(), io.BytesIO()
+    # Not by `savefig`, which draws everything once more to find its size.
+    FigureCanvasSVG(figure).print_svg(
+        drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
     )
-    svg = buffer.getvalue().decode()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    figure.set_layout_engine("none")  # the layout stands
+    figure.patch.set_facecolor("white")
+    figure.dpi = 200
+    FigureCanvasAgg(figure).print_png(pixels, metadata={"Software": None})
+    svg = drawn.getvalue().decode()
     file_svg, page_svg = svg, svg[svg.index("<svg") :]
     for stand_in, colour in _PLAIN_COLOURS.items():
         file_svg = file_svg.replace(stand_in, colour)
@@ -637,4 +644,4 @@ def _finish(figure: "Canvas", key: str) -> Drawing:
     view = re.search(r'viewBox="[^"]*"', page_svg)
     head = f'<svg class="plot" {view.group(0) if view else ""} aria-hidden="true" focusable="false">'
     page_svg = head + page_svg[page_svg.index(">") + 1 :]
-    return Drawing(re.sub(r"\n\s*", "\n", page_svg), file_svg.encode(), buffer.getvalue())
+    return Drawing(re.sub(r"\n\s*", "\n", page_svg), file_svg.encode(), pixels.getvalue())

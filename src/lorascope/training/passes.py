@@ -2,6 +2,7 @@
 memory that is free.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -40,10 +41,31 @@ def count_models(config: StudyConfig) -> Counts:
     The U-Net's dtype is that of training, as far as it is known before it is timed.
     """
     configs = read_configs(BaseSection(model=str(SD15_DIR)) if is_hub_id(config.base.model) else config.base)
-    side, flops = config.data.resolution_px, {}
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         components = {name: build_component(name, configs[name]) for name in ("unet", "text_encoder", "vae")}
-        unet, text_encoder, vae = (cast(Any, module) for module in components.values())
+    key = (json.dumps(configs, sort_keys=True, default=str), config.data.resolution_px)
+    if key not in _COUNTED:
+        _COUNTED[key] = _count_flops(components, config.data.resolution_px)
+    latent_shape, flops = _COUNTED[key]
+    unet: Any = components["unet"]
+    device_type = choose_device(config.device).type
+    if config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda"):
+        unet.to(torch.bfloat16)
+    attend_as_on(device_type, unet)
+    return Counts(components, resolve_section(components, config.adapter), latent_shape, dict(flops))
+
+
+# By the models' configurations and the pictures' sides, since a study asks at every start.
+_COUNTED: dict[tuple[str, int], tuple[tuple[int, int, int], dict[str, int]]] = {}
+
+
+def _count_flops(
+    components: Mapping[str, torch.nn.Module], side: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The shape of a square picture's latents, and the FLOPs of each model on it."""
+    unet, text_encoder, vae = (cast(Any, components[name]) for name in ("unet", "text_encoder", "vae"))
+    flops = {}
+    with torch.device("meta"), torch.no_grad():
         tokens = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             latents = vae.encode(torch.empty(1, 3, side, side)).latent_dist.mean
@@ -57,11 +79,7 @@ def count_models(config: StudyConfig) -> Counts:
         with FlopCounterMode(display=False) as counter:
             vae.decode(latents)
         flops["decode"] = counter.get_total_flops()
-    device_type = choose_device(config.device).type
-    if config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda"):
-        unet.to(torch.bfloat16)
-    attend_as_on(device_type, unet)
-    return Counts(components, resolve_section(components, config.adapter), tuple(latents.shape[1:]), flops)
+    return tuple(latents.shape[1:]), flops
 
 
 def plan_passes(
