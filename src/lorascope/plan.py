@@ -104,10 +104,38 @@ class Plan:
 
     def as_text(self) -> str:
         """The plan for people, several lines."""
-        lines = [f"study {self.name}: {len(self.arms)} arms on {self.base}, {self.modules} adapted layers"]
+        known = self.estimated_s is not None
+        time = f"about {duration(self.estimated_s or 0)} (rough)" if known else "known once the data is read"
+        lines = [
+            f"study {self.name}: {len(self.arms)} arms on {self.base}, {self.modules} adapted layers",
+            *self._arm_lines(),
+            *self._training_lines(),
+            f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, "
+            f"guidance {self.guidance:g}",
+        ]
+        if self.diagnosis_pictures:
+            lines.append(
+                f"diagnosis  at most {self.diagnosis_pictures:,} pictures at several strengths, "
+                f"{self.diagnosis_steps} steps"
+            )
+        lines += [
+            *self.power.as_lines(),
+            *self._memory_lines(),
+            f"time       {time}",
+            f"disk       about {size(self.estimated_bytes)}",
+        ]
+        return "\n".join(lines)
+
+    @property
+    def _lengths_vary(self) -> bool:
+        """Whether arms differ in batch size or epochs."""
+        return len({(arm["batch_size"], arm["epochs"]) for arm in self.arms}) > 1
+
+    def _arm_lines(self) -> list[str]:
+        """A line for every arm: its choices, as far as they may differ, and its parameters."""
         width = max(16, *(len(arm["name"]) for arm in self.arms))
-        matched = any(arm["match_gain"] for arm in self.arms)
-        vary = len({(arm["batch_size"], arm["epochs"]) for arm in self.arms}) > 1
+        vary, matched = self._lengths_vary, any(arm["match_gain"] for arm in self.arms)
+        lines = []
         for arm in self.arms:
             count = arm["parameters"]
             parameters = f"{count:,} parameters, {size(4 * count)}"
@@ -119,19 +147,18 @@ class Plan:
             choices += f"  gain {arm['gain']:<8.3g}" if matched else ""
             choices += "  rslora" if arm["scaling"] == "rslora" else ""
             lines.append(f"  {arm['name']:<{width}} {choices}  {parameters}")
+        return lines
+
+    def _training_lines(self) -> list[str]:
+        """Pictures, epochs, batches and steps, what is known of the data, and which arms share a pass."""
         shown = f"at most {self.num_train:,} pictures" if self.num_train else "all pictures of the source"
-        steps = (
-            f"{'at most ' if vary else ''}{self.steps:,} steps"
-            if self.steps
-            else "steps known once the data is read"
-        )
-        batch = (
-            "epochs and batch of each arm"
-            if vary
-            else f"{self.arms[0]['epochs']} epochs, batch {self.arms[0]['batch_size']}"
-        )
+        steps = f"{self.steps:,} steps" if self.steps else "steps known once the data is read"
+        batch = f"{self.arms[0]['epochs']} epochs, batch {self.arms[0]['batch_size']}"
+        if self._lengths_vary:
+            steps = f"at most {steps}" if self.steps else steps
+            batch = "epochs and batch of each arm"
         batch += f" x {self.accumulation_steps}" if self.accumulation_steps > 1 else ""
-        lines.append(f"training   {shown} x {batch}: {steps}")
+        lines = [f"training   {shown} x {batch}: {steps}"]
         if set(self.repeats) - {1}:
             times = ", ".join(
                 f"{count:,} pictures {number} times" if number > 1 else f"{count:,} once"
@@ -140,31 +167,21 @@ class Plan:
             lines.append(f"repeats    an epoch shows {times}")
         lines += [f"data       {remark}" for remark in self.remarks]
         lines += [f"           {line}" for line in describe_passes(self.passes, self.side_by_side)]
-        lines.append(
-            f"sampling   {self.pictures:,} pictures, {self.denoising_steps} steps, guidance {self.guidance:g}"
-        )
-        if self.diagnosis_pictures:
-            lines.append(
-                f"diagnosis  at most {self.diagnosis_pictures:,} pictures at several strengths, "
-                f"{self.diagnosis_steps} steps"
-            )
-        lines += self.power.as_lines()
-        base = size(self.memory.weights_bytes)
-        lines.append(
+        return lines
+
+    def _memory_lines(self) -> list[str]:
+        """What training takes beside what is free, and what to do where it is more."""
+        lines = [
             f"memory     about {size(self.memory_bytes)} in training, {size(self.free_bytes)} are free; "
-            f"the base takes {base}, and"
-        )
-        lines.append(f"           a pass at most {self.memory.as_text()}")
+            f"the base takes {size(self.memory.weights_bytes)}, and",
+            f"           a pass at most {self.memory.as_text()}",
+        ]
         if self.memory_bytes > self.free_bytes:
             lines.append(
                 "           it will probably not fit: lower batch_size (train.accumulation_steps makes "
                 "up for it) or data.resolution_px"
             )
-        known = self.estimated_s is not None
-        time = f"about {duration(self.estimated_s or 0)} (rough)" if known else "known once the data is read"
-        lines.append(f"time       {time}")
-        lines.append(f"disk       about {size(self.estimated_bytes)}")
-        return "\n".join(lines)
+        return lines
 
 
 def plan_study(config: StudyConfig) -> Plan:
@@ -183,17 +200,11 @@ def plan_study(config: StudyConfig) -> Plan:
     num_pictures = len(prompts) * len(sample.seeds) * (len(arms) + 1)
     diagnosis = _plan_diagnosis(config, prompts)
     num_diagnosed = sum(part.num_pictures for part in diagnosis)
-    num_previews = (
-        sample.num_previews * (sum(arm.epochs // sample.preview_every_epochs for arm in arms) + 1)
-        if sample.preview_every_epochs
-        else 0
-    )
     num_train, device = config.data.num_train, choose_device(config.device)
     entries = num_train * config.data.repeats if num_train else None
     repeats, remarks = count_repeats(config.data)
     steps = [count_steps(section_of(config, ArmGroup((arm,))), entries) for arm in arms] if entries else None
     models = count_models(config)
-    targets = models.targets
     passes = plan_passes(config, device, models, entries)
     free = free_bytes(device)
     estimates = [
@@ -201,11 +212,11 @@ def plan_study(config: StudyConfig) -> Plan:
         for group in passes.groups
     ]
     largest = max(estimates, key=lambda estimate: estimate.training_bytes)
-    drawn = [(sample, num_pictures + num_previews)]
+    drawn = [(sample, num_pictures + _num_previews(config))]
     drawn += [(part.section, part.num_pictures) for part in diagnosis]
     seconds = None if steps is None else _seconds(config, device, models, steps, drawn, largest.checkpointing)
     num_drawn = sum(count for _, count in drawn)
-    counts = [count_parameters(targets, arm) for arm in arms]
+    counts = [count_parameters(models.targets, arm) for arm in arms]
     return Plan(
         name=config.name,
         base=config.base.model,
@@ -213,7 +224,7 @@ def plan_study(config: StudyConfig) -> Plan:
             {**arm.model_dump(), "scale": arm.scale, "gain": arm.gain, "parameters": count}
             for arm, count in zip(arms, counts, strict=True)
         ],
-        modules=len(targets),
+        modules=len(models.targets),
         num_train=num_train,
         repeats=repeats,
         remarks=remarks,
@@ -287,6 +298,15 @@ def _disk_bytes(config: StudyConfig, passes: Packing, counts: Sequence[int], num
     at_once = sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :]
     checkpoints = 3 * 4 * max(counts) * sum(at_once)
     return (4 * num_copies + exported) * sum(counts) + checkpoints + pictures + latents
+
+
+def _num_previews(config: StudyConfig) -> int:
+    """Pictures drawn while training: of the base once, of every arm after so many epochs."""
+    sample = config.sample
+    if not sample.preview_every_epochs:
+        return 0
+    times = sum(arm.epochs // sample.preview_every_epochs for arm in config.expand_arms())
+    return sample.num_previews * (times + 1)
 
 
 def _plan_diagnosis(config: StudyConfig, prompts: Sequence[Prompt]) -> list[Part]:

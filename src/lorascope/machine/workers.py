@@ -121,28 +121,22 @@ def run_side_by_side(
     So does an error of one worker, which is raised here afterwards: a `LorascopeError` as it was, anything
     else as `RuntimeError`.
     """
-    heard: queue.SimpleQueue[tuple[_Worker, Any]] = queue.SimpleQueue()
-    workers: list[_Worker | None] = [None] * len(environments)
+    crew = _Crew(entry, setup, environments, inherited)
     problem: BaseException | None = None
     with deferred_signals() as interrupted:
         try:
             while True:
                 if problem is None and interrupted():
                     problem = KeyboardInterrupt()
-                for index, worker in enumerate(workers):
-                    if problem is not None and worker is not None:
-                        worker.stop()
-                    elif problem is None and tasks and (worker is None or worker.task is None):
-                        worker = workers[index] = worker or _Worker(
-                            entry, setup, environments[index], inherited, heard
-                        )
-                        worker.give(tasks.popleft(), tell)
-                if all(worker is None or worker.task is None for worker in workers):
+                if problem is None:
+                    crew.give_out(tasks, tell)
+                else:
+                    crew.stop()
+                if crew.is_idle:
                     break
-                try:
-                    worker, message = heard.get(timeout=0.2)
-                except queue.Empty:
+                if (heard := crew.hear()) is None:
                     continue
+                worker, message = heard
                 task = worker.task
                 if not message.keys() & {"advance", "skip", "log"}:
                     worker.task = None
@@ -156,7 +150,7 @@ def run_side_by_side(
                     case {"answer": value} if task is not None:
                         yield task, Answer(value)
                     case {"end": death}:
-                        workers[workers.index(worker)] = None
+                        crew.dismiss(worker)
                         if task is not None and problem is None:
                             yield task, Answer(death=death)
                     case {"stopped": _}:
@@ -169,15 +163,70 @@ def run_side_by_side(
             if problem is not None:
                 raise problem
         finally:
-            left = [worker for worker in workers if worker is not None]
-            for worker in left:
-                worker.end()
-            for worker in left:
-                worker.wait()
-            while not heard.empty():  # last words, which came on another line than the last answer
-                worker, message = heard.get()
-                if "log" in message:
-                    worker.log(*message["log"])
+            crew.end()
+
+
+class _Crew:
+    """The workers that are there: at most one for each environment, started when there is a task for it."""
+
+    def __init__(
+        self,
+        entry: str,
+        setup: Any,
+        environments: Sequence[Mapping[str, str]],
+        inherited: Sequence[int],
+    ) -> None:
+        self._entry, self._setup, self._inherited = entry, setup, inherited
+        self._environments = environments
+        self._workers: list[_Worker | None] = [None] * len(environments)
+        self._heard: queue.SimpleQueue[tuple[_Worker, Any]] = queue.SimpleQueue()
+
+    @property
+    def _present(self) -> list["_Worker"]:
+        return [worker for worker in self._workers if worker is not None]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no worker is at a task."""
+        return all(worker.task is None for worker in self._present)
+
+    def give_out(self, tasks: deque[T], tell: Callable[[T], tuple[str, Any]]) -> None:
+        """Have every worker without a task begin with one, as long as there are any."""
+        for index, worker in enumerate(self._workers):
+            if tasks and (worker is None or worker.task is None):
+                worker = self._workers[index] = worker or self._start(index)
+                worker.give(tasks.popleft(), tell)
+
+    def _start(self, index: int) -> "_Worker":
+        return _Worker(self._entry, self._setup, self._environments[index], self._inherited, self._heard)
+
+    def stop(self) -> None:
+        """Have every worker leave its task after the step it is at."""
+        for worker in self._present:
+            worker.stop()
+
+    def hear(self) -> "tuple[_Worker, Any] | None":
+        """What a worker says next; None where none says anything for a moment."""
+        try:
+            return self._heard.get(timeout=0.2)
+        except queue.Empty:
+            return None
+
+    def dismiss(self, worker: "_Worker") -> None:
+        """Make room for another in the place of a worker that has ended."""
+        self._workers[self._workers.index(worker)] = None
+
+    def end(self) -> None:
+        """End all workers and log their last words, which came on another line than the last answer."""
+        left = self._present
+        for worker in left:
+            worker.end()
+        for worker in left:
+            worker.wait()
+        while not self._heard.empty():
+            worker, message = self._heard.get()
+            if "log" in message:
+                worker.log(*message["log"])
 
 
 class _Worker:

@@ -113,46 +113,17 @@ class Group:
         A first Ctrl-C, or `is_stopped`, ends a step whole, keeps a checkpoint and raises `KeyboardInterrupt`.
         An arm whose loss or gradient is not finite has failed and stands still from there on.
         """
-        trainer, section = self.trainer, self.section
         self._log_plan()
         self.bank.attach()
         try:
             self._resume()
-            tally.skip(trainer.step)
-            base_losses = self._probe_base()
-            epoch_ends = {
-                count_steps(section, trainer.train.num_entries, epoch): epoch
-                for epoch in range(1, section.epochs + 1)
-            }
-            with deferred_signals() as interrupted:
-
-                def stops() -> bool:
-                    return interrupted() or is_stopped()
-
-                def keeps(step: int) -> bool:
-                    return step % section.checkpoint_every_steps == 0 and step < trainer.num_steps
-
-                for record in trainer.run(pause=lambda step: step in epoch_ends or keeps(step) or stops()):
-                    self._record_step(record)
-                    if record.step in epoch_ends:
-                        self._end_epoch(record.step, epoch_ends[record.step], base_losses)
-                    # else the step after it is done already, and its record comes
-                    is_last = stops() and record.step == trainer.step
-                    if is_last or keeps(record.step):
-                        self._save_checkpoint()
-                    tally.advance(1, self._figures(record))
-                    if is_last:
-                        log.info(
-                            "train    stopped after step %d; the same command goes on from here", record.step
-                        )
-                        raise KeyboardInterrupt
-                    if len(self.failures) == len(self.arms):
-                        break
+            tally.skip(self.trainer.step)
+            self._take_steps(tally, is_stopped)
             for lines in self.metrics.values():
                 lines.sync()
-            mode = trainer.compute.mode
+            mode = self.trainer.compute.mode
         except Exception:
-            tally.skip(-trainer.step)  # they will be counted again
+            tally.skip(-self.trainer.step)  # they will be counted again
             raise
         finally:
             for lines in self.metrics.values():
@@ -162,15 +133,42 @@ class Group:
             self.base.unet.disable_gradient_checkpointing()
         for index in range(len(self.arms)):
             self._finish_arm(index, mode)
-        memory, kind = peak_memory(self.base.device)
-        reserved = reserved_peak(self.base.device)
-        beside = f"; {size(reserved)} of the GPU were reserved" if reserved else ""
-        log.info(
-            "memory   expected %s, measured %s (%s)%s", size(self.expected_bytes), size(memory), kind, beside
-        )
-        log.info("train    steps ran as %s", mode)
-        if len(self.failures) < len(self.arms):
-            log.info("train    done: %s in steps, the rest in probes and previews", duration(trainer.seconds))
+        self._log_end(mode)
+
+    def _take_steps(self, tally: Tally, is_stopped: Callable[[], bool]) -> None:
+        """Train to the end, or until no arm is left: records of every step, probes after every epoch, and
+        checkpoints.
+        """
+        trainer, section = self.trainer, self.section
+        base_losses = self._probe_base()
+        epoch_ends = {
+            count_steps(section, trainer.train.num_entries, epoch): epoch
+            for epoch in range(1, section.epochs + 1)
+        }
+        with deferred_signals() as interrupted:
+
+            def stops() -> bool:
+                return interrupted() or is_stopped()
+
+            def keeps(step: int) -> bool:
+                return step % section.checkpoint_every_steps == 0 and step < trainer.num_steps
+
+            for record in trainer.run(pause=lambda step: step in epoch_ends or keeps(step) or stops()):
+                self._record_step(record)
+                if record.step in epoch_ends:
+                    self._end_epoch(record.step, epoch_ends[record.step], base_losses)
+                # else the step after it is done already, and its record comes
+                is_last = stops() and record.step == trainer.step
+                if is_last or keeps(record.step):
+                    self._save_checkpoint()
+                tally.advance(1, self._figures(record))
+                if is_last:
+                    log.info(
+                        "train    stopped after step %d; the same command goes on from here", record.step
+                    )
+                    raise KeyboardInterrupt
+                if len(self.failures) == len(self.arms):
+                    break
 
     def _figures(self, record: StepRecord) -> str:
         """Speed and losses for the bar."""
@@ -193,6 +191,18 @@ class Group:
         log.debug("train    %s", self.trainer.compute.mode)
         if len(self.trainer.feed.buckets) > 1:
             log.info("train    %d shapes of pictures, one shape a batch", len(self.trainer.feed.buckets))
+
+    def _log_end(self, mode: str) -> None:
+        memory, kind = peak_memory(self.base.device)
+        reserved = reserved_peak(self.base.device)
+        beside = f"; {size(reserved)} of the GPU were reserved" if reserved else ""
+        log.info(
+            "memory   expected %s, measured %s (%s)%s", size(self.expected_bytes), size(memory), kind, beside
+        )
+        log.info("train    steps ran as %s", mode)
+        if len(self.failures) < len(self.arms):
+            seconds = duration(self.trainer.seconds)
+            log.info("train    done: %s in steps, the rest in probes and previews", seconds)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
