@@ -149,7 +149,7 @@ METADATA = st.fixed_dictionaries(
 )
 
 
-@settings(PLAIN, max_examples=300)
+@settings(PLAIN, max_examples=150)
 @given(tensors=adapters(), metadata=METADATA, config=st.none() | CONFIGS | VALUES)
 def test_adapters_with_any_tensors_and_metadata(
     tmp_path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], config: Any
@@ -163,7 +163,7 @@ def test_adapters_with_any_tensors_and_metadata(
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
 
-@settings(PLAIN, max_examples=100)
+@settings(PLAIN, max_examples=40)
 @given(
     entry=st.fixed_dictionaries({}, optional=dict.fromkeys(ENTRY, VALUES)),
     name=TEXTS | st.just(f"{FLAT}.lora_down.weight"),
@@ -191,7 +191,7 @@ SOUND = {
 }
 
 
-@settings(PLAIN, max_examples=100)
+@settings(PLAIN, max_examples=40)
 @given(changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4))
 def test_adapters_with_any_bytes_changed(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     content = bytearray(safetensors.torch.save(SOUND, {"ss_network_dim": "2"}))
@@ -202,7 +202,7 @@ def test_adapters_with_any_bytes_changed(tmp_path: Path, changes: list[tuple[int
     all_of(path, tmp_path)
 
 
-@settings(PLAIN, max_examples=60)
+@settings(PLAIN, max_examples=40)
 @given(name=st.text(max_size=12), middle=st.sampled_from([FLAT, f"unet.{Q}", "lora_unet_", "text_encoder."]))
 def test_adapters_with_any_names(tmp_path: Path, name: str, middle: str) -> None:
     endings = (".lora_down.weight", ".lora_A.weight", ".alpha", ".lora.up.weight", ".lora_up.weight")
@@ -251,7 +251,7 @@ CONFIG_KEYS = {
 LARGE = st.sampled_from([10**7, 10**15, [2, 2, 2], "a\nb"])
 
 
-@settings(PLAIN, max_examples=60)
+@settings(PLAIN, max_examples=40)
 @given(
     changes=st.lists(
         st.sampled_from([(file, key) for file, keys in CONFIG_KEYS.items() for key in keys]),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lorascope.evaluation.choice import NO_SWEEP, rule_text
+from lorascope.evaluation.contrast import GainContrast
 from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.score_text import scores_as_dict, scores_as_markdown, verdict_as_dict
 from lorascope.evaluation.scores import BASE, Scores, paired_differences
@@ -32,6 +33,20 @@ def judge(points: Any = None, scores: Scores | None = SCORES, **values: Any) -> 
 
 def judge_sweep(sweep: Sweep) -> Verdict:
     return reach_verdict(SCORES, trace_front(sweep))
+
+
+def test_why_an_arm_fails_stands_in_the_summary() -> None:
+    contrast = GainContrast(
+        ("r64",), ("r64-gain-r16",), ("r16",), "strength", "At strength 1 r64 keeps little."
+    )
+    front = trace_front(simple_sweep({("r16", 0.5): (0.97, 0.4), ("r64", 0.5): (0.95, 0.3)}))
+    for verdict in (
+        reach_verdict(SCORES, front, contrast=contrast),
+        reach_verdict(SCORES, None, contrast=contrast),
+    ):
+        assert contrast.sentence in verdict.sentences and not any(
+            sentence.startswith("Runner-up") for sentence in verdict.sentences
+        )
 
 
 def test_the_answer_is_an_arm_an_epoch_and_a_strength() -> None:

@@ -21,6 +21,7 @@ import tomli_w
 from lorascope.config import load_study
 from lorascope.diagnosis.record import read_diagnosis, write_diagnosis
 from lorascope.errors import StorageError
+from lorascope.evaluation.contrast import GainContrast
 from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, save_picture
@@ -503,12 +504,23 @@ def test_the_answers_pictures_are_of_the_chosen_strength(copied: RunDir) -> None
     facts = Facts(copied)
     content = report_module._content(facts, verdict_of(copied), {})
     hero = content["verdict"]["hero"]
-    assert [picture.arm for picture in hero] == ["base", "r16 at 0.75", "r64 at 0.5"]
+    assert [picture.arm for picture in hero] == ["base", "r16 at 0.75", "r16 at 1", "r64 at 0.5"]
     page = Page(report_module._render_page(facts, content))
     assert "r16 at 0.75: a man reading a newspaper (seed 0)" in [image["alt"] for image in page.all("img")]
     (copied.path / hero[1].path).unlink()
     left = Page(report_module._render_page(facts, content))
     assert not any(image["alt"].startswith("r16 at 0.75") for image in left.all("img"))
+
+
+def test_an_arm_that_fails_at_full_strength_stands_in_the_answer(copied: RunDir) -> None:
+    facts = Facts(copied)
+    assert facts.verdict is not None
+    contrast = GainContrast(
+        ("r64",), ("r64-gain-r16",), ("r16",), "strength", "At strength 1 r64 keeps little."
+    )
+    facts.verdict = replace(facts.verdict, contrast=contrast)
+    hero = report_module._content(facts, verdict_of(copied), {})["verdict"]["hero"]
+    assert [picture.arm for picture in hero] == ["base", "r16 at 0.75", "r16 at 1", "r64 at 1"]
 
 
 def test_missing_picture_is_said(copied: RunDir) -> None:

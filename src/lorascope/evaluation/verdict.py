@@ -19,6 +19,7 @@ from lorascope.evaluation.choice import (
     is_shown,
     rule_text,
 )
+from lorascope.evaluation.contrast import GainContrast
 from lorascope.evaluation.front import Estimate, Front, FrontPoint, SettingPoint, style_difference
 from lorascope.evaluation.scores import ALL, BASE, PairedDifference, Scores, paired_differences, prompt_means
 from lorascope.evaluation.sentences import (
@@ -72,6 +73,7 @@ class Verdict:
     sentences: tuple[str, ...]
     reasons: tuple[str, ...]
     undecided: tuple[str, ...]
+    contrast: GainContrast | None
     against_base: PairedDifference | None
     num_prompts: int
     num_seeds: int
@@ -86,13 +88,14 @@ def reach_verdict(
     study: str = "study",
     max_prompt_loss: float = MAX_PROMPT_LOSS,
     settings: Mapping[str, str] | None = None,
+    contrast: GainContrast | None = None,
     resamples: int = 10_000,
 ) -> Verdict:
     """Which arm to keep, at which strength and epoch, and why.
 
     The rule is `choose_point`'s. Held-out loss (`probes`: records of `metrics.jsonl`) and scores at full
     strength are told beside it. `failed` names arms that ended without pictures; arms with records but no
-    pictures count as such too. `study` names the files.
+    pictures count as such too. `study` names the files. `contrast` says why one fails at full strength.
     """
     choice = choose_point(front, max_prompt_loss, settings, resamples)
     losses = read_heldout_losses(probes)
@@ -116,7 +119,7 @@ def reach_verdict(
         runner_up=choice.runner_up,
         max_prompt_loss=max_prompt_loss,
         rule=rule_text(max_prompt_loss),
-        sentences=_summary(choice, reasons, undecided, tag, full),
+        sentences=_summary(choice, reasons, undecided, tag, full, contrast),
         reasons=(
             *_missing(scores, front, failed, losses),
             *reasons,
@@ -124,6 +127,7 @@ def reach_verdict(
             *_full_strength_sentences(scores, full),
         ),
         undecided=(*undecided, *_luck(runs)),
+        contrast=contrast,
         against_base=full if point is not None and full is not None and full.arm == point.arm else None,
         num_prompts=max((item.num_prompts for item in front.points), default=0) if front else 0,
         num_seeds=max((item.num_seeds for item in front.points), default=0) if front else 0,
@@ -333,15 +337,19 @@ def _summary(
     undecided: Sequence[str],
     tag: str | None,
     at_full_strength: PairedDifference | None,
+    contrast: GainContrast | None,
 ) -> tuple[str, ...]:
     """The answer in a few sentences."""
+    failing = () if contrast is None else (contrast.sentence,)
     full = [f"At full strength {describe_difference(at_full_strength)}"] if at_full_strength else []
     if choice.point is not None:
         sentences = [reasons[0], f"In a prompt: {tag}."]
+        if failing:
+            return (*sentences, *failing)
         if choice.runner_up is not None:
             return (*sentences, f"Runner-up: {describe_point(choice.runner_up)}")
         return (*sentences, *undecided[:1])
-    return (reasons[-1], *full)
+    return (reasons[-1], *failing, *full)
 
 
 def _at_full_strength(scores: Scores | None, arm: str | None, resamples: int) -> PairedDifference | None:

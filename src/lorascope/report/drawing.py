@@ -622,13 +622,12 @@ def _finish(figure: "Canvas", key: str) -> Drawing:
     figure.patch.set_facecolor("none")
     drawn, pixels = io.BytesIO(), io.BytesIO()
     # Not by `savefig`, which draws everything once more to find its size.
-    FigureCanvasSVG(figure).print_svg(
-        drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    undated = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(drawn, metadata=undated)  # type: ignore[no-untyped-call]
     figure.set_layout_engine("none")  # the layout stands
     figure.patch.set_facecolor("white")
     figure.dpi = 200
-    FigureCanvasAgg(figure).print_png(pixels, metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(pixels, metadata={"Software": None})  # type: ignore[no-untyped-call]
     svg = drawn.getvalue().decode()
     file_svg, page_svg = svg, svg[svg.index("<svg") :]
     for stand_in, colour in _PLAIN_COLOURS.items():

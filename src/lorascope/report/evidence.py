@@ -21,6 +21,7 @@ from lorascope.data.split import describe_duplicates
 from lorascope.diagnosis.record import Record, read_diagnosis
 from lorascope.errors import StorageError, first_line
 from lorascope.evaluation.choice import Decision
+from lorascope.evaluation.contrast import contrast_gains
 from lorascope.evaluation.front import Front, trace_front
 from lorascope.evaluation.scores import (
     ALL,
@@ -138,12 +139,16 @@ class Facts:
         if self.sweep is not None:
             self._refuse_strangers(self.run.sweep_parquet, self.sweep.arms, "holds", _DIAGNOSE)
             self.front = trace_front(self.sweep, self.alike, resamples)
+        contrast = (
+            None if self.front is None else contrast_gains(self.front, self.settings.values(), resamples)
+        )
         return reach_verdict(
             scores,
             self.front,
             self.probes,
             tuple(self.failed),
             study=self.config.name,
+            contrast=contrast,
             settings=self.alike,
             max_prompt_loss=self.config.verdict.max_prompt_loss,
             resamples=resamples,

@@ -168,11 +168,17 @@ def _verdict_items(facts: Facts, verdict: Verdict) -> list[tuple[str, str, str]]
 
 
 def _hero(facts: Facts, keep: str | None) -> list[Picture]:
-    """One prompt by the base and by what was chosen, at the strength that was chosen."""
+    """One prompt by the base, by what was chosen at the strength that was chosen and at full strength, and by
+    the arm that fails there or the runner-up.
+    """
     verdict = facts.verdict
     if facts.sweep is not None and facts.front is not None and verdict is not None and verdict.point:
-        points = [verdict.point.point, *([verdict.runner_up.point] if verdict.runner_up else [])]
-        base = Point(BASE, "last", 0.0, verdict.point.point.guidance)
+        chosen = verdict.point.point
+        points = [Point(BASE, "last", 0.0, chosen.guidance), chosen, replace(chosen, strength=1.0)]
+        if verdict.contrast is not None:
+            points.append(Point(verdict.contrast.failing[0], "last", 1.0, chosen.guidance))
+        elif verdict.runner_up is not None:
+            points.append(verdict.runner_up.point)
         return [
             Picture(
                 BASE if point.arm == BASE else f"{point.arm} at {point.strength:g}",
@@ -183,7 +189,7 @@ def _hero(facts: Facts, keep: str | None) -> list[Picture]:
                 row.image,
                 row.clip_score,
             )
-            for point in (base, *points)
+            for point in dict.fromkeys(points)
             for row in facts.sweep.of(point)[:1]
         ]
     arms = (BASE, *([keep] if keep else []), *(arm for arm in facts.detailed if arm != keep))[:4]
