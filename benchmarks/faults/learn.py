@@ -85,8 +85,11 @@ def _recovered(signals: ArmSignals) -> float | None:
     """The share of the lost prompt fidelity that the base's unconditional prediction brings back, where it
     was lost by more than a tenth.
     """
-    kept, back = signals.full.retention.value, signals.unconditional_recovery.value
-    return None if kept is None or back is None or kept > 0.9 else back / (1 - kept)
+    kept, back = signals.full.retention.value, signals.unconditional_recovery
+    if kept is None or back.value is None:
+        return None
+    lost = 1 - kept if back.control is None else back.control
+    return None if kept > 0.9 or lost < 0.1 else back.value / lost
 
 
 # Each is held against the same number as in the decision. What is not here is given, not learnt: the price

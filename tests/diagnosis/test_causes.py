@@ -143,6 +143,20 @@ def test_style_and_prompts_over_strengths(points: tuple[Any, ...], expected: tup
         ({"gain_ratio": an_interval("gain_ratio", 0.2, 0.1)}, ("too_strong", "high")),
         # a sound ratio speaks against the intervention
         ({"unconditional_recovery": 0.4, "gain_ratio": 0.6}, ("unconditional_drift", "medium")),
+        # held against what was lost on the prompts that were drawn both ways
+        (
+            {"unconditional_recovery": an_interval("unconditional_recovery", 0.1, 0.02, control=0.15)},
+            ("unconditional_drift", "high"),
+        ),
+        (
+            {"unconditional_recovery": an_interval("unconditional_recovery", 0.4, 0.02, control=0.95)},
+            ("too_strong", "high"),
+        ),
+        # where nothing was lost on those nothing can come back
+        (
+            {"unconditional_recovery": an_interval("unconditional_recovery", 0.1, 0.02, control=-0.02)},
+            ("too_strong", "high"),
+        ),
     ],
 )
 def test_a_drift_of_the_unconditional_prediction(values: dict[str, Any], expected: tuple[str, str]) -> None:
@@ -217,6 +231,29 @@ def test_the_best_epoch_speaks_for_overfitting_or_against_it() -> None:
 )
 def test_divergence(points: tuple[Any, ...], values: dict[str, Any], expected: tuple[str, str]) -> None:
     assert decided(signals_of(None, *points, **values))[:2] == expected
+
+
+def test_scaled_intruders_speak_for_divergence_or_against_it_and_decide_nothing() -> None:
+    def with_back(arm: ArmSignals, value: float, reach: float) -> Any:
+        return decide(replace(arm, intruder_recovery=an_interval("intruder_recovery", value, reach)))
+
+    said = "scaled-down intruder directions bring back"
+    for arm in (diverged_arm(), replace(diverged_arm(), heldout=an_interval("heldout", 0.05, 0.01))):
+        found = with_back(arm, 0.2, 0.1)
+        assert (found.cause, found.confidence) == ("diverged", "high")
+        assert any(f"{said} 20 % (95 % interval 10 to 30)." in text for text in found.evidence_for)
+        assert not any(said in text for text in found.evidence_against)
+    found = with_back(diverged_arm(), 0.02, 0.1)
+    assert (found.cause, found.confidence) == ("diverged", "high")
+    assert any(
+        text.endswith("(95 % interval -8 to 12): not shown to be above 0.") for text in found.evidence_against
+    )
+    strong = signals_of(None, LOST, BACK)
+    found = with_back(strong, 0.2, 0.1)
+    assert (found.cause, found.confidence) == ("too_strong", "high")
+    assert any(said in text and text.endswith(", as in a diverged arm.") for text in found.evidence_against)
+    assert with_back(strong, 0.02, 0.1).evidence_against == decide(strong).evidence_against
+    assert with_back(healthy_arm(), 0.2, 0.1).cause == "healthy"
 
 
 def test_faults_together_are_named_in_order() -> None:

@@ -14,6 +14,7 @@ from lorascope.diagnosis.words import Cause
 from synthetic_signals import (
     NO,
     a_point,
+    an_interval,
     default_arm,
     diverged_arm,
     drifted_arm,
@@ -57,6 +58,23 @@ def test_the_changes_of_each_cause() -> None:
     assert changes_of(decide(healthy_arm())) == {}
     for signals in (default_arm(), overfit_arm(), drifted_arm(), short_arm()):
         assert all(change.reason.endswith(".") for change in decide(signals).remedy.changes)
+
+
+def test_a_cut_that_keeps_as_much_is_a_remark_on_the_rank() -> None:
+    cut = {
+        "cut_retention": an_interval("cut_retention", 0.57, 0.02, control=0.57),
+        "cut_style": an_interval("cut_style", 0.53, 0.02, control=0.53),
+    }
+    for arm in (default_arm(), diverged_arm(), healthy_arm()):
+        found, before = decide(replace(arm, **cut)), decide(arm)
+        assert found.remedy.changes[:-1] == before.remedy.changes
+        remark = found.remedy.changes[-1]
+        assert (remark.key, remark.value) == ("arms.rank", None) and remark.reason.startswith(
+            "A lower rank may do"
+        )
+        assert (found.cause, found.evidence_for) == (before.cause, before.evidence_for)
+    broken = replace(default_arm(), merge_ok=make_signal("merge_ok", 0.0))
+    assert decide(replace(broken, **cut)).remedy == decide(broken).remedy
 
 
 def test_an_arm_that_keeps_more_shows_which_gain_holds() -> None:

@@ -45,7 +45,6 @@ def a_sweep() -> Any:
         *drawn("r8", 0.5, 0.4),
         *drawn("r8", 0.9, 0.2, 0.5),
         *drawn("r8", 0.8, 0.3, epoch="best"),
-        *drawn("r8", 0.7, 0.4, unconditional="base"),
         *drawn("r8", 0.2, 0.4, guidance=3.0),
         *drawn("r4", 1.0, 0.1),
     ]
@@ -53,7 +52,7 @@ def a_sweep() -> Any:
     return make_sweep(rows, discrepancies=distances)
 
 
-def test_a_sweep_becomes_points_and_interventions() -> None:
+def test_a_sweep_becomes_points() -> None:
     fronts = trace_fronts(a_sweep(), resamples=200)
     signals = ArmSignals(an_arm("r8"), **sweep_signals(fronts, "r8"))
     assert [(point.epoch, point.strength) for point in signals.points] == [
@@ -68,9 +67,6 @@ def test_a_sweep_becomes_points_and_interventions() -> None:
     assert (full.discrepancy.value, full.discrepancy.control) == (25, 60)
     assert signals.lower[0].discrepancy.value is None
     assert signals.lower[0].retention.value == pytest.approx(0.9)
-    assert signals.base_unconditional.value == pytest.approx(0.7)
-    back = signals.unconditional_recovery
-    assert back.value == pytest.approx(0.2) and (back.low, back.high) == pytest.approx((0.2, 0.2))
     # At guidance 3 beside the base at guidance 3, whose lead over the floor is 16.
     assert [(item.guidance, item.retention.value) for item in signals.guidances] == [
         (3.0, pytest.approx(4 / 16))
@@ -81,26 +77,10 @@ def test_what_was_not_drawn_is_not_measured() -> None:
     fronts = trace_fronts(a_sweep(), resamples=200)
     signals = ArmSignals(an_arm("r4"), **sweep_signals(fronts, "r4"))
     assert signals.full.retention.value == pytest.approx(1.0)
-    assert (signals.base_unconditional.value, signals.guidances) == (None, ())
+    assert signals.guidances == ()
     assert sweep_signals(None, "r4") == {} and sweep_signals(fronts, "r99") == {"points": (), "guidances": ()}
     own = trace_fronts(make_sweep([]), resamples=200)
-    assert own.base_unconditional is None and own.own.guidance is None
-    without_base = [row for row in a_sweep().rows if row.arm != BASE or row.kind == "shuffled"]
-    found = sweep_signals(trace_fronts(make_sweep(without_base), resamples=200), "r8")
-    assert found["unconditional_recovery"].note == "the base has no pictures of these prompts"
-    rows = [row for row in a_sweep().rows if row.unconditional == "own"]
-    other = [
-        replace(row, prompt_index=row.prompt_index + 50) for row in drawn("r8", 1, 1, unconditional="base")
-    ]
-    found = sweep_signals(trace_fronts(make_sweep([*rows, *other]), resamples=200), "r8")
-    assert found["unconditional_recovery"].value is None
-
-
-def test_too_few_prompts_have_no_interval() -> None:
-    rows = [row for row in a_sweep().rows if row.prompt_index < 2]
-    back = sweep_signals(trace_fronts(make_sweep(rows), resamples=200), "r8")["unconditional_recovery"]
-    assert back.value == pytest.approx(0.2) and back.low is None
-    assert back.note == "4 of them: an interval takes at least 6"
+    assert own.base_unconditional is None and own.own.guidance is None and own.edited == {}
 
 
 def test_arms_find_their_points() -> None:

@@ -15,6 +15,7 @@ from synthetic_run import make_run
 from synthetic_signals import (
     a_point,
     an_arm,
+    an_interval,
     default_arm,
     diverged_arm,
     healthy_arm,
@@ -46,6 +47,26 @@ def test_an_arm_has_its_cause_its_two_signals_and_its_remedy(run: RunDir) -> Non
     assert second.contributing == ("too strong at strength 1",)
     assert ("train.caption_dropout = 0.1", "") in [(line, "") for line, _ in second.settings]
     assert [line for line, reason in second.settings if "More pictures" in reason] == [""]
+
+
+def test_interventions_stand_beside_the_evidence_and_a_cut_that_would_do_in_the_next_study(
+    run: RunDir,
+) -> None:
+    tried = replace(
+        default_arm(),
+        intruder_recovery=an_interval("intruder_recovery", 0.12, 0.07, control=0.43),
+        cut_retention=an_interval("cut_retention", 0.56, 0.02, control=0.57),
+        cut_style=an_interval("cut_style", 0.53, 0.02, control=0.53),
+    )
+    diagnose(run, r16=healthy_arm(), r64=tried)
+    rows = explain_arms(Facts(run))
+    assert rows[0].tried == () and len(rows[1].tried) == 2
+    assert rows[1].settings[-1][0] == "" and rows[1].settings[-1][1].startswith("A lower rank may do")
+    report = build_report(run)
+    page, text = (path.read_text(encoding="utf-8") for path in (report.html_path, report.md_path))
+    assert page.count("<dt>Tried at strength 1</dt>") == 1
+    for sentence in rows[1].tried:
+        assert sentence in text and sentence.replace("'", "&#39;") in page
 
 
 def test_states_say_whether_there_is_a_way_to_use_the_arm(run: RunDir) -> None:

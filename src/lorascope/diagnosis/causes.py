@@ -1,7 +1,8 @@
 """Why an arm wins or fails: the decision from its signals, in an order that can be read, with a remedy.
 
 What an intervention shows (a lower strength, the base's unconditional prediction, the best epoch) counts more
-than what only goes along with a fault. A signal that was not measured decides nothing.
+than what only goes along with a fault. Scaled intruders and cut ranks are evidence and decide nothing: no
+threshold is learnt for them. A signal that was not measured decides nothing.
 """
 
 import math
@@ -148,7 +149,8 @@ def _collapsed(case: Case) -> _Finding | None:
         return None
     if gap.value is not None and gap.low is not None and gap.low > 0 and heldout.value < gap.value:
         return None  # on the training pictures it is below the base's: that is overfitting
-    return _Finding("diverged", "high", (f"{tell(heldout)}: it is worse than no adapter.",))
+    by_intruders, _ = _of_intruders(case)
+    return _Finding("diverged", "high", (f"{tell(heldout)}: it is worse than no adapter.", *by_intruders))
 
 
 def _not_learned(case: Case) -> _Finding | None:
@@ -292,14 +294,15 @@ def _drifted(case: Case) -> _Finding | None:
     beside = [f"{tell(ratio)}: below {limit:g}."] if is_low else []
     against = [f"{tell(ratio)}: not shown to be below {limit:g}."] if ratio.value is not None else []
     against = [] if is_low else against
-    kept = case.full.retention.value
-    if case.prompts == "lost" and kept is not None and back.value is not None and back.low is not None:
-        needed = thresholds.recovered.value * (1 - kept)
+    # Of the prompts that were drawn both ways, which may be some of all.
+    lost = 1 - (case.full.retention.value or 0.0) if back.control is None else back.control
+    if case.prompts == "lost" and lost > 0 and back.value is not None and back.low is not None:
+        needed = thresholds.recovered.value * lost
         if back.low > 0 and back.value >= needed:
             swapped = case.signals.base_unconditional
             clears = back.low >= needed or (swapped.low is not None and swapped.low >= case.least_kept)
             said = (
-                f"{tell(back)}, {100 * back.value / (1 - kept):.0f} % of what was lost.",
+                f"{tell(back)}, {100 * back.value / lost:.0f} % of what was lost.",
                 *beside,
             )
             confidence: Confidence = "high" if clears and not against else "medium"
@@ -335,6 +338,8 @@ def _diverged(case: Case) -> _Finding | None:
         said.append(f"{tell(case.full.discrepancy)}: above the base's, {case.full.discrepancy.control:.3g}.")
     elif case.full.discrepancy.value is not None:
         against.append(f"{tell(case.full.discrepancy)}: not above the base's.")
+    by_intruders, not_by_them = _of_intruders(case)
+    said, against = [*said, *by_intruders], [*against, *not_by_them]
     cosine = case.signals.guidance_cosine
     clears = cosine.high is not None and cosine.high <= case.thresholds.guidance_cosine.value
     confidence: Confidence = "high" if is_lost and clears and len(signs) == 2 else "medium"
@@ -355,7 +360,18 @@ def _too_strong(case: Case) -> _Finding | None:
     against = [] if is_shown else ["That it keeps enough there is its estimate, not its whole interval."]
     signs = [key for key, is_sign in case.signs_of_divergence().items() if is_sign]
     against += [f"{tell(getattr(case.signals, key))}, as in a diverged arm." for key in signs]
+    against += [f"{sentence[:-1]}, as in a diverged arm." for sentence in _of_intruders(case)[0]]
     return _Finding("too_strong", "high" if is_shown and not signs else "medium", said, tuple(against))
+
+
+def _of_intruders(case: Case) -> tuple[list[str], list[str]]:
+    """What scaling intruder directions down says for and against divergence by them."""
+    back = case.signals.intruder_recovery
+    if back.low is None or back.high is None:
+        return [], []
+    if back.low > 0:
+        return [f"{tell(back)}."], []
+    return [], [f"{tell(back)}: not shown to be above 0."]
 
 
 def _not_identified(case: Case) -> _Finding:

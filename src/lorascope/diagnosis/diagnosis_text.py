@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from lorascope.diagnosis.causes import Diagnosis
+from lorascope.diagnosis.interventions import tell_interventions
 from lorascope.diagnosis.record import Keep, Record
 from lorascope.diagnosis.remedies import Change
 
@@ -25,6 +26,8 @@ def _lines(arm: str, found: Diagnosis) -> Iterator[str]:
     for heading, sentences in (("for", found.evidence_for), ("against", found.evidence_against)):
         for sentence in sentences:
             yield f"  {heading:<8} {sentence}"
+    for sentence in tell_interventions(found.signals):
+        yield f"  {'tried':<8} {sentence}"
     for change in found.remedy.changes:
         yield f"  {'next':<8} {_change(change)}"
     if found.remedy.prompts is not None:

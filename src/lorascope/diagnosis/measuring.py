@@ -12,6 +12,7 @@ from lorascope.adapters.bank import Slice
 from lorascope.console import Tally, track
 from lorascope.data.pictures import open_picture
 from lorascope.diagnosis.finished import Finished, Place
+from lorascope.diagnosis.interventions import intervention_signals
 from lorascope.diagnosis.layers import LayerFigures, summarise
 from lorascope.diagnosis.loss_figures import LossFigures, Measured, loss_figures, paired_rise, rise_from_best
 from lorascope.diagnosis.losses import count_probes, encode_drawings, measure_tables
@@ -59,6 +60,7 @@ def measure_arms(finished: Finished, sweep: Sweep, fronts: Fronts) -> list[ArmSi
             drawn = [_pixels(run.path / row.image) for row in _at_full_strength(sweep, name)]
             fields |= {"best_epoch": best.best_epoch if best else None}
             fields |= sweep_signals(fronts, name)
+            fields |= intervention_signals(fronts, name)
             fields |= loss_signals(losses.get(name), rises.get(name) or best)
             fields |= {"layers": tuple(layers.get((name, "last"), ()))}
             fields |= weight_signals(summarise(layers[name, "last"]) if layers.get((name, "last")) else None)

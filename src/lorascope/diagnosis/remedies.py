@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorascope.diagnosis.case import Case, is_above
+from lorascope.diagnosis.interventions import tell_lower_rank
 from lorascope.diagnosis.signals import ArmSignals
 from lorascope.diagnosis.words import Cause, point_name, tell
 from lorascope.evaluation.sweep_rows import Epoch
@@ -17,9 +18,10 @@ _CAPTION_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class Change:
-    """One thing to change in the next study: `arms.lr` and `arms.epochs` of this arm, or a key of the study.
+    """One thing to change in the next study: `arms.lr`, `arms.epochs` and `arms.rank` of this arm, or a key
+    of the study.
 
-    `value` is None for what a study file cannot do, such as more pictures; `reason` is a sentence.
+    `value` is None for what is left to the reader, such as more pictures; `reason` is a sentence.
     """
 
     key: str
@@ -62,6 +64,8 @@ def find_remedy(
                 changes.append(change)
     if cause in ("numerical", "file_fault"):
         return Remedy(reason="What this arm draws is not what training should give.", changes=tuple(changes))
+    if remark := tell_lower_rank(case.signals, case.thresholds.prompt_loss.value):
+        changes.append(Change("arms.rank", None, remark))
     if cause == "healthy":
         reason = "Style at a price in prompts that is within the limit."
         return Remedy(1.0, "last", reason, tuple(changes))

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from lorascope.diagnosis.layers import LayerFigures, Summary
 from lorascope.diagnosis.loss_figures import LossFigures, Measured, Rise
 from lorascope.evaluation.copying import COPY_THRESHOLD, Copying
-from lorascope.evaluation.front import Estimate, Front, FrontPoint, trace_front
+from lorascope.evaluation.front import Estimate, Front, trace_front
 from lorascope.evaluation.scores import BASE
 from lorascope.evaluation.statistics import MIN_PROMPTS, bootstrap_interval
-from lorascope.evaluation.sweep_rows import Discrepancy, Epoch, Sweep, SweepRow
+from lorascope.evaluation.sweep_rows import TRAINED, Discrepancy, Epoch, Sweep, SweepRow
 from lorascope.schema import Arm
 
 NOT_MEASURED = "not measured"
@@ -68,6 +68,9 @@ _NAMES = {
         "prompt fidelity that the base's unconditional prediction brings back",
         "of the base's",
     ),
+    "intruder_recovery": ("prompt fidelity that scaled-down intruder directions bring back", "of the base's"),
+    "cut_retention": ("prompt fidelity kept when cut to the study's lowest rank", "of the base's"),
+    "cut_style": ("style when cut to the study's lowest rank", "of the way to real pictures"),
     "heldout": ("held-out loss minus the base's", "loss"),
     "rise": ("rise of the held-out loss since its best epoch", "loss"),
     "train_gap": ("gain on training pictures beyond that on held-out ones", "loss"),
@@ -145,6 +148,9 @@ class ArmSignals:
     file_ok: Signal = field(default=make_signal("file_ok", None))
     base_unconditional: Signal = field(default=make_signal("base_unconditional", None))
     unconditional_recovery: Signal = field(default=make_signal("unconditional_recovery", None))
+    intruder_recovery: Signal = field(default=make_signal("intruder_recovery", None))
+    cut_retention: Signal = field(default=make_signal("cut_retention", None))
+    cut_style: Signal = field(default=make_signal("cut_style", None))
     heldout: Signal = field(default=make_signal("heldout", None))
     rise: Signal = field(default=make_signal("rise", None))
     train_gap: Signal = field(default=make_signal("train_gap", None))
@@ -190,13 +196,14 @@ def _undrawn(points: Sequence[PointSignals]) -> PointSignals:
 
 @dataclass(frozen=True)
 class Fronts:
-    """The fronts of a sweep: as it was drawn, with the base's unconditional prediction, and at other guidance
-    scales.
+    """The fronts of a sweep: of arms as trained, with the base's unconditional prediction, at other guidance
+    scales, and of edited adapters, by their weights.
     """
 
     own: Front
     base_unconditional: Front | None
     guidances: Mapping[float, Front]
+    edited: Mapping[str, Front] = field(default_factory=dict)
 
 
 def trace_fronts(sweep: Sweep, resamples: int = 10_000, settings: Mapping[str, str] | None = None) -> Fronts:
@@ -214,7 +221,7 @@ def trace_fronts(sweep: Sweep, resamples: int = 10_000, settings: Mapping[str, s
     of_arms = [row for row in sweep.rows if row.kind == "point" and row.arm != BASE]
 
     def front(base: Iterable[SweepRow], rows: Iterable[SweepRow]) -> Front | None:
-        arms = [replace(row, guidance=guidance, unconditional="own") for row in rows]
+        arms = [replace(row, guidance=guidance, unconditional="own", weights=TRAINED) for row in rows]
         if not arms:
             return None
         drawn = [replace(row, guidance=guidance) for row in base]
@@ -224,6 +231,13 @@ def trace_fronts(sweep: Sweep, resamples: int = 10_000, settings: Mapping[str, s
         (row for row in origin if row.guidance == guidance),
         (row for row in of_arms if row.guidance == guidance and row.unconditional == "base"),
     )
+    edits = {
+        weights: front(
+            (row for row in origin if row.guidance == guidance),
+            (row for row in of_arms if row.guidance == guidance and row.weights == weights),
+        )
+        for weights in dict.fromkeys(row.weights for row in of_arms if row.weights != TRAINED)
+    }
     scales = sorted({row.guidance for row in of_arms} - {guidance})
     found = {
         scale: front(
@@ -232,7 +246,11 @@ def trace_fronts(sweep: Sweep, resamples: int = 10_000, settings: Mapping[str, s
         )
         for scale in scales
     }
-    return Fronts(own, swapped, {scale: value for scale, value in found.items() if value is not None})
+    return Fronts(own, swapped, _there(found), _there(edits))
+
+
+def _there(fronts: Mapping[Any, Front | None]) -> dict[Any, Front]:
+    return {key: front for key, front in fronts.items() if front is not None}
 
 
 def sweep_signals(fronts: Fronts | None, arm: str) -> dict[str, Any]:
@@ -246,33 +264,22 @@ def sweep_signals(fronts: Fronts | None, arm: str) -> dict[str, Any]:
         PointSignals(
             point.epoch,
             point.strength,
-            _of_estimate("retention", point.retention, point.num_prompts, 1.0),
-            _of_estimate("style", point.style, point.num_prompts, own.style_null),
+            of_estimate("retention", point.retention, point.num_prompts, 1.0),
+            of_estimate("style", point.style, point.num_prompts, own.style_null),
             _of_discrepancy(point.discrepancy, own.base_discrepancy),
         )
         for point in own.of(arm)
     )
     guidances = tuple(
-        GuidanceSignal(scale, _of_estimate("retention", point.retention, point.num_prompts, 1.0))
+        GuidanceSignal(scale, of_estimate("retention", point.retention, point.num_prompts, 1.0))
         for scale, front in fronts.guidances.items()
-        for point in _at_full_strength(front, arm)
+        if (point := front.full_strength(arm)) is not None
     )
-    found: dict[str, Any] = {"points": points, "guidances": guidances}
-    if fronts.base_unconditional is not None:
-        for swapped in _at_full_strength(fronts.base_unconditional, arm):
-            found["base_unconditional"] = _of_estimate(
-                "base_unconditional", swapped.retention, swapped.num_prompts, 1.0
-            )
-            for point in _at_full_strength(own, arm):
-                found["unconditional_recovery"] = _recovery(own, point, swapped)
-    return found
+    return {"points": points, "guidances": guidances}
 
 
-def _at_full_strength(front: Front, arm: str) -> list[FrontPoint]:
-    return [point for point in front.of(arm) if point.strength == 1 and point.epoch == "last"]
-
-
-def _of_estimate(key: str, estimate: Estimate, count: int, control: float | None) -> Signal:
+def of_estimate(key: str, estimate: Estimate, count: int, control: float | None) -> Signal:
+    """A signal of a mean over so many prompts."""
     return make_signal(
         key,
         estimate.value,
@@ -288,22 +295,6 @@ def _of_estimate(key: str, estimate: Estimate, count: int, control: float | None
 def _of_discrepancy(found: Discrepancy | None, base: Discrepancy | None) -> Signal:
     value, control = (None if item is None else item.value for item in (found, base))
     return make_signal("discrepancy", value, control=control)
-
-
-def _recovery(front: Front, point: FrontPoint, swapped: FrontPoint) -> Signal:
-    """Retention with the base's unconditional prediction minus retention with the arm's own, paired over
-    prompts.
-    """
-    key = "unconditional_recovery"
-    if swapped.retention.value is None or front.base is None or front.floor is None:
-        return make_signal(key, None, swapped.retention.reason)
-    own = {(item.category, item.prompt_index): item.difference for item in point.per_prompt}
-    pairs = [(item.difference, own.get((item.category, item.prompt_index))) for item in swapped.per_prompt]
-    gained = np.array([after - before for after, before in pairs if after is not None and before is not None])
-    if not len(gained):
-        return make_signal(key, None, "no prompt was drawn both ways")
-    gained = gained / (front.base - front.floor)
-    return _of_mean(key, gained)
 
 
 def _of_mean(key: str, values: NDArray[np.float64]) -> Signal:

@@ -62,7 +62,7 @@ class Estimate:
 class PromptValue:
     """One prompt of a point, averaged over sampling seeds: CLIP score and style position minus the base's.
 
-    None where that was not measured.
+    `whole` is what the base's CLIP score lies above the floor. None where that was not measured.
     """
 
     category: str
@@ -70,6 +70,7 @@ class PromptValue:
     prompt: str
     difference: float | None
     style: float | None
+    whole: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ class Front:
     def of(self, arm: str) -> tuple[FrontPoint, ...]:
         """The points of an arm, in their order."""
         return tuple(point for point in self.points if point.arm == arm)
+
+    def full_strength(self, arm: str) -> FrontPoint | None:
+        """An arm's adapter of the last epoch at strength 1; None where it was not drawn."""
+        return next((item for item in self.of(arm) if (item.epoch, item.strength) == ("last", 1)), None)
 
     def gains_style(self, point: FrontPoint) -> bool:
         """Whether a point's style interval lies above 0, and its style above the base's own variation."""
@@ -280,6 +285,9 @@ class _Tracer:
         texts = {(row.category, row.prompt_index): row.prompt for row in ours}
         differences = dict(zip(prompts, values - base, strict=True)) if base is not None else {}
         styles = dict(zip(styled, style, strict=True))
+        wholes: dict[PromptKey, float] = {}
+        if base is not None and floor is not None:
+            wholes = dict(zip(prompts, base - floor, strict=True))
         found = FrontPoint(
             point=point,
             rank=first.rank,
@@ -294,7 +302,9 @@ class _Tracer:
             num_seeds=len({row.seed for row in ours}),
             discrepancy=self.sweep.discrepancies.get(name_of(point)),
             per_prompt=tuple(
-                PromptValue(*key, texts[key], _number(differences.get(key)), _number(styles.get(key)))
+                PromptValue(
+                    *key, texts[key], *(_number(column.get(key)) for column in (differences, styles, wholes))
+                )
                 for key in prompts
             ),
         )

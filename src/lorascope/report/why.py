@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorascope.diagnosis.causes import Diagnosis
+from lorascope.diagnosis.interventions import tell_interventions
 from lorascope.diagnosis.remedies import Change
 from lorascope.diagnosis.words import WORDS, Cause
 from lorascope.evaluation.choice import NO_SWEEP
@@ -33,7 +34,8 @@ _WORST_FIRST: tuple[Cause, ...] = (
 class Why:
     """One arm: its cause in words, the signals that decided, what speaks against it, and the remedy.
 
-    `state` is yes, caution, no or not measured, as of a condition. `now` says how to use the arm, `changes`
+    `state` is yes, caution, no or not measured, as of a condition. `tried` says what interventions on the
+    trained adapter change, `now` how to use the arm, `changes`
     what the next study should change.
     """
 
@@ -45,6 +47,7 @@ class Why:
     contributing: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    tried: tuple[str, ...] = ()
     now: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
 
@@ -121,6 +124,7 @@ def _explain(facts: Facts, arm: str, found: Diagnosis) -> Why:
         contributing=tuple(WORDS[cause] for cause in found.contributing),
         evidence=found.evidence_for[:_NUM_SIGNALS],
         against=found.evidence_against,
+        tried=tuple(tell_interventions(found.signals)),
         now=tuple(_say_now(facts, arm, found)),
         changes=remedy.changes,
     )
