@@ -300,7 +300,7 @@ def test_the_front_figure_holds_every_point_and_marks_the_kept_one(
         assert row.marked == ((point.arm, point.strength) == ("r16", 0.75))
     assert "r16: at 0.25 " in figure.alt and "r64: at 0.25 " in figure.alt
     assert "price: at most 10 % lost" in figure.drawing.page_svg
-    assert "Open marks" not in figure.description and "costs at most 10 %" in figure.description
+    assert "Open marks" not in figure.description and "study's own is 10 %" in figure.description
 
 
 def test_adapters_of_the_best_epoch_are_open_marks(copied: RunDir) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorascope.evaluation.choice import choose_point
+from lorascope.report.drawing import Mark, draw_front, looks_of
 from lorascope.report.evidence import Facts
 from lorascope.report.page import build_report
 from lorascope.report.price import MAX_PERCENT, price_choices
@@ -47,6 +48,36 @@ def test_the_page_holds_choices_and_the_default_without_a_script(run: RunDir) ->
     assert f'id="price-answer">{prices.answer[0]}</p>' in text
     assert '<div id="price-control" hidden><label for="price-range">' in text  # a script shows it
     assert re.search(r'<input type="range" id="price-range" min="0" max="50" step="1" value="10"', text)
+
+
+def test_the_figure_names_what_the_slider_moves(run: RunDir) -> None:
+    text = build_report(run).html_path.read_text(encoding="utf-8")
+    for part in ("area", "line", "label"):
+        assert text.count(f'id="front-price-{part}"') == 1
+    (numbers,) = re.findall(r'<svg [^>]*data-low="([^"]*)" data-least="([^"]*)" data-high="([^"]*)"', text)
+    low, least, high = map(float, numbers)
+    assert least == 90 and low < least < high
+    # The area is drawn from the axis's upper end to the line, both without a clip that would move with them.
+    (area,) = re.findall(r'id="front-price-area">(.*?)</g>', text, re.DOTALL)
+    (line,) = re.findall(r'id="front-price-line">(.*?)</g>', text, re.DOTALL)
+    assert "clip-path" not in area + line
+    heights = {float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", area)}
+    assert {float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", line)} == {max(heights)}
+    # Whatever the reader's price, the words under the figure and the table's head name whose price is meant.
+    assert (
+        "Grey is what costs at most the price that is written at its edge; the study&#39;s own is 10 %"
+        in text
+    )
+    assert "costs at most 10 %, the study&#39;s own price" in text
+
+
+def test_the_prices_label_has_room_where_every_arm_keeps_nearly_all() -> None:
+    marks = [Mark("r16", strength, strength / 2, 100 - strength) for strength in (0.5, 1.0)]
+    drawing = draw_front(marks, looks_of(["r16"]), (0.0, 100.0), 90.0, "style", "kept, %")
+    low, least, high = (
+        float(value) for value in re.findall(r'data-(?:low|least|high)="([^"]*)"', drawing.page_svg)
+    )
+    assert least == 90 and (least - low) / (high - low) > 0.07
 
 
 @pytest.mark.parametrize(("price", "start", "shown"), [("0.125", 12, "12.5 %"), ("0.8", 50, "80 %")])

@@ -35,6 +35,8 @@ _PAGE_COLOURS = {
 }
 _PLAIN_COLOURS = {INK: "currentColor", PAPER: "#ffffff"}
 
+_MOVABLE = "price-"  # parts of a drawing whose names start so can be moved by the page's script
+
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -428,7 +430,9 @@ def draw_front(
     """Two measures against each other: a line an arm over strengths, from `origin`, the base.
 
     Measures on the y axis are in percent. The area from `least` upwards is shaded, and what lies below
-    `FRONT_FLOOR` is left out. Marks with intervals have a ring.
+    `FRONT_FLOOR` is left out. Marks with intervals have a ring. On the page, line, area and label of the
+    price keep their ids, and the plot says between which percents its y axis runs, so that a script can move
+    them.
     """
     named = [arm for arm in dict.fromkeys(mark.arm for mark in marks) if looks[arm].colour != MUTED]
     with _canvas(1, 1, 3.0 + 0.16 * math.ceil(len(named) / 3)) as (figure, (axes,)):
@@ -437,9 +441,12 @@ def draw_front(
         axes.plot(*origin, "P", color=INK, markersize=6.5, zorder=5)
         axes.annotate("base", origin, xytext=(6, 4), textcoords="offset points", fontsize=7.8)
         low, high = axes.get_ylim()
-        axes.axhspan(least, max(high, least), color=SHADE, linewidth=0, zorder=0.3)
-        axes.axhline(least, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-        axes.annotate(
+        high = max(high, least)
+        low = min(low, least - 0.08 * (high - least))  # room for the label
+        low = max(low, min(FRONT_FLOOR, least - 0.08 * (high - least)))
+        area = axes.axhspan(least, high, color=SHADE, linewidth=0, zorder=0.3, clip_on=False)
+        line = axes.axhline(least, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1, clip_on=False)
+        label = axes.annotate(
             f"price: at most {100 - least:g} % lost",
             (0.99, least),
             xycoords=("axes fraction", "data"),
@@ -449,11 +456,13 @@ def draw_front(
             ha="right",
             va="top",
         )
-        axes.set_ylim(max(min(low, least), min(FRONT_FLOOR, least)), max(high, least))
+        for part, name in ((area, "area"), (line, "line"), (label, "label")):
+            part.set_gid(f"{_MOVABLE}{name}")
+        axes.set_ylim(low, high)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         _add_legend(figure, named, looks)
-        return _finish(figure, key)
+        return _finish(figure, key, low=low, least=least, high=high)
 
 
 def _draw_path(axes: "Axes", marks: Sequence[Mark], look: Look, origin: tuple[float, float]) -> None:
@@ -612,8 +621,10 @@ class _canvas:
         self.context.__exit__(*exception)
 
 
-def _finish(figure: "Canvas", key: str) -> Drawing:
-    """Render to SVG and PNG, without dates, and hand ink and ids over to the page."""
+def _finish(figure: "Canvas", key: str, **data: float) -> Drawing:
+    """Render to SVG and PNG, without dates, and hand ink and ids over to the page, with `data` for its
+    script.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -636,11 +647,13 @@ def _finish(figure: "Canvas", key: str) -> Drawing:
         page_svg = page_svg.replace(stand_in, colour)
     page_svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", page_svg, flags=re.DOTALL)
     page_svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", page_svg, flags=re.DOTALL)
-    page_svg = re.sub(r'<g id="[^"]*"', "<g", page_svg)  # only what is referred to keeps its id
+    # Only what is referred to keeps its id.
+    page_svg = re.sub(rf'<g id="(?!{_MOVABLE})[^"]*"', "<g", page_svg)
     page_svg = re.sub(r'\bid="', f'id="{key}-', page_svg)
     page_svg = page_svg.replace('xlink:href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
     page_svg = page_svg.replace("font-family: 'DejaVu Sans'; ", "")
     view = re.search(r'viewBox="[^"]*"', page_svg)
-    head = f'<svg class="plot" {view.group(0) if view else ""} aria-hidden="true" focusable="false">'
+    numbers = "".join(f' data-{name}="{value:.6g}"' for name, value in data.items())
+    head = f'<svg class="plot" {view.group(0) if view else ""}{numbers} aria-hidden="true" focusable="false">'
     page_svg = head + page_svg[page_svg.index(">") + 1 :]
     return Drawing(re.sub(r"\n\s*", "\n", page_svg), file_svg.encode(), pixels.getvalue())

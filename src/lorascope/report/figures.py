@@ -101,7 +101,8 @@ def _front_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             "drawings stand, 1 where real pictures of the style do. Further up, more of the base's prompt "
             "fidelity is left. Along a line the strength grows from the base, at the cross, by "
             f"{', '.join(f'{strength:g}' for strength in strengths)}, and the marks with it. Grey is what "
-            f"costs at most {price:g} %.{''.join(notes)}"
+            "costs at most the price that is written at its edge; the study's own is "
+            f"{price:g} %.{''.join(notes)}"
         ),
         alt="Line plot of the share of prompt fidelity kept over style. " + " ".join(_paths(facts, known)),
         drawing=draw_front(
@@ -174,7 +175,7 @@ def _front_table(front: Front, kept: Point | None, max_prompt_loss: float) -> Ta
         )
     caption = (
         "Prompt fidelity kept and style gained at each strength; a point counts if it is shown to gain style "
-        f"and costs at most {100 * max_prompt_loss:g} %"
+        f"and costs at most {100 * max_prompt_loss:g} %, the study's own price"
     )
     return Table(caption, columns, tuple(rows))
 

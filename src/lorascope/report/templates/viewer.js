@@ -38,7 +38,25 @@
   if (price) {
     const { answers, places: chosen } = JSON.parse(price.dataset.choices);
     const range = find("price-range");
+    const [area, line, label] = ["area", "line", "label"].map((part) => find(`front-price-${part}`));
+    const { low, least, high } = line.closest("svg").dataset;
+    const drawing = line.closest("[role=img]");
+    const alt = drawing.getAttribute("aria-label");
+    // The figure's line, area and label stay within its axis: a price below it makes all of it grey.
+    const move = (percent) => {
+      const kept = Math.max(100 - percent, Number(low));
+      const { y: top, height } = area.getBBox(); // as drawn: from the axis's upper end down to the study's price
+      const unit = height / (high - least);
+      const down = (least - kept) * unit;
+      line.setAttribute("transform", `translate(0 ${down})`);
+      area.setAttribute("transform", `translate(0 ${top}) scale(1 ${(high - kept) / (high - least)}) translate(0 ${-top})`);
+      // Where there is no room under the line, the label stands above it.
+      label.setAttribute("transform", `translate(0 ${(kept - low) * unit < 12 ? down - 15 : down})`);
+      label.querySelector("text").textContent = `price: at most ${percent} % lost`;
+      drawing.setAttribute("aria-label", `${alt} The price line was moved to ${100 - percent} % kept.`);
+    };
     range.addEventListener("input", () => {
+      move(Number(range.value));
       const [headline, detail] = answers[chosen[Number(range.value)]];
       find("price-value").textContent = `${range.value} %`;
       range.setAttribute("aria-valuetext", `${range.value} %`);
