@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from lorascope.diagnosis.causes import decide_all
 from lorascope.diagnosis.layers import LayerFigures
+from lorascope.diagnosis.nearest import compare, keep_nearest
 from lorascope.diagnosis.record import write_diagnosis
 from lorascope.diagnosis.signals import (
     ArmSignals,
@@ -168,6 +169,8 @@ def make_run(
         _write_samples(run, arms, config, num_prompts, side_px, odd_text, rng, with_scores="score" in stages)
     if "diagnose" in stages:
         _write_sweep(run, arms, min(num_prompts, 12), side_px, odd_text)
+        if "data" in stages:
+            _write_nearest(run, arms, side_px)
         _write_diagnosis(run, list(config.expand_arms()), failed)
     return run
 
@@ -474,6 +477,22 @@ def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str])
             fields |= {**found, **sweep_signals(fronts, arm.name), "layers": _layers(arm, size)}
         signals.append(ArmSignals(arm, best_epoch=4, num_train=100, caption_dropout=0.1, **fields))
     write_diagnosis(run, decide_all(signals))
+
+
+def _write_nearest(run: RunDir, arms: Sequence[Arm], side_px: int) -> None:
+    """Drawings at full strength beside scenes of their own; the first training picture is near one."""
+    sweep = read_sweep(run)
+    rows = {arm.name: sweep.of(Point(arm.name, "last", 1.0)) for arm in arms}
+    drawn = {arm: [np.asarray(Image.open(run.path / row.image)) for row in own] for arm, own in rows.items()}
+    scenes = []
+    for index in range(20):
+        path = run.path / "scene.png"
+        _draw(path, 0 if index == 0 else 100 + index, "normal", 0, side_px, 0.0, None)
+        scenes.append(np.asarray(Image.open(path).convert("RGB")))
+        path.unlink()
+    kinds = scenes[:10], scenes[10:]
+    compared = {arm: compare(pictures, *kinds) for arm, pictures in drawn.items()}
+    keep_nearest(run, rows, compared, *kinds)
 
 
 def _layers(arm: Arm, size: float) -> tuple[LayerFigures, ...]:

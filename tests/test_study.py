@@ -42,6 +42,7 @@ def test_a_run_holds_what_architecture_md_says(finished: Path) -> None:
         "features.safetensors",
         "scores.parquet",
         "sweep.parquet",
+        "copying.json",
         "diagnosis.json",
     ):
         assert (finished / name).is_file(), name

@@ -450,10 +450,11 @@ class Study:
 
     def diagnose(self) -> None:
         """Find why each arm wins or fails: what it draws at several strengths, its losses, weights and files;
-        writes `sweep/`, `sweep.parquet` and `diagnosis.json`.
+        writes `sweep/`, `sweep.parquet`, `copying/`, `copying.json` and `diagnosis.json`.
         """
-        inputs = diagnose_inputs(self.config, self._train_inputs())
-        if self.run_dir.is_finished("diagnose", inputs):
+        inputs, run = diagnose_inputs(self.config, self._train_inputs()), self.run_dir
+        written = run.sweep_parquet.exists() and run.diagnosis_json.exists()
+        if run.is_finished("diagnose", inputs) and written:
             return
         train, heldout = self.encoded
         shown = self.dataset.heldout[:MAX_REAL]

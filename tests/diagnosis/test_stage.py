@@ -12,6 +12,7 @@ from conftest import make_study
 from lorascope.diagnosis import finished as finished_module
 from lorascope.diagnosis.edits import edit_adapters
 from lorascope.diagnosis.finished import epochs_of
+from lorascope.diagnosis.nearest import read_nearest
 from lorascope.diagnosis.record import read_diagnosis
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import name_of, read_sweep
@@ -25,6 +26,8 @@ def undiagnosed(finished: Path, folder: Path) -> Path:
     run = RunDir(Path(shutil.copytree(finished, folder)))
     shutil.rmtree(run.sweep_dir)
     run.sweep_parquet.unlink()
+    run.copying_json.unlink()
+    shutil.rmtree(run.copying_dir, ignore_errors=True)
     run.diagnosis_json.unlink()
     manifest = read_json(run.manifest_json)
     del manifest["stages"]["diagnose"]
@@ -83,7 +86,7 @@ def test_a_run_is_diagnosed_later_as_it_would_have_been(
     study = make_study(study_file, run.path)
     with study.working("test"):
         study.diagnose()
-    for path in (run.sweep_parquet, run.diagnosis_json):
+    for path in (run.sweep_parquet, run.copying_json, run.diagnosis_json):
         assert path.read_bytes() == (finished / path.name).read_bytes()
 
 
@@ -108,6 +111,31 @@ def test_adapters_are_edited_only_for_pictures_that_are_missing(
     assert edited == ["cut to r4"]
     for path in (run.sweep_parquet, run.diagnosis_json):
         assert path.read_bytes() == (finished / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["diagnosis.json", "sweep.parquet"])
+def test_what_was_lost_of_a_finished_diagnosis_is_made_again(
+    lost: str, study_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
+    (run.path / lost).unlink()
+    study = make_study(study_file, run.path)
+    with study.working("test"):
+        study.diagnose()
+    assert (run.path / lost).read_bytes() == (finished / lost).read_bytes()
+
+
+def test_the_nearest_pictures_are_those_of_the_data(finished: Path) -> None:
+    run = RunDir(finished)
+    found, data = read_nearest(run), run.data()
+    assert found is not None and set(found) == {"r4", "r8"}
+    ids = [{example["id"] for example in data[kind]} for kind in ("train", "heldout")]
+    for nearest in found.values():
+        assert nearest.num_drawings == len(nearest.pairs) == 2
+        for pair in nearest.pairs:
+            assert pair.training.id in ids[0] and pair.heldout.id in ids[1]
+            paths = (pair.drawing, pair.training.picture, pair.heldout.picture)
+            assert all((run.path / path).is_file() for path in paths)
 
 
 def test_a_model_for_style_takes_the_scorers_place_there(

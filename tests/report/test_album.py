@@ -42,7 +42,10 @@ def test_pictures_are_taken_in_blocks_until_the_budget_is_used(run: RunDir) -> N
     everything = album.fill(10**9)
     scored = [path for path in everything if path.startswith("images/")]
     assert len(scored) == 96  # 16 prompts, 2 seeds, the base and two arms
-    assert len(everything) - len(scored) == 27  # three prompts by the base and both arms at four strengths
+    strips = {picture.path for _, _, rows in album.strips for _, row in rows for picture in row}
+    pairs = {picture.path for _, row in album.pairs for *_, picture in row}
+    assert everything == {*scored, *strips, *pairs} and 4 < len(pairs) <= 12
+    assert len(strips) == 27  # three prompts by the base and both arms at four strengths
     first = {picture.path for picture in album.blocks()[0]}
     assert len(first) == 24  # the eight chosen prompts of the base and both arms, of the first seed
     assert album.fill(album.size(first)) == first

@@ -127,7 +127,8 @@ def test_page_has_all_sections_and_answers_first(two_arms: tuple[RunDir, Report,
     run, report, page = two_arms
     sections = [attributes["id"] for attributes in page.all("section")]
     assert sections == [
-        *("verdict", "fair", "trade", "why", "effect", "scale", "training", "look", "cost", "reproduce")
+        *("verdict", "fair", "trade", "why", "effect", "scale", "training", "look", "copying", "cost"),
+        "reproduce",
     ]
     front, probes = trace_front(read_sweep(run), resamples=500), JsonLines(run.metrics_jsonl).read()
     verdict = reach_verdict(read_scores(run), front, probes, study="two", resamples=500)
@@ -338,7 +339,7 @@ def test_the_chosen_prompts_come_first_and_no_picture_is_left_out(
     two_arms: tuple[RunDir, Report, Page],
 ) -> None:
     page = two_arms[2]
-    rows = [attributes for attributes in page.all("div") if attributes.get("class") == "prompt"]
+    rows = [attributes for attributes in page.all("div") if "data-key" in attributes]
     assert [row["data-prompt"] for row in rows[:4]] == [NORMAL[0], NORMAL[1], ABSTRACT[0], ABSTRACT[1]]
     shown = {(row["data-key"]) for row in rows}
     assert len(shown) == 32  # 16 prompts x 2 seeds, every one on the page
@@ -798,8 +799,9 @@ def test_markdown_has_tables_links_and_images(two_arms: tuple[RunDir, Report, Pa
         "6 Where",
         "7 Training",
         "8 How",
-        "9 What",
-        "10 Reproduce",
+        "9 Does it copy",
+        "10 What",
+        "11 Reproduce",
     ):
         assert f"\n## {heading}" in markdown
     for path in re.findall(r"\]\(([^)]+)\)", markdown):

@@ -1,6 +1,6 @@
 """Every signal of a finished training: what its sweep, losses, weights, pictures and files say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lorascope.diagnosis.interventions import intervention_signals
 from lorascope.diagnosis.layers import LayerFigures, summarise
 from lorascope.diagnosis.loss_figures import LossFigures, Measured, loss_figures, paired_rise, rise_from_best
 from lorascope.diagnosis.losses import count_probes, encode_drawings, measure_tables
+from lorascope.diagnosis.nearest import Comparison, compare
 from lorascope.diagnosis.read_back import read_back
 from lorascope.diagnosis.signals import (
     ArmSignals,
@@ -30,16 +31,16 @@ from lorascope.diagnosis.signals import (
     weight_signals,
 )
 from lorascope.diagnosis.weights import measure_adapters
-from lorascope.evaluation.copying import Copying, copy_ratio
 from lorascope.evaluation.sweep_rows import Point, Sweep, SweepRow
 from lorascope.store import read_regular
 
-Pictures = Sequence[NDArray[np.uint8]]
 
+def measure_arms(
+    finished: Finished, sweep: Sweep, fronts: Fronts, compared: Mapping[str, Comparison]
+) -> list[ArmSignals]:
+    """The signals of every arm of the study; of an arm whose training failed, that it did.
 
-def measure_arms(finished: Finished, sweep: Sweep, fronts: Fronts) -> list[ArmSignals]:
-    """The signals of every arm of the study, `fronts` being those of the sweep; of an arm whose training
-    failed, that it did.
+    `fronts` are those of the sweep, `compared` what `compare_arms` gives.
 
     Raises as reading the run folder does.
     """
@@ -57,7 +58,7 @@ def measure_arms(finished: Finished, sweep: Sweep, fronts: Fronts) -> list[ArmSi
         fields: dict[str, Any] = training_signals(metrics, name, run.failure(name))
         if name in trained:
             best = rise_from_best(metrics, name)
-            drawn = [_pixels(run.path / row.image) for row in _at_full_strength(sweep, name)]
+            drawn = [_pixels(run.path / row.image) for row in at_full_strength(sweep, name)]
             fields |= {"best_epoch": best.best_epoch if best else None}
             fields |= sweep_signals(fronts, name)
             fields |= intervention_signals(fronts, name)
@@ -68,7 +69,7 @@ def measure_arms(finished: Finished, sweep: Sweep, fronts: Fronts) -> list[ArmSi
             fields |= file_signals(
                 merges.get(name), *(read_back(run, config, arm, adapter) if adapter else (None, None))
             )
-            fields |= copying_signals(*_copying(drawn, finished))
+            fields |= copying_signals(compared[name].training, compared[name].heldout)
             is_finite = True if drawn else None
             fields |= picture_signals(find_picture_faults(drawn), base_faults, is_finite)
         found.append(replace(signals, **fields))
@@ -114,30 +115,25 @@ def measure_weights(finished: Finished, tally: Tally | None = None) -> dict[Plac
     return {by_name[name]: layers for name, layers in figures.items()}
 
 
-def _name(place: Place) -> str:
-    return f"{place[0]}, {place[1]} epoch"
-
-
-def _at_full_strength(sweep: Sweep, arm: str) -> tuple[SweepRow, ...]:
+def at_full_strength(sweep: Sweep, arm: str) -> tuple[SweepRow, ...]:
     """The pictures of an arm's last epoch at strength 1 under the study's guidance."""
     return sweep.of(Point(arm, "last", 1.0, sweep.points[0].guidance))
 
 
+def compare_arms(finished: Finished, sweep: Sweep) -> dict[str, Comparison]:
+    """How near the drawings of every trained arm at full strength come to training and held-out pictures."""
+    kinds = finished.train_pictures, finished.heldout_pictures
+    return {
+        arm.name: compare(
+            [_pixels(finished.run.path / row.image) for row in at_full_strength(sweep, arm.name)], *kinds
+        )
+        for arm in finished.arms
+    }
+
+
+def _name(place: Place) -> str:
+    return f"{place[0]}, {place[1]} epoch"
+
+
 def _pixels(path: Path) -> NDArray[np.uint8]:
     return np.asarray(open_picture(read_regular(path)))
-
-
-def _copying(drawn: Pictures, finished: Finished) -> tuple[Copying | None, Copying | None]:
-    """Drawings against training pictures and against as many held-out ones of their shape."""
-    if not drawn:
-        return None, None
-    shape = drawn[0].shape
-    kinds = [
-        [picture for picture in pictures if picture.shape == shape]
-        for pictures in (finished.train_pictures, finished.heldout_pictures)
-    ]
-    count = min(map(len, kinds))
-    if count < 2:
-        return None, None
-    train, heldout = (copy_ratio(np.stack(drawn), np.stack(pictures[:count])) for pictures in kinds)
-    return train, heldout

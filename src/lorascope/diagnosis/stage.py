@@ -6,7 +6,8 @@ from typing import Any
 from lorascope.console import track
 from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Diagnosis, decide_all
 from lorascope.diagnosis.finished import Finished
-from lorascope.diagnosis.measuring import measure_arms
+from lorascope.diagnosis.measuring import at_full_strength, compare_arms, measure_arms
+from lorascope.diagnosis.nearest import keep_nearest
 from lorascope.diagnosis.record import Keep, write_diagnosis
 from lorascope.diagnosis.signals import trace_fronts
 from lorascope.diagnosis.strengths import draw, score
@@ -17,7 +18,8 @@ from lorascope.evaluation.front import Front
 def diagnose(
     finished: Finished, encoder: Any, versions: Mapping[str, str], style_encoder: Any = None
 ) -> dict[str, Diagnosis]:
-    """Why each arm wins or fails, by name; writes `sweep/`, `sweep.parquet` and `diagnosis.json`.
+    """Why each arm wins or fails, by name; writes `sweep/`, `sweep.parquet`, `copying/`,
+    `copying.json` and `diagnosis.json`.
 
     `encoder` is a `features.ClipEncoder`; style is measured in its features, or in those of `style_encoder`,
     a `features.StyleEncoder`, where there is one. `versions` go into the record. Pictures of the sweep that
@@ -30,7 +32,10 @@ def diagnose(
     thresholds = DEFAULT_THRESHOLDS.with_values({"prompt_loss": price}, DEFAULT_THRESHOLDS.prompt_loss.source)
     settings = {arm.name: arm.but_seed for arm in finished.arms}
     fronts = trace_fronts(sweep, finished.config.score.resamples, settings)
-    found = decide_all(measure_arms(finished, sweep, fronts), thresholds)
+    compared = compare_arms(finished, sweep)
+    found = decide_all(measure_arms(finished, sweep, fronts, compared), thresholds)
+    drawings = {arm: at_full_strength(sweep, arm) for arm in compared}
+    keep_nearest(finished.run, drawings, compared, finished.train_pictures, finished.heldout_pictures)
     write_diagnosis(finished.run, found, _keep(finished, fronts.own, settings), thresholds, versions)
     return found
 

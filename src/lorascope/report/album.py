@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from lorascope.diagnosis.nearest import Pair
 from lorascope.evaluation.scores import ALL, BASE
 from lorascope.evaluation.sweep_rows import SweepRow
+from lorascope.report.copying import caption_of, nearest_of_kept, say_pair
 from lorascope.report.evidence import MAX_DETAILED, Facts, Picture, count, open_picture
 from lorascope.report.tables import cell
 from lorascope.report.why import arms_in_focus
@@ -19,6 +21,8 @@ MAX_PREVIEWS = 6  # in a row
 MAX_STRIPS = 3  # prompts shown from strength to strength
 EMBED_SIDE_PX = 256
 LOSSLESS_SIDE_PX = 96  # pictures up to this side are embedded as they are
+# What the page shows of an album without pictures.
+NO_PICTURES: dict[str, Any] = {"chosen": (), "strips": (), "pairs": ()}
 _MARKUP_BYTES = 400  # of a picture in the page, beside its data
 
 
@@ -68,6 +72,7 @@ class Album:
         self.others = [arm for arm in drawn if arm not in self.first]
         self.chosen = self._choose()
         self.strips = self._strips()
+        self.pairs = self._pairs()
         self._cache: dict[str, tuple[str, int]] = {}
 
     def _choose(self) -> dict[tuple[str, int], str]:
@@ -124,6 +129,7 @@ class Album:
         rest = [place for place in self.prompts if place not in self.chosen]
         blocks = [self._take(self.first, list(self.chosen), self.seeds[:1])]
         blocks += [[picture for _, _, rows in self.strips for _, row in rows for picture in row]]
+        blocks += [[picture for _, row in self.pairs for *_, picture in row]]
         blocks += [[picture for _, row in self._preview_rows() for _, picture in row]]
         blocks += [self._take([arm], rest, self.seeds[:1]) for arm in self.first]
         blocks += [self._take([arm], self.prompts, self.seeds[:1]) for arm in self.others]
@@ -218,6 +224,7 @@ class Album:
             "chosen": chosen,
             "strips": self.shown_strips(taken),
             "strip_rule": self.strip_rule,
+            "pairs": self.shown_pairs(taken),
             "previews": self.previews(taken),
             "sheet": sheet,
             "sheet_title": f"Contact sheet: {count(len(sheet), 'further row')} of pictures",
@@ -313,6 +320,34 @@ class Album:
             )
             strips.append(Strip(prompt, note, shown))
         return strips
+
+    def _pairs(self) -> list[tuple[Pair, list[tuple[str, str, Picture]]]]:
+        """The kept arm's nearest pairs, each with its pictures: text alternative, distance and picture."""
+        keep, nearest = self.facts.verdict.keep if self.facts.verdict else None, nearest_of_kept(self.facts)
+        if keep is None or nearest is None:
+            return []
+
+        def picture(name: str, pair: Pair, path: str) -> Picture:
+            return Picture(name, "", 0, pair.prompt, pair.seed, path, None)
+
+        rows = []
+        for pair in nearest.pairs:
+            drawing = f"{keep} at full strength: {pair.prompt} (seed {pair.seed})"
+            row = [(drawing, "", picture("drawing", pair, pair.drawing))]
+            for kind, found in (("training", pair.training), ("held-out", pair.heldout)):
+                caption = caption_of(self.facts, found.id)
+                alt = f"{kind} picture {found.id}{f': {caption}' if caption else ''}"
+                row.append((alt, f"{found.distance:.3f}", picture(f"nearest {kind}", pair, found.picture)))
+            rows.append((pair, row))
+        return rows
+
+    def shown_pairs(self, taken: set[str]) -> list[PromptRow]:
+        """The kept arm's nearest pairs for the page."""
+        rows = []
+        for number, (pair, row) in enumerate(self.pairs):
+            shown = tuple(replace(self.show(picture, taken), alt=alt, score=d) for alt, d, picture in row)
+            rows.append(PromptRow(f"pair-{number}", "", pair.prompt, pair.seed, say_pair(pair), shown))
+        return rows
 
     def _preview_rows(self) -> list[tuple[str, list[tuple[int, Picture]]]]:
         """For each arm in detail and each preview prompt the pictures by epoch, the base first, at most

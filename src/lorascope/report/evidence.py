@@ -18,6 +18,7 @@ from PIL import Image
 
 from lorascope.config import load_study
 from lorascope.data.split import describe_duplicates
+from lorascope.diagnosis.nearest import Nearest, read_nearest
 from lorascope.diagnosis.record import Record, read_diagnosis
 from lorascope.errors import StorageError, first_line
 from lorascope.evaluation.choice import Decision
@@ -131,6 +132,7 @@ class Facts:
                         self.scores, arm, BASE, category, resamples
                     )
         self.diagnosis: Record | None = self._read_diagnosis() if run.diagnosis_json.exists() else None
+        self.nearest: dict[str, Nearest] | None = read_nearest(run)
         self.pictures = self._pictures()
 
     def _reach_verdict(self, scores: Scores) -> Verdict:
@@ -405,6 +407,11 @@ def list_limits(facts: Facts) -> list[str]:
     if not facts.probes:
         limits.append("Held-out loss was not measured: what an arm learned shows in its pictures alone.")
     return limits
+
+
+def as_sentence(text: str) -> str:
+    """Text with a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def count(number: int, noun: str) -> str:

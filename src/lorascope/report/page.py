@@ -23,8 +23,9 @@ from lorascope.evaluation.scores import ALL, BASE
 from lorascope.evaluation.sentences import describe_difference, name_point, percent_text, style_text
 from lorascope.evaluation.sweep_rows import Point
 from lorascope.evaluation.verdict import Verdict
-from lorascope.report.album import Album, pictures_of
+from lorascope.report.album import NO_PICTURES, Album, pictures_of
 from lorascope.report.conditions import SIGNS, Condition, judge_conditions
+from lorascope.report.copying import copying_texts
 from lorascope.report.evidence import (
     MAX_DETAILED,
     NOT_MEASURED,
@@ -32,6 +33,7 @@ from lorascope.report.evidence import (
     Facts,
     Picture,
     answer_of,
+    as_sentence,
     count,
     list_limits,
     list_warnings,
@@ -303,6 +305,7 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
         ),
         Section("training", "Training", "Training", (training,), pick("probe-epochs", "probe-bands", "loss")),
         Section("look", "Look", "How it looks", (look + look_reference,)),
+        Section("copying", "Copying", "Does it copy training pictures?", copying_texts(facts)),
         Section("cost", "Cost", "What it costs", (), pick("cost")),
         Section("reproduce", "Reproduce", "Reproduce", ()),
     ]
@@ -313,15 +316,11 @@ def _trade_texts(facts: Facts) -> tuple[str, ...]:
     front = facts.front
     reason = NO_SWEEP if front is None else front.fidelity_reason or front.style_reason
     if front is None or reason is not None:
-        return (_sentence(reason or NO_SWEEP),)
+        return (as_sentence(reason or NO_SWEEP),)
     return (
         "An adapter's strength can be turned down: that gives back some of the prompts and takes some of "
         "the style. So arms are compared over strengths, not at full strength alone.",
     )
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _why_content(facts: Facts) -> dict[str, Any]:
@@ -335,7 +334,7 @@ def _why_content(facts: Facts) -> dict[str, Any]:
 
 def _why_texts(facts: Facts) -> tuple[str, ...]:
     if facts.diagnosis is None:
-        return (_sentence(NO_SWEEP),)
+        return (as_sentence(NO_SWEEP),)
     return (
         "The first cause that holds, of a fixed order, with the signals that decided; what holds beside it "
         "is named too. An intervention, such as a lower strength, counts more than what only goes along "
@@ -384,7 +383,7 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
             r={
                 **content,
                 "verdict": verdict,
-                "look": album.content(taken) if facts.pictures else {"chosen": (), "strips": ()},
+                "look": album.content(taken) if facts.pictures else NO_PICTURES,
             },
             css=_asset("report.css"),
             max_percent=MAX_PERCENT,
@@ -400,7 +399,7 @@ def _render_page(facts: Facts, content: dict[str, Any]) -> str:
 def _render_markdown(facts: Facts, content: dict[str, Any]) -> str:
     album = Album(facts)
     text: str = _template("report.md.j2", autoescape=False).render(
-        r={**content, "look": album.content(set()) if facts.pictures else {"chosen": (), "strips": ()}}
+        r={**content, "look": album.content(set()) if facts.pictures else NO_PICTURES}
     )
     return text
 
