@@ -24,6 +24,7 @@ from lorascope.evaluation.sentences import describe_difference, name_point, perc
 from lorascope.evaluation.sweep_rows import Point
 from lorascope.evaluation.verdict import Verdict
 from lorascope.report.album import NO_PICTURES, Album, pictures_of
+from lorascope.report.collapse import collapse_text
 from lorascope.report.conditions import SIGNS, Condition, judge_conditions
 from lorascope.report.copying import copying_texts
 from lorascope.report.evidence import (
@@ -267,6 +268,8 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
     effect = [
         describe_difference(facts.effects[arm, ALL]) for arm in facts.detailed if (arm, ALL) in facts.effects
     ]
+    collapse = collapse_text(facts)
+    effect += [collapse] if collapse else []
     training = (
         "Loss on pictures the arms were trained on, and on pictures they never saw, at fixed noise."
         if facts.probes
