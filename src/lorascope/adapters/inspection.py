@@ -4,79 +4,30 @@ module at a time.
 
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lorascope.adapters.adapter import LoraModule
-from lorascope.adapters.file_modules import FileModule, file_modules
-from lorascope.adapters.foreign import foreign_kind
+from lorascope.adapters.file_content import Content, open_content
+from lorascope.adapters.file_modules import file_modules
 from lorascope.adapters.hashes import check_hashes
-from lorascope.adapters.lowrank import effective_rank, singular_values
-from lorascope.adapters.parsing import parse_adapter
+from lorascope.adapters.measuring import measure_modules
 from lorascope.adapters.peft_config import configuration_notes
 from lorascope.adapters.readers import Reading, listed_version, read_by_all
-from lorascope.base.family import family_of_folder, family_of_tensors
-from lorascope.base.layers import Shape, stable_diffusion_layers
-from lorascope.base.weights import PICKLE_SUFFIXES, count_not_finite, load_tensors, read_header
-from lorascope.errors import WeightsError, first_line
-from lorascope.store import (
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    access_errors,
-    open_regular,
-    read_regular,
-    require_regular,
+from lorascope.adapters.recognition import (
+    FAMILIES,
+    NEAR_ZERO_RMS,
+    STABLE_DIFFUSION_1,
+    ModuleFacts,
+    describe,
+    describe_other,
+    family_of_modules,
+    layout_of,
 )
-
-# An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the
-# base's weights at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds
-# such an update away.
-NEAR_ZERO_RMS = 1e-6
-_NUMBERS_AT_ONCE = 2**25  # in memory; a full matrix of Stable Diffusion v1.5's largest layer has 2.9e7
-_MAX_MODULES = 4000  # SDXL's adapters have at most some 2,000
-_SD1_WIDTH = 768
-_FAMILY_BY_WIDTH = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "SDXL"}
-_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
-_SPELLINGS = {  # the layout of a file by its modules' names and the ends of their keys
-    ".lora_down.weight": "kohya",
-    "_lora.down.weight": "diffusers attention processors",
-    ".lora_A.weight": "PEFT",
-    ".lora_A": "PEFT",
-    ".lora_A.default.weight": "PEFT",
-    ".lora.down.weight": "diffusers lora.down/up",
-    ".lora_linear_layer.down.weight": "diffusers text encoder",
-}
-
-
-@dataclass(frozen=True)
-class ModuleFacts:
-    """One adapted layer of a file."""
-
-    name: str  # in the file
-    path: str | None  # in Stable Diffusion v1.5, if it has such a layer
-    kind: str  # LoRA, LoHa, LoKr, ...
-    block: str  # attention, feed-forward, projection, convolution, time embedding, text encoder, or other
-    rank: int | None = None
-    alpha: float | None = None
-    scale: float | None = None  # alpha / rank; 1 without alpha
-    norm: float | None = None  # Frobenius norm of scale * B A
-    rms: float | None = None  # of the elements of the update
-    rank_used: int | None = None  # singular values that hold 95 % of the energy
-    is_dora: bool = False
-    is_zero: bool = False
-    num_not_finite: int = 0  # values that are NaN or infinite
-    fault: str | None = None  # why it could not be measured
-
-    @property
-    def is_near_zero(self) -> bool:
-        """Whether the update would vanish in half precision, all zeros included."""
-        return self.is_zero or (self.rms is not None and self.rms < NEAR_ZERO_RMS)
+from lorascope.base.family import family_of_folder
+from lorascope.errors import WeightsError, first_line
+from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, read_regular, require_regular
 
 
 @dataclass(frozen=True)
@@ -145,28 +96,6 @@ class Inspection:
         }
 
 
-# -- reading the file ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Content:
-    """A file's tensors by header, and a way to its weights."""
-
-    path: Path
-    shapes: dict[str, Shape]
-    dtypes: dict[str, int]
-    num_parameters: int
-    metadata: dict[str, str]
-    data_start: int  # where a safetensors file's data begin; 0 for a pickle
-    config: dict[str, Any] | None = None
-    archive: dict[str, torch.Tensor] | None = None
-
-    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        if self.archive is not None:
-            return {name: self.archive[name] for name in names}
-        return load_tensors(self.path, names)
-
-
 @access_errors(WeightsError)
 def inspect_adapter(path: Path | str) -> Inspection:
     """Look into a file or PEFT folder of any origin; nothing in it is executed.
@@ -183,7 +112,7 @@ def inspect_adapter(path: Path | str) -> Inspection:
     else:
         require_regular(path, WeightsError)
     try:
-        return _inspect_folder(path) if path.is_dir() else _inspect_content(_open(path), path)
+        return _inspect_folder(path) if path.is_dir() else _inspect_content(open_content(path), path)
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
@@ -193,36 +122,6 @@ def inspect_adapter(path: Path | str) -> Inspection:
             raise
         what = str(error).removeprefix(f"{path}: ").removeprefix("is ")
         return _no_adapter(path, what, path.stat().st_size)
-
-
-def _open(path: Path, config: dict[str, Any] | None = None) -> _Content:
-    """A weight file's content; raises `WeightsError` for what is none."""
-    if path.suffix.lower() in PICKLE_SUFFIXES and _is_zip(path):
-        archive = load_tensors(path)
-        dtypes = Counter(
-            str(tensor.dtype).removeprefix("torch.") for tensor in archive.values() if tensor.ndim
-        )
-        shapes = {name: tuple(tensor.shape) for name, tensor in archive.items()}
-        return _Content(
-            path, shapes, dict(dtypes), sum(t.numel() for t in archive.values()), {}, 0, config, archive
-        )
-    header = read_header(path)
-    dtypes = Counter(_DTYPES.get(info.dtype, info.dtype) for info in header.tensors.values() if info.shape)
-    shapes = {name: info.shape for name, info in header.tensors.items()}
-    parameters = sum(_product(shape) for shape in shapes.values())
-    return _Content(path, shapes, dict(dtypes), parameters, header.metadata, header.header_bytes, config)
-
-
-def _is_zip(path: Path) -> bool:
-    with open_regular(path, WeightsError) as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _product(shape: Shape) -> int:
-    result = 1
-    for extent in shape:
-        result *= extent
-    return result
 
 
 def _inspect_folder(folder: Path) -> Inspection:
@@ -240,7 +139,7 @@ def _inspect_folder(folder: Path) -> Inspection:
             return _no_adapter(
                 folder, f"a PEFT folder whose {PEFT_CONFIG} is no JSON object", weights.stat().st_size
             )
-        return _inspect_content(_open(weights, config), folder)
+        return _inspect_content(open_content(weights, config), folder)
     if (folder / "model_index.json").is_file():
         return _no_adapter(
             folder,
@@ -272,25 +171,25 @@ def _require_one_adapter(folder: Path) -> None:
         )
 
 
-def _no_adapter(path: Path, what: str, num_bytes: int, content: _Content | None = None) -> Inspection:
+def _no_adapter(path: Path, what: str, num_bytes: int, content: Content | None = None) -> Inspection:
     dtypes, metadata = (content.dtypes, content.metadata) if content else ({}, {})
     parameters = content.num_parameters if content else 0
     return Inspection(path, what, None, None, num_bytes, parameters, dtypes, (), (), (), metadata, {}, ())
 
 
-def _inspect_content(content: _Content, path: Path) -> Inspection:
+def _inspect_content(content: Content, path: Path) -> Inspection:
     num_bytes = content.path.stat().st_size
     found, leftover = file_modules(content.shapes)
     whole = {name: module for name, module in found.items() if module.kind}
     if not whole:
-        return _no_adapter(path, _model(content.shapes, bool(found)), num_bytes, content)
-    family = _family(content.shapes, whole)
+        return _no_adapter(path, describe_other(content.shapes, bool(found)), num_bytes, content)
+    family = family_of_modules(content.shapes, whole)
     readings = (
         read_by_all(content.shapes, content.metadata, content.config)
-        if family in (None, _FAMILY_BY_WIDTH[_SD1_WIDTH])
+        if family in (None, STABLE_DIFFUSION_1)
         else []
     )
-    modules = _measure_all(whole, content)
+    modules, is_folder = measure_modules(whole, content), content.config is not None
     incomplete = [name for name, module in found.items() if not module.kind]
     readings = [
         replace(reading, notes=(*reading.notes, *_alpha_notes(reading, modules, content)))
@@ -298,8 +197,8 @@ def _inspect_content(content: _Content, path: Path) -> Inspection:
     ]
     return Inspection(
         path=path,
-        what=_description(whole, modules, family, content),
-        layout=_layout(whole, content),
+        what=describe(whole, modules, family, is_folder),
+        layout=layout_of(whole, is_folder),
         family=family,
         num_bytes=num_bytes,
         num_parameters=content.num_parameters,
@@ -317,258 +216,7 @@ def _inspect_content(content: _Content, path: Path) -> Inspection:
     )
 
 
-# -- what it is ----------------------------------------------------------------------------------------------
-
-
-def _model(shapes: Mapping[str, Shape], has_parts: bool) -> str:
-    """What a file without a whole adapter is."""
-    if has_parts:
-        return "an incomplete adapter: no module has both of its factors"
-    if any(key.startswith("<") and key.endswith(">") for key in shapes):
-        return "a textual inversion embedding, not an adapter"
-    family = family_of_tensors(shapes)
-    what = "a full checkpoint of Stable Diffusion v1" if family is None else family
-    return what.removesuffix(", not a base").removesuffix(", not an adapter") + ", not an adapter"
-
-
-def _family(shapes: Mapping[str, Shape], modules: Mapping[str, FileModule]) -> str | None:
-    """The model an adapter fits: by the width of the text its cross-attention reads, else by names that only
-    one family has.
-    """
-    widths: Counter[int] = Counter()
-    for module in modules.values():
-        if re.search(r"attn2[._](processor\.)?to_[kv]$", module.name) and (width := _inputs(module)):
-            widths[width] += 1
-    if re.search(r"^lora_te[23]_|^text_encoder_[23]\.", "\n".join(modules), re.MULTILINE):
-        return "SDXL"
-    if widths:
-        width = widths.most_common(1)[0][0]
-        return _FAMILY_BY_WIDTH.get(width, f"a model whose text has width {width}")
-    kind = foreign_kind(shapes)
-    if kind and kind.startswith("an adapter for "):
-        return kind.removeprefix("an adapter for ")
-    text = {
-        _inputs(module)
-        for module in modules.values()
-        if re.search(r"_self_attn_q_proj$|\.self_attn\.q_proj$", module.name)
-    }
-    return next((_FAMILY_BY_WIDTH.get(width or 0) for width in text), None) if len(text) == 1 else None
-
-
-def _inputs(module: FileModule) -> int | None:
-    if module.factors:
-        return _product(module.factors[0][1:])
-    shape = module.parts.get(".hada_w1_b") or module.parts.get(".diff")
-    return shape[1] if shape and len(shape) > 1 else None
-
-
-def _description(
-    found: Mapping[str, FileModule], modules: tuple[ModuleFacts, ...], family: str | None, content: _Content
-) -> str:
-    kinds = [kind for kind, _ in Counter(module.kind for module in modules).most_common()]
-    if kinds[0] == "LoRA" and any(module.block == "convolution" for module in modules):
-        kinds[0] = "LoCon (LoRA with convolutions)"
-    if any(module.is_dora for module in modules):
-        kinds[0] = f"DoRA ({kinds[0]} with magnitudes)"
-    text = sum(_is_text(name) for name in found)
-    parts = " + ".join(
-        part for part, count in (("U-Net", len(found) - text), ("text encoder", text)) if count
-    )
-    if content.config is not None:
-        parts = "one model" if all(module.path is None for module in modules) else parts
-    fitting = all(
-        module.path and found[module.name].fits(stable_diffusion_layers()[module.path], strict=False)
-        for module in modules
-    )
-    unknown = (
-        "Stable Diffusion v1 or v2, whose layers in it are alike"
-        if fitting
-        else "a model that the file does not show"
-    )
-    made_for = f"for {family or unknown}"
-    return f"{' and '.join(kinds)} {made_for}: {parts}"
-
-
-def _is_text(name: str) -> bool:
-    return (
-        name.startswith(("lora_te", "text_encoder", "text_model"))
-        or ".text_model." in name
-        or "self_attn" in name
-    )
-
-
-def _layout(modules: Mapping[str, FileModule], content: _Content) -> str:
-    names: Counter[str] = Counter()
-    for module in modules.values():
-        spelled = (
-            _SPELLINGS[module.spelling[0]]
-            if module.spelling
-            else "kohya"
-            if module.name.startswith("lora_")
-            else "LyCORIS"
-        )
-        if spelled == "PEFT" and module.name.startswith(("unet.", "text_encoder.")):
-            spelled = "diffusers lora_A/B"
-        elif spelled == "kohya" and "." in module.name:
-            spelled = "kohya with dotted names"
-        names[spelled] += 1
-    layout = " + ".join(name for name, _ in names.most_common())
-    return f"{layout} folder" if content.config is not None else layout
-
-
-def _paths(modules: Mapping[str, FileModule]) -> dict[str, str]:
-    """The layers of Stable Diffusion v1.5 that the modules are meant for, as far as any name tells."""
-    layers = stable_diffusion_layers()
-    flat = {re.sub(r"^unet_", "", path.replace(".", "_")): path for path in layers}
-    paths = {}
-    for name in modules:
-        short = re.sub(
-            r"^(lora_unet_|lora_te1?_|lycoris_|unet\.|base_model\.model\.|text_encoder\.)",
-            "",
-            name.replace(".processor.", "."),
-        )
-        key = short.replace(".", "_")
-        for candidate in (key, f"{key}_0", f"text_encoder_{key}", f"text_encoder_text_model_{key}"):
-            if candidate in flat:
-                paths[name] = flat[candidate]
-                break
-    return paths
-
-
-def _block(path: str | None, name: str) -> str:
-    where = path or name
-    if path is None and _is_text(name):
-        return "text encoder"
-    if where.startswith("text_encoder."):
-        return "text encoder"
-    for block, pattern in (
-        ("attention", r"attn[12][._]"),
-        ("feed-forward", r"[._]ff[._]net"),
-        ("projection", r"proj_(in|out)$"),
-        ("time embedding", r"time_emb|emb_layers|label_emb"),
-        ("convolution", r"conv|in_layers|out_layers|skip_connection|samplers|_op$|input_blocks_0_0$"),
-    ):
-        if re.search(pattern, where):
-            return block
-    return "other"
-
-
-# -- measuring -----------------------------------------------------------------------------------------------
-
-
-def _measure_all(modules: Mapping[str, FileModule], content: _Content) -> tuple[ModuleFacts, ...]:
-    """The figures of every module; the tensors of a few modules are in memory at a time."""
-    paths = _paths(modules)
-    facts = {
-        name: ModuleFacts(
-            name,
-            paths.get(name),
-            str(module.kind),
-            _block(paths.get(name), name),
-            rank=module.factors[0][0] if module.factors and module.factors[0] else None,
-            is_dora=module.is_dora,
-            fault="too large or too many for an adapter: not measured",
-        )
-        for name, module in modules.items()
-    }
-    small = [module for module in modules.values() if _num_numbers(module) <= _NUMBERS_AT_ONCE]
-    for group in _groups(small[:_MAX_MODULES]):
-        try:
-            tensors = content.tensors([module.name + ending for module in group for ending in module.parts])
-        except WeightsError as error:
-            facts.update(
-                {module.name: replace(facts[module.name], fault=first_line(error)) for module in group}
-            )
-            continue
-        for module in group:
-            own = {ending: tensors[module.name + ending] for ending in module.parts}
-            facts[module.name] = _measure(replace(facts[module.name], fault=None), module, own, content)
-    return tuple(facts.values())
-
-
-def _num_numbers(module: FileModule) -> int:
-    return sum(map(_product, module.parts.values()))
-
-
-def _groups(modules: Iterable[FileModule]) -> Iterator[list[FileModule]]:
-    """As many modules at a time as memory is meant for: each group costs one reading of the file's header."""
-    group: list[FileModule] = []
-    total = 0
-    for module in modules:
-        if group and total + _num_numbers(module) > _NUMBERS_AT_ONCE:
-            yield group
-            group, total = [], 0
-        group.append(module)
-        total += _num_numbers(module)
-    if group:
-        yield group
-
-
-def _measure(
-    facts: ModuleFacts, module: FileModule, tensors: Mapping[str, torch.Tensor], content: _Content
-) -> ModuleFacts:
-    bad = sum(map(count_not_finite, tensors.values()))
-    facts = replace(facts, num_not_finite=bad)
-    if any(tensor.is_complex() for tensor in tensors.values()):
-        return replace(facts, fault="it holds complex numbers")
-    if facts.kind != "LoRA":
-        factors = [
-            tensor
-            for ending, tensor in tensors.items()
-            if re.match(r"\.(hada_w|lokr_w|diff$|w_norm$|oft_|b[12]\.)", ending)
-        ]
-        return replace(
-            facts, is_zero=any(not tensor.float().any() for tensor in factors) and not facts.is_dora
-        )
-    lora, fault = _as_lora(module, tensors, content)
-    if lora is None:
-        return replace(facts, fault=fault)
-    facts = replace(facts, rank=lora.rank, alpha=lora.alpha, scale=lora.scale)
-    return facts if bad else _with_norms(facts, lora)
-
-
-def _as_lora(
-    module: FileModule, tensors: Mapping[str, torch.Tensor], content: _Content
-) -> tuple[LoraModule | None, str | None]:
-    """The module with its alpha, from wherever the file states it; or why it is none."""
-    named = {module.name + ending: tensor for ending, tensor in tensors.items()}
-    parsed = parse_adapter(named, content.metadata, content.config)
-    if parsed.modules:
-        return next(iter(parsed.modules.values())), None
-    # A name of another model: the same tensors under a name that is known give the same figures.
-    stand_in = (
-        "lora_unet_conv_in"
-        if any(len(shape) == 4 for shape in module.factors or ())
-        else "lora_unet_time_embedding_linear_1"
-    )
-    assert module.spelling is not None
-    kohya = {module.spelling[0]: ".lora_down.weight", module.spelling[1]: ".lora_up.weight"}
-    parsed = parse_adapter(
-        {stand_in + kohya.get(ending, ending): tensor for ending, tensor in tensors.items()}, {}, None
-    )
-    lora = next(iter(parsed.modules.values()), None)
-    return lora, None if lora else "its tensors make no LoRA: " + (
-        parsed.faults[0].partition(": ")[2] if parsed.faults else "unknown shapes"
-    )
-
-
-def _with_norms(facts: ModuleFacts, lora: LoraModule) -> ModuleFacts:
-    values = singular_values(lora)
-    norm = float(values.square().sum().sqrt())
-    elements = lora.up.shape[0] * lora.full_down()[0].numel()
-    used = effective_rank(values)
-    # A magnitude without a direction still scales the base's weights.
-    is_zero = norm == 0 and not facts.is_dora
-    return replace(
-        facts,
-        norm=norm,
-        rms=norm / elements**0.5 if not facts.is_dora else None,
-        rank_used=used,
-        is_zero=is_zero,
-    )
-
-
-def _alpha_notes(reading: Reading, modules: tuple[ModuleFacts, ...], content: _Content) -> list[str]:
+def _alpha_notes(reading: Reading, modules: tuple[ModuleFacts, ...], content: Content) -> list[str]:
     """Where the strength differs: alpha in PEFT's configuration is for PEFT and diffusers alone."""
     stated = content.config is not None or "lora_adapter_metadata" in content.metadata
     has_alpha_tensors = any(key.endswith(".alpha") for key in content.shapes)
@@ -615,7 +263,7 @@ def _contradictions(
         ):
             remarks.append(f"its metadata say {field} {stated:g} ({key}), the tensors have {spread(found)}")
     version = {"SD1": "v1", "SD2": "v2", "SDXL": "SDXL"}.get(listed_version(metadata, "Forge"))
-    if family and version and family in _FAMILY_BY_WIDTH.values() and not family.endswith(version):
+    if family and version and family in FAMILIES and not family.endswith(version):
         model = "SDXL" if version == "SDXL" else f"Stable Diffusion {version}"
         remarks.append(
             f"its metadata say that it is for {model}, its layers are those of {family}: programs list it "

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
-from lorascope.adapters.inspection import NEAR_ZERO_RMS, Inspection, ModuleFacts, clean
+from lorascope.adapters.inspection import Inspection, clean
 from lorascope.adapters.peft_config import adapter_metadata
 from lorascope.adapters.readers import SAYS, Reading
+from lorascope.adapters.recognition import NEAR_ZERO_RMS, ModuleFacts
 from lorascope.console import size
 
 _WIDTH = 100  # columns
