@@ -39,7 +39,8 @@ from lorascope.report.evidence import (
     list_limits,
     list_warnings,
 )
-from lorascope.report.figures import Figure, build_figures
+from lorascope.report.figure import Figure
+from lorascope.report.figures import build_figures
 from lorascope.report.price import MAX_PERCENT, price_choices
 from lorascope.report.tables import (
     Table,
