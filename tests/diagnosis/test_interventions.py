@@ -122,7 +122,7 @@ def test_interventions_are_told_with_what_they_are_held_against() -> None:
     assert list(tell_interventions(signals)) == [
         "With the base's unconditional prediction: prompt fidelity -2 % of the base's.",
         "With intruder directions at three quarters of their size: prompt fidelity +12 % of the base's "
-        "(95 % interval 5 to 19); lost without that: 43 %.",
+        "(95 % interval 5 to 19); kept without that: 57 %.",
         "Cut to the study's lowest rank: 55 % of the prompts kept (95 % interval 53 to 57), uncut 56 %; "
         "style 0.40 (95 % interval 0.37 to 0.43), uncut 0.41.",
     ]

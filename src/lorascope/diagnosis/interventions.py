@@ -157,10 +157,10 @@ def tell_interventions(signals: ArmSignals) -> Iterator[str]:
         ("intruder directions at three quarters of their size", signals.intruder_recovery),
     ):
         if signal.value is not None:
-            lost = "" if signal.control is None else f"; lost without that: {100 * signal.control:.0f} %"
+            own = "" if signal.control is None else f"; kept without that: {_percent(1 - signal.control)}"
             yield (
                 f"With {what}: prompt fidelity {100 * signal.value:+.0f} % of the base's"
-                f"{_reach(signal, 100)}{lost}."
+                f"{_reach(signal, 100)}{own}."
             )
     kept, style = signals.cut_retention, signals.cut_style
     if kept.value is not None:
