@@ -46,6 +46,21 @@ def test_a_plan_counts_without_loading_weights(pipeline_folder: Path) -> None:
     assert plan_study(few).diagnosis_pictures == 6 * (1 + 2 * 2 * 4 + 2 * 3) + 2 * (2 + 2 + 1)
 
 
+def test_a_plan_tells_what_share_of_the_time_the_diagnosis_takes(pipeline_folder: Path) -> None:
+    def plan_of(*overrides: str) -> Plan:
+        base = (f"base.model={pipeline_folder}", "data.resolution_px=32")
+        return plan_study(load_study(preset="smoke", overrides=[*base, *overrides], environment={}))
+
+    plan = plan_of()
+    assert plan.diagnosis_share is not None and 0 < plan.diagnosis_share < 1
+    assert f"and losses: {100 * plan.diagnosis_share:.0f} % of the time below" in plan.as_text()
+    longer = plan_of("train.epochs=20").diagnosis_share
+    more = plan_of("diagnose.strengths=[0.25, 0.5, 0.75, 1.0]").diagnosis_share
+    assert longer is not None and more is not None and longer < plan.diagnosis_share < more
+    without = plan_of("diagnose.enabled=false")
+    assert without.diagnosis_share == 0 and "diagnosis" not in without.as_text()
+
+
 def test_a_plan_of_as_many_arms_as_there_may_be_answers_soon(pipeline_folder: Path) -> None:
     config = StudyConfig.model_validate(
         {
@@ -66,7 +81,8 @@ def test_a_plan_of_as_many_arms_as_there_may_be_answers_soon(pipeline_folder: Pa
 def test_a_hub_id_is_taken_for_stable_diffusion_v1_5(preset: str, modules: int, steps: int | None) -> None:
     plan = plan_study(load_study(preset=preset, environment={}))
     assert (plan.modules, plan.steps) == (modules, steps)
-    assert (plan.estimated_s is None) == (steps is None) == ("known once the data is read" in plan.as_text())
+    assert (plan.estimated_s is None) == (plan.diagnosis_share is None) == (steps is None)
+    assert (steps is None) == ("known once the data is read" in plan.as_text())
     if preset == "paper":
         assert [arm["parameters"] for arm in plan.arms] == [5_984_256, 23_937_024]
 

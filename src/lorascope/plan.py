@@ -11,6 +11,7 @@ from lorascope.adapters.bank import count_parameters
 from lorascope.console import duration, size
 from lorascope.data.captions import check_additions
 from lorascope.data.sources import count_repeats
+from lorascope.diagnosis.losses import MAX_PICTURES, NUM_DRAWINGS
 from lorascope.evaluation.prompts import Prompt, check_prefix, load_prompts
 from lorascope.evaluation.statistics import smallest_detectable_effect
 from lorascope.evaluation.sweep import Part, plan_edits, plan_sweep
@@ -23,6 +24,7 @@ from lorascope.training.group import section_of
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.packing import TRAIN_TO_FORWARD_FLOPS, ArmGroup, Packing, describe_passes
 from lorascope.training.passes import Counts, count_models, pass_memory, plan_passes
+from lorascope.training.probe import NUM_BANDS
 from lorascope.training.trackers import require_trackers
 from lorascope.training.trainer import count_steps
 
@@ -93,6 +95,7 @@ class Plan:
     pictures: int  # of the sample stage
     diagnosis_pictures: int  # at most, since an arm's best epoch may be its last
     diagnosis_steps: int
+    diagnosis_share: float | None  # of what is to compute, at most
     denoising_steps: int
     guidance: float
     power: Power
@@ -114,9 +117,11 @@ class Plan:
             f"guidance {self.guidance:g}",
         ]
         if self.diagnosis_pictures:
+            known = self.diagnosis_share
+            share = "" if known is None else f", and losses: {100 * known:.0f} % of the time below"
             lines.append(
                 f"diagnosis  at most {self.diagnosis_pictures:,} pictures at several strengths, "
-                f"{self.diagnosis_steps} steps"
+                f"{self.diagnosis_steps} steps{share}"
             )
         lines += [
             *self.power.as_lines(),
@@ -212,10 +217,15 @@ def plan_study(config: StudyConfig) -> Plan:
         for group in passes.groups
     ]
     largest = max(estimates, key=lambda estimate: estimate.training_bytes)
-    drawn = [(sample, num_pictures + _num_previews(config))]
-    drawn += [(part.section, part.num_pictures) for part in diagnosis]
-    seconds = None if steps is None else _seconds(config, device, models, steps, drawn, largest.checkpointing)
-    num_drawn = sum(count for _, count in drawn)
+    work, seconds = None, None
+    if steps is not None:
+        work = (
+            _study_flops(config, models, steps, num_pictures + _num_previews(config), largest.checkpointing),
+            _diagnosis_flops(config, models.flops, diagnosis),
+        )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        seconds = sum(work) / (matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type])
+    num_drawn = num_pictures + _num_previews(config) + num_diagnosed
     counts = [count_parameters(models.targets, arm) for arm in arms]
     return Plan(
         name=config.name,
@@ -235,6 +245,7 @@ def plan_study(config: StudyConfig) -> Plan:
         pictures=num_pictures,
         diagnosis_pictures=num_diagnosed,
         diagnosis_steps=config.diagnose.steps,
+        diagnosis_share=None if work is None else work[1] / sum(work),
         denoising_steps=sample.steps,
         guidance=sample.guidance,
         power=_power(config, len(prompts)),
@@ -264,17 +275,10 @@ def _power(config: StudyConfig, num_prompts: int) -> Power:
     )
 
 
-def _seconds(
-    config: StudyConfig,
-    device: torch.device,
-    models: Counts,
-    steps: Sequence[int],
-    drawn: Sequence[tuple[SampleSection, int]],
-    checkpointing: bool,
+def _study_flops(
+    config: StudyConfig, models: Counts, steps: Sequence[int], num_pictures: int, checkpointing: bool
 ) -> float:
-    """A rough time of all stages that compute, from the `steps` of each arm and the pictures to draw: how,
-    and how many.
-    """
+    """FLOPs of encoding, of the `steps` of each arm and of `num_pictures` of the sample stage."""
     flops, num_train = models.flops, config.data.num_train or 0
     batches = sum(number * arm.batch_size for number, arm in zip(steps, config.expand_arms(), strict=True))
     encoded = num_train * (2 if config.data.flip else 1)
@@ -283,10 +287,16 @@ def _seconds(
     training = TRAIN_TO_FORWARD_FLOPS * (flops["unet"] + adapts_text * flops["text"])
     training *= batches * config.train.accumulation_steps
     training *= _CHECKPOINTING_FLOPS if checkpointing else 1
-    sampling = sum(_drawing_flops(section, flops) * count for section, count in drawn)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    speed = matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type]
-    return (encoding + training + sampling) / speed
+    return encoding + training + num_pictures * _drawing_flops(config.sample, flops)
+
+
+def _diagnosis_flops(config: StudyConfig, flops: Mapping[str, int], parts: Sequence[Part]) -> float:
+    """FLOPs of the sweep's pictures, and of losses at fixed noise on as many pictures as there may be."""
+    if not parts:
+        return 0.0
+    num_models = 1 + len(config.expand_arms())
+    probes = num_models * (2 * MAX_PICTURES + NUM_DRAWINGS) * 2 * NUM_BANDS * flops["unet"]
+    return probes + sum(part.num_pictures * _drawing_flops(part.section, flops) for part in parts)
 
 
 def _disk_bytes(config: StudyConfig, passes: Packing, counts: Sequence[int], num_drawn: int) -> int:
