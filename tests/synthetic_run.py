@@ -23,6 +23,7 @@ from lorascope.diagnosis.signals import (
     trace_fronts,
     training_signals,
 )
+from lorascope.evaluation.choice import choose_by_arm, choose_point
 from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
 from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, read_sweep, write_sweep
 from lorascope.run_folder import JsonLines, RunDir
@@ -453,6 +454,7 @@ def _write_sweep(run: RunDir, arms: list[Arm], num_prompts: int, side_px: int, o
 def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str]) -> None:
     """Signals that go with the sweep: with the gain, updates grow and guidance leaves the base's."""
     fronts = trace_fronts(read_sweep(run), resamples=500)
+    chosen = choose_by_arm(fronts.own, choose_point(fronts.own, resamples=500), resamples=500)
     signals = []
     for arm in planned:
         gain = _gain(arm)
@@ -475,6 +477,8 @@ def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str])
         fields = training_signals([], arm.name, "loss is not finite" if arm.name in failed else None)
         if arm.name not in failed:
             fields |= {**found, **sweep_signals(fronts, arm.name), "layers": _layers(arm, size)}
+            point = chosen.get(arm.name)
+            fields |= {"chosen": (point.epoch, point.strength) if point else None}
         signals.append(ArmSignals(arm, best_epoch=4, num_train=100, caption_dropout=0.1, **fields))
     write_diagnosis(run, decide_all(signals))
 

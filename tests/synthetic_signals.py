@@ -1,5 +1,6 @@
 """Signals of made-up arms, for the tests of the diagnosis and of what rests on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lorascope.diagnosis.signals import ArmSignals, PointSignals, make_signal
@@ -57,10 +58,23 @@ def signals_of(arm: Arm | None = None, *points: PointSignals, **values: Any) -> 
         key: an_interval(key, value, 0.01) if isinstance(value, float) and key not in _FACTS else value
         for key, value in values.items()
     }
-    return ArmSignals(arm or an_arm(), points=points, **{**sound, **found})
+    return ArmSignals(arm or an_arm(), **{"points": points, "chosen": chosen_of(points), **sound, **found})
 
 
-_FACTS = ("best_epoch", "num_train", "caption_dropout")
+def chosen_of(points: Sequence[PointSignals]) -> tuple[Epoch, float] | None:
+    """What the rule chooses where every difference in style is shown: the most style at a price of 10 %."""
+    counting = [
+        point
+        for point in points
+        if (point.retention.value or 0.0) >= 0.9
+        and (point.style.low or 0.0) > 0
+        and (point.style.value or 0.0) > (point.style.control or 0.0)
+    ]
+    best = max(counting, key=lambda point: point.style.value or 0.0, default=None)
+    return None if best is None else (best.epoch, best.strength)
+
+
+_FACTS = ("chosen", "best_epoch", "num_train", "caption_dropout")
 
 
 # Arms as they were measured on the pocket base: 16 DDIM steps, one sampling seed, one training seed.

@@ -195,7 +195,9 @@ def test_overfitting_takes_a_gap_and_a_witness(values: dict[str, Any], expected:
 
 def test_the_best_epoch_speaks_for_overfitting_or_against_it() -> None:
     overfit = overfit_arm()
-    better = replace(overfit, points=(*overfit.points, a_point(1.0, 0.95, 0.25, epoch="best")))
+    better = replace(
+        overfit, points=(*overfit.points, a_point(1.0, 0.95, 0.25, epoch="best")), chosen=("best", 1.0)
+    )
     found = decide(better)
     assert any("best epoch keeps more" in sentence for sentence in found.evidence_for)
     assert (found.remedy.strength, found.remedy.epoch) == (1.0, "best")

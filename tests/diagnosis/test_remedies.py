@@ -4,16 +4,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import Diagnosis, decide, decide_all
 from lorascope.diagnosis.remedies import find_reference, find_remedy
-from lorascope.diagnosis.signals import ArmSignals, make_signal
+from lorascope.diagnosis.signals import ArmSignals, make_signal, sweep_signals, trace_fronts
 from lorascope.diagnosis.thresholds import Thresholds
 from lorascope.diagnosis.words import Cause
+from lorascope.evaluation.choice import Choice, choose_by_arm, choose_point
+from lorascope.evaluation.sweep_rows import Sweep
 from synthetic_signals import (
     NO,
     a_point,
+    an_arm,
     an_interval,
     default_arm,
     diverged_arm,
@@ -23,18 +28,68 @@ from synthetic_signals import (
     short_arm,
     signals_of,
 )
+from synthetic_sweeps import simple_sweep
 
 LOST = a_point(1.0, 0.5, 0.4)
 
 
-def test_the_strength_to_use_now_is_the_one_with_most_style_that_keeps_the_prompts() -> None:
-    found = decide(
-        signals_of(None, LOST, a_point(0.75, 0.92, 0.3), a_point(0.5, 0.97, 0.2), a_point(0.25, 0.99, 0.1))
-    )
-    assert (found.remedy.strength, found.remedy.epoch) == (0.5, "last")  # .75 is an estimate only
+def test_the_strength_to_use_now_is_the_chosen_one() -> None:
+    points = (LOST, a_point(0.75, 0.92, 0.3), a_point(0.5, 0.97, 0.2), a_point(0.25, 0.99, 0.1))
+    found = decide(signals_of(None, *points))
+    assert (found.remedy.strength, found.remedy.epoch) == (0.75, "last")
+    assert found.remedy.reason.startswith("Strength 0.75: prompt fidelity kept 92 %")
+    other = decide(signals_of(None, *points, chosen=("last", 0.5)))
+    assert other.remedy.strength == 0.5 and "times 0.5 gives" in other.remedy.changes[0].reason
+    none = decide(signals_of(None, *points, chosen=None))
+    assert none.remedy.strength is None
+    assert none.remedy.reason == "No strength that was drawn has style and keeps the prompts."
     assert decide(default_arm()).remedy.strength == 0.5
     assert decide(diverged_arm()).remedy.strength is None
     assert decide(healthy_arm()).remedy.strength == 1.0
+    assert decide(healthy_arm(chosen=("last", 0.5))).remedy.reason.startswith("Strength 0.5: ")
+
+
+def test_pictures_that_a_second_measure_speaks_against_are_said_to_be_looked_at() -> None:
+    found = decide(signals_of(None, LOST, a_point(0.5, 0.97, 0.2, broken=True)))
+    assert found.remedy.strength == 0.5
+    assert found.remedy.reason.endswith("above the base's: look at the pictures.")
+
+
+def diagnosed(sweep: Sweep, price: float) -> tuple[Choice, dict[str, Diagnosis]]:
+    """The study's choice over a sweep, and the diagnoses of its arms as the diagnose stage makes them."""
+    fronts = trace_fronts(sweep, resamples=200)
+    choice = choose_point(fronts.own, price, resamples=200)
+    chosen = choose_by_arm(fronts.own, choice, price, resamples=200)
+    signals = []
+    for name in dict.fromkeys(point.arm for point in fronts.own.points):
+        point = chosen.get(name)
+        use = None if point is None else (point.epoch, point.strength)
+        fields = {**sweep_signals(fronts, name), "chosen": use}
+        signals.append(ArmSignals(an_arm(name, rank=16 if name == "r16" else 64), **fields))
+    return choice, decide_all(signals, Thresholds().with_values({"prompt_loss": price}, "a study"))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    points=st.dictionaries(
+        st.tuples(st.sampled_from(["r16", "r64"]), st.sampled_from([0.25, 0.5, 0.75, 1.0])),
+        st.tuples(st.floats(0.2, 1.05), st.floats(-0.1, 0.6)),
+        min_size=1,
+    ),
+    price=st.sampled_from([0.0, 0.1, 0.3]),
+    style_std=st.sampled_from([0.02, 0.3]),
+)
+def test_verdict_and_remedy_name_the_same_strength(
+    points: dict[tuple[str, float], tuple[float, float]], price: float, style_std: float
+) -> None:
+    sweep = simple_sweep(points, num_prompts=8, style_std=style_std)
+    choice, found = diagnosed(sweep, price)
+    for name, diagnosis in found.items():
+        remedy = diagnosis.remedy
+        if choice.point is not None and choice.point.arm == name:
+            assert (remedy.strength, remedy.epoch) == (choice.point.strength, choice.point.epoch)
+    if choice.point is None:
+        assert all(diagnosis.remedy.strength is None for diagnosis in found.values())
 
 
 def changes_of(found: Diagnosis) -> dict[str, Any]:

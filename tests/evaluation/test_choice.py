@@ -10,6 +10,7 @@ from lorascope.evaluation.choice import (
     NO_SWEEP,
     Choice,
     choose_at_prices,
+    choose_by_arm,
     choose_point,
     rule_text,
 )
@@ -62,6 +63,20 @@ def test_the_price_is_the_readers() -> None:
     assert place(choose(points, 0.3)) == ("r16", 1.0)
     assert choose(points, 0.0).decision == "keep_base"
     assert "at most 30 % of the base's prompt fidelity" in rule_text(0.3)
+
+
+def test_each_arm_is_used_where_the_rule_would_use_it_alone_and_the_kept_one_as_it_is_kept() -> None:
+    points = {("r16", 0.5): (0.95, 0.2), ("r16", 1.0): (0.7, 0.6), ("r64", 0.5): (0.91, 0.4)}
+    points |= {("r64", 0.25): (0.99, 0.2), ("r4", 1.0): (0.99, 0.0)}
+    front = trace_front(simple_sweep(points))
+    choice = choose_point(front)
+    chosen = choose_by_arm(front, choice)
+    assert {arm: point.strength for arm, point in chosen.items()} == {"r16": 0.5, "r64": 0.5}
+    assert chosen["r64"] is choice.point
+    nearby = dataclasses.replace(choice, point=front.of("r64")[0])
+    assert choose_by_arm(front, nearby)["r64"].strength == 0.25
+    assert choose_by_arm(None, choose_point(None)) == {}
+    assert choose_by_arm(front, choose_point(front, 0.0), 0.0) == {}
 
 
 def test_alike_in_style_the_last_epoch_is_kept() -> None:

@@ -91,17 +91,19 @@ def test_what_is_open_is_said_once(run: RunDir) -> None:
     assert "<dt>What is open</dt>" in page and "<dt>Against it</dt>" not in page
 
 
-def test_where_the_verdict_uses_another_strength_both_are_named(run: RunDir) -> None:
-    rows = explain_arms(Facts(run))
-    assert rows[0].now[0] == (
-        "The verdict uses it at strength 0.75, last epoch, where the estimate of what it keeps is within the "
-        "price; at strength 0.5, last epoch, the whole interval is."
-    )
-    assert rows[1].now[0] == "Use it at strength 0.25, last epoch."
+def test_an_arm_is_used_at_the_strength_of_the_verdicts_rule(run: RunDir) -> None:
+    facts = Facts(run)
+    assert facts.verdict is not None and facts.verdict.point is not None and facts.diagnosis is not None
+    rows = explain_arms(facts)
+    assert facts.verdict.point.strength == 0.75
+    assert rows[0].now[0] == "Use it at strength 0.75, last epoch, as the verdict does."
+    remedy = facts.diagnosis.arms["r64"].remedy
+    assert rows[1].now[0] == f"Use it at strength {remedy.strength:g}, last epoch."
+    # Of a diagnosis by another version, which knew another rule.
     diagnose(run, r16=default_arm(), r64=default_arm())
-    assert explain_arms(Facts(run))[0].now == (
-        "The verdict uses it at strength 0.75, last epoch; strength 0.5, last epoch, would do too.",
-    )
+    facts = Facts(run)
+    assert facts.diagnosis is not None and facts.diagnosis.arms["r16"].remedy.strength == 0.5
+    assert explain_arms(facts)[0].now == ("Use it at strength 0.75, last epoch, as the verdict does.",)
 
 
 def test_of_many_arms_the_kept_one_the_runner_up_and_the_worst_are_shown_first(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ class Case:
         )
 
     @property
+    def chosen(self) -> PointSignals | None:
+        """The point that the study's rule uses the arm at."""
+        if self.signals.chosen is None:
+            return None
+        epoch, strength = self.signals.chosen
+        return self.signals.at(strength, epoch)
+
+    @property
     def recovery(self) -> PointSignals | None:
         """The lower strength that brings the prompts back with style."""
         return self.most_style(self.signals.lower)

@@ -31,16 +31,22 @@ from lorascope.diagnosis.signals import (
     weight_signals,
 )
 from lorascope.diagnosis.weights import measure_adapters
+from lorascope.evaluation.front import FrontPoint
 from lorascope.evaluation.sweep_rows import Point, Sweep, SweepRow
 from lorascope.store import read_regular
 
 
 def measure_arms(
-    finished: Finished, sweep: Sweep, fronts: Fronts, compared: Mapping[str, Comparison]
+    finished: Finished,
+    sweep: Sweep,
+    fronts: Fronts,
+    chosen: Mapping[str, FrontPoint],
+    compared: Mapping[str, Comparison],
 ) -> list[ArmSignals]:
     """The signals of every arm of the study; of an arm whose training failed, that it did.
 
-    `fronts` are those of the sweep, `compared` what `compare_arms` gives.
+    `fronts` are those of the sweep, `chosen` the points to use the arms at, `compared` what `compare_arms`
+    gives.
 
     Raises as reading the run folder does.
     """
@@ -61,6 +67,7 @@ def measure_arms(
             drawn = [_pixels(run.path / row.image) for row in at_full_strength(sweep, name)]
             fields |= {"best_epoch": best.best_epoch if best else None}
             fields |= sweep_signals(fronts, name)
+            fields |= {"chosen": (chosen[name].epoch, chosen[name].strength) if name in chosen else None}
             fields |= intervention_signals(fronts, name)
             fields |= loss_signals(losses.get(name), rises.get(name) or best)
             fields |= {"layers": tuple(layers.get((name, "last"), ()))}

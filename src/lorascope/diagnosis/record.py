@@ -76,6 +76,7 @@ _ARM: Any = {
     "num_train": Maybe(int),
     "caption_dropout": Maybe(Number),
     "points": [_POINT],
+    "chosen?": Maybe({"epoch": str, "strength": Number}),
     "guidances": [{"guidance": Number, "retention": _SIGNAL}],
     "layers?": [_LAYER],
     "signals": {f"{key}?": _SIGNAL for key in _KEYS},
@@ -151,6 +152,7 @@ def _as_json(found: Diagnosis) -> dict[str, Any]:
         "num_train": signals.num_train,
         "caption_dropout": signals.caption_dropout,
         "points": [asdict(point) for point in signals.points],
+        "chosen": signals.chosen and dict(zip(("epoch", "strength"), signals.chosen, strict=True)),
         "guidances": [asdict(item) for item in signals.guidances],
         "layers": [asdict(layer) for layer in signals.layers],
         "signals": {key: asdict(signal) for key, signal in signals.by_key().items()},
@@ -193,6 +195,7 @@ def _fault(values: Mapping[str, Any]) -> str | None:
         *((found["confidence"], get_args(Confidence)) for found in arms),
         *((found["settings"].get("scaling", "alpha/r"), get_args(Scaling)) for found in arms),
         *((point["epoch"], get_args(Epoch)) for found in arms for point in found["points"]),
+        *((found["chosen"]["epoch"], get_args(Epoch)) for found in arms if found.get("chosen")),
     ]
     return next(
         (f"{word[:80]!r} is not one of {', '.join(known)}" for word, known in words if word not in known),
@@ -214,12 +217,14 @@ def _diagnosis(found: Mapping[str, Any]) -> Diagnosis:
     guidances = tuple(
         GuidanceSignal(float(item["guidance"]), _signal(item["retention"])) for item in found["guidances"]
     )
+    chosen = found.get("chosen")
     signals = ArmSignals(
         arm=Arm(**{key: value for key, value in found["settings"].items() if key in Arm.model_fields}),
         best_epoch=found["best_epoch"],
         num_train=found["num_train"],
         caption_dropout=found["caption_dropout"],
         points=points,
+        chosen=(chosen["epoch"], float(chosen["strength"])) if chosen else None,
         guidances=guidances,
         layers=tuple(LayerFigures(**_known(LayerFigures, layer)) for layer in found.get("layers", ())),
         **{key: _signal(found["signals"][key]) for key in _KEYS if key in found["signals"]},

@@ -16,6 +16,10 @@ _FASTER_LR_FACTOR = 3.0
 _CAPTION_DROPOUT = 0.1
 
 
+# What such arms draw says nothing of what training should give: they are used at no strength.
+UNUSABLE: tuple[Cause, ...] = ("numerical", "file_fault")
+
+
 @dataclass(frozen=True)
 class Change:
     """One thing to change in the next study: `arms.lr`, `arms.epochs` and `arms.rank` of this arm, or a key
@@ -50,7 +54,7 @@ def find_remedy(
     reference: ArmSignals | None = None,
     prompts: int | None = None,
 ) -> Remedy:
-    """How to use the arm now, and what to change in the next study.
+    """How to use the arm now, by the rule that the verdict goes by, and what to change in the next study.
 
     `reference` is an arm of a smaller gain that keeps more, whose gain the changes take; `prompts` is the
     least number that would decide what is open.
@@ -62,19 +66,21 @@ def find_remedy(
         for change in _changes(case, fault, reference):
             if change.key not in [earlier.key for earlier in changes]:
                 changes.append(change)
-    if cause in ("numerical", "file_fault"):
+    if cause in UNUSABLE:
         return Remedy(reason="What this arm draws is not what training should give.", changes=tuple(changes))
     if remark := tell_lower_rank(case.signals, case.thresholds.prompt_loss.value):
         changes.append(Change("arms.rank", None, remark))
-    if cause == "healthy":
-        reason = "Style at a price in prompts that is within the limit."
-        return Remedy(1.0, "last", reason, tuple(changes))
-    best = case.most_style(case.signals.points)
-    if best is None:
+    chosen = case.chosen
+    if chosen is None:
         reason = "No strength that was drawn has style and keeps the prompts."
         return Remedy(None, None, reason, tuple(changes), prompts)
-    reason = f"{point_name(best)}: {tell(best.retention)}; {tell(best.style)}."
-    return Remedy(best.strength, best.epoch, reason, tuple(changes), prompts)
+    if cause == "healthy" and chosen is case.full:
+        reason = "Style at a price in prompts that is within the limit."
+    else:
+        reason = f"{point_name(chosen)}: {tell(chosen.retention)}; {tell(chosen.style)}."
+    if case.is_broken(chosen):
+        reason += f" But {tell(chosen.discrepancy)}, above the base's: look at the pictures."
+    return Remedy(chosen.strength, chosen.epoch, reason, tuple(changes), prompts)
 
 
 def find_reference(signals: ArmSignals, known: Sequence[tuple[Cause, ArmSignals]]) -> ArmSignals | None:
@@ -114,8 +120,8 @@ def _changes(case: Case, cause: Cause, reference: ArmSignals | None) -> list[Cha
         case "too_strong":
             if reference is not None:
                 return [_lower_lr(signals, reference)]
-            recovery = case.recovery
-            strength = 0.5 if recovery is None else recovery.strength
+            lower = case.chosen if case.chosen in signals.lower else case.recovery
+            strength = 0.5 if lower is None else lower.strength
             why = (
                 f"The learning rate times {strength:g} gives about the update that keeps the prompts at "
                 f"strength {strength:g}. Keep the old one beside it: a higher rate at a lower strength can "

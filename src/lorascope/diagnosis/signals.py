@@ -129,6 +129,7 @@ class GuidanceSignal:
 class ArmSignals:
     """All that is known of one arm; what was not measured says why in its note.
 
+    `chosen` is the epoch and strength that the study's rule uses the arm at, None where no point counts.
     `best_epoch` is the one with the lowest held-out loss, `num_train` the training pictures, `layers` the
     update of the last epoch by layer, empty where that was not measured.
     """
@@ -138,6 +139,7 @@ class ArmSignals:
     num_train: int | None = None
     caption_dropout: float | None = None
     points: tuple[PointSignals, ...] = ()
+    chosen: tuple[Epoch, float] | None = None
     guidances: tuple[GuidanceSignal, ...] = ()
     layers: tuple[LayerFigures, ...] = ()
     finished: Signal = field(default=make_signal("finished", None))

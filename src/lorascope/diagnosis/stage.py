@@ -11,8 +11,7 @@ from lorascope.diagnosis.nearest import keep_nearest
 from lorascope.diagnosis.record import Keep, write_diagnosis
 from lorascope.diagnosis.signals import trace_fronts
 from lorascope.diagnosis.strengths import draw, score
-from lorascope.evaluation.choice import choose_point
-from lorascope.evaluation.front import Front
+from lorascope.evaluation.choice import Choice, choose_by_arm, choose_point
 
 
 def diagnose(
@@ -32,19 +31,20 @@ def diagnose(
     thresholds = DEFAULT_THRESHOLDS.with_values({"prompt_loss": price}, DEFAULT_THRESHOLDS.prompt_loss.source)
     settings = {arm.name: arm.but_seed for arm in finished.arms}
     fronts = trace_fronts(sweep, finished.config.score.resamples, settings)
+    resamples = finished.config.score.resamples
+    choice = choose_point(fronts.own, price, settings, resamples)
+    chosen = choose_by_arm(fronts.own, choice, price, settings, resamples)
     compared = compare_arms(finished, sweep)
-    found = decide_all(measure_arms(finished, sweep, fronts, compared), thresholds)
+    found = decide_all(measure_arms(finished, sweep, fronts, chosen, compared), thresholds)
     drawings = {arm: at_full_strength(sweep, arm) for arm in compared}
     keep_nearest(finished.run, drawings, compared, finished.train_pictures, finished.heldout_pictures)
-    write_diagnosis(finished.run, found, _keep(finished, fronts.own, settings), thresholds, versions)
+    write_diagnosis(finished.run, found, _keep(choice), thresholds, versions)
     return found
 
 
-def _keep(finished: Finished, front: Front, settings: Mapping[str, str]) -> Keep | None:
+def _keep(choice: Choice) -> Keep | None:
     """What the study's rule keeps."""
-    config = finished.config
-    point = choose_point(front, config.verdict.max_prompt_loss, settings, config.score.resamples).point
+    point = choice.point
     if point is None:
         return None
-    style, retention = point.style.value, point.retention.value
-    return Keep(point.arm, point.epoch, point.strength, style, retention)
+    return Keep(point.arm, point.epoch, point.strength, point.style.value, point.retention.value)

@@ -1,7 +1,7 @@
 """The choice of an arm, a strength and an epoch: the most style at a price in prompt fidelity."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorascope.evaluation.front import Estimate, Front, FrontPoint, style_difference
@@ -88,6 +88,29 @@ def choose_at_prices(
             chosen[counting] = choose_point(front, price, settings, resamples)
         choices.append(chosen[counting])
     return choices
+
+
+def choose_by_arm(
+    front: Front | None,
+    choice: Choice,
+    max_prompt_loss: float = MAX_PROMPT_LOSS,
+    settings: Mapping[str, str] | None = None,
+    resamples: int = 10_000,
+) -> dict[str, FrontPoint]:
+    """The point to use each arm at, of every arm that has one that counts: what the same rule chooses among
+    its own points, and of the arm that is kept what `choice`, the study's, has.
+    """
+    if front is None:
+        return {}
+    chosen = {}
+    for arm in dict.fromkeys(point.arm for point in front.points):
+        alone = replace(front, points=front.of(arm))
+        point = choose_point(alone, max_prompt_loss, settings, resamples).point
+        if point is not None:
+            chosen[arm] = point
+    if choice.point is not None:
+        chosen[choice.point.arm] = choice.point
+    return chosen
 
 
 def _why_not(front: Front | None) -> str | None:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from lorascope.diagnosis.causes import Diagnosis
 from lorascope.diagnosis.interventions import tell_interventions
-from lorascope.diagnosis.remedies import Change
+from lorascope.diagnosis.remedies import UNUSABLE, Change
 from lorascope.diagnosis.words import WORDS, Cause
 from lorascope.evaluation.choice import NO_SWEEP
 from lorascope.evaluation.scores import ALL
 from lorascope.evaluation.sentences import EPOCHS
 from lorascope.evaluation.sweep_rows import Epoch
-from lorascope.evaluation.verdict import Verdict
 from lorascope.report.conditions import SIGNS
 from lorascope.report.evidence import MAX_DETAILED, NOT_MEASURED, Facts
 
@@ -131,30 +130,23 @@ def _explain(facts: Facts, arm: str, found: Diagnosis) -> Why:
 
 
 def _say_now(facts: Facts, arm: str, found: Diagnosis) -> Iterator[str]:
-    """How to use the arm now: as the verdict has it, and as the diagnosis does where that is another way."""
+    """How to use the arm now: the kept one as the verdict has it, whichever version diagnosed it."""
     remedy, evidence = found.remedy, " ".join(found.evidence_for[:_NUM_SIGNALS])
-    if remedy.strength is not None:
-        yield _say_use(facts.verdict, arm, found, remedy.strength, remedy.epoch or "last")
+    use = None if remedy.strength is None else _use(remedy.strength, remedy.epoch or "last")
+    point = facts.verdict.point if facts.verdict else None
+    if point is not None and point.arm == arm and found.cause not in UNUSABLE:
+        kept = _use(point.strength, point.epoch)
+        yield f"Use it at {kept}, as the verdict does."
+        is_told = kept == use
+    else:
+        is_told = True
+        if use is not None:
+            yield f"Use it at {use}."
     numbers = remedy.reason.partition(": ")[2].rstrip(".")
-    if remedy.reason and not (numbers and numbers in evidence):
+    if remedy.reason and is_told and not (numbers and numbers in evidence):
         yield remedy.reason
     if remedy.prompts is not None and f"About {remedy.prompts:,} prompts" not in evidence:
         yield f"At least {remedy.prompts:,} prompts would decide what is open."
-
-
-def _say_use(verdict: Verdict | None, arm: str, found: Diagnosis, strength: float, epoch: Epoch) -> str:
-    use = _use(strength, epoch)
-    point = verdict.point if verdict else None
-    if verdict is None or point is None or point.arm != arm or _use(point.strength, point.epoch) == use:
-        return f"Use it at {use}."
-    chosen, signals = _use(point.strength, point.epoch), found.signals.at(strength, epoch)
-    low = signals.retention.low if signals else None
-    if not verdict.is_shown and low is not None and low >= 1 - verdict.max_prompt_loss:
-        return (
-            f"The verdict uses it at {chosen}, where the estimate of what it keeps is within the price; at "
-            f"{use}, the whole interval is."
-        )
-    return f"The verdict uses it at {chosen}; {use}, would do too."
 
 
 def _use(strength: float, epoch: Epoch) -> str:
