@@ -122,6 +122,7 @@ def test_page_has_all_sections_and_answers_first(two_arms: tuple[RunDir, Report,
         *("verdict", "fair", "trade", "why", "effect", "scale", "training", "look", "copying", "cost"),
         "reproduce",
     ]
+    assert ("code", "lorascope next RUN") in page.texts and "`" not in page.text()
     front, probes = trace_front(read_sweep(run), resamples=500), JsonLines(run.metrics_jsonl).read()
     verdict = reach_verdict(read_scores(run), front, probes, study="two", resamples=500)
     assert report.keep == verdict.keep == "r16"

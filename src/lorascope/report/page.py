@@ -10,6 +10,7 @@ run folders give equal bytes.
 import base64
 import hashlib
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -357,9 +358,17 @@ def _template(name: str, autoescape: bool) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _with_code
     environment.filters["md"] = _markdown
     environment.filters["md_table"] = _markdown_table
     return environment.get_template(name)
+
+
+def _with_code(text: str) -> Any:
+    """Text for the page, with what stands between backticks as code."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _asset(name: str) -> str:
