@@ -56,7 +56,9 @@ def test_an_arm_at_matched_gain_tells_rank_from_strength(tmp_path: Path) -> None
     assert "Here, at alpha = 2 x rank and lr 0.0005, r16-lr0.0005 and r64-lr0.0005 score " in text
     assert "r64-lr0.00025 is rank 64 at the gain of rank 16. On normal prompts: " in text
     assert said(facts, "r64-lr0.00025", "r64-lr0.0005") in text
-    assert text.endswith("So it is the strength of the update, not the rank, that collapses here.")
+    assert text.endswith(
+        "So the strength of the update is shown to make the collapse; no harm of the rank is shown."
+    )
     facts = Facts(make(tmp_path / "other", lrs=(5e-4, 1e-3)))
     text = collapse_text(facts)
     assert text is not None and "r16-lr0.001 is rank 16 at the gain of rank 64. On normal" in text

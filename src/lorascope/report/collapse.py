@@ -135,7 +135,9 @@ def _matched(facts: Facts, low: Sequence[Arm], high: Sequence[Arm], has_collapse
         elif any(_is_below(_difference(facts, *pair)) for pair in against_low):
             sentences.append("So strength makes a part of the difference here, and something else the rest.")
         else:
-            sentences.append("So it is the strength of the update, not the rank, that collapses here.")
+            sentences.append(
+                "So the strength of the update is shown to make the collapse; no harm of the rank is shown."
+            )
     stronger = _at_gain_of(facts, high, _LOW)
     if stronger:
         sentences += [
