@@ -146,7 +146,7 @@ class Size:
     strengths: tuple[float, ...]
 
 
-FULL = Size(600, 64, 3, 16, 12, 16, 25, 12, 15, (0.25, 0.5, 1.0))
+FULL = Size(600, 64, 3, 16, 12, 16, 20, 20, 10, (0.25, 0.5, 1.0))
 QUICK = Size(100, 20, 4, 12, 6, 4, 8, 4, 7, (0.5, 1.0))
 FULL_SEEDS, QUICK_SEEDS = 8, 3
 
@@ -191,6 +191,8 @@ def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size
                 "strengths": list(size.strengths),
                 "num_prompts": size.num_prompts,
                 "num_intervention_prompts": size.num_tried,
+                "scale_intruders": False,  # these two decide nothing
+                "cut_rank": False,
                 "seeds": [seed],
                 "steps": size.steps,
                 "guidances": [],
