@@ -243,6 +243,8 @@ def digests(run: Path) -> dict[str, str]:
         *run.glob("previews/**/*.png"),
         *run.glob("sweep/**/*.png"),
         run / "sweep.parquet",
+        *run.glob("copying/*.png"),
+        run / "copying.json",
         run / "diagnosis.json",
         run / "scores.parquet",
         run / "metrics.jsonl",

@@ -1,7 +1,8 @@
 """Plant faults on the pocket base, see what the diagnosis calls them, and learn its thresholds.
 
 Command:  python -m benchmarks.faults --out build/faults
-Time:     about 3 h on 2 CPU cores by its own estimate, never run as a whole; `--quick` about 5 minutes. `--dry-run` says what it would do.
+Time:     about 3 h on 2 CPU cores by its own estimate, never run as a whole; `--quick` about 5
+          minutes. `--dry-run` says what it would do.
 Result:   build/faults/full/matrix.md and matrix.json; of `--quick` in build/faults/quick.
 
 Each study is a run folder of its own. Interrupted, the same command goes on; what is finished is skipped.
