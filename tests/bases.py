@@ -9,7 +9,7 @@ import torch
 
 from lorascope.base.loading import Base, load_base
 from lorascope.base.weights import load_tensors, read_header, save_tensors
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 CPU = torch.device("cpu")
 

@@ -44,7 +44,7 @@ from lorascope.bench.entries import Conditions
 from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
 from lorascope.machine.facts import package_version
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.seeding import seeded
 from lorascope.study import Study
 

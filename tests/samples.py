@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from lorascope.data.dataset import Dataset, prepare_data
 from lorascope.data.examples import Example
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 SIDE = 16
 Row = tuple[Any, Any]

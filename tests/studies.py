@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from lorascope.arms import ArmGrid
 from lorascope.config import load_study
 from lorascope.errors import ConfigError
-from lorascope.schema import ArmGrid, StudyConfig
+from lorascope.schema import StudyConfig
 
 COUNTS = st.integers(1, 10_000)
 SHARES = st.floats(0, 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lorascope.arms import Arm
 from lorascope.diagnosis.causes import decide_all
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.nearest import compare, keep_nearest
@@ -27,7 +28,7 @@ from lorascope.evaluation.choice import choose_by_arm, choose_point
 from lorascope.evaluation.scores import ScoreRow, Scores, write_scores
 from lorascope.evaluation.sweep_rows import Point, StyleFacts, Sweep, SweepRow, read_sweep, write_sweep
 from lorascope.run_folder import JsonLines, RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from lorascope.store import digest_bytes, write_json, write_text
 
 NORMAL = (

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lorascope.arms import Arm
 from lorascope.diagnosis.signals import ArmSignals, PointSignals, make_signal
 from lorascope.evaluation.sweep_rows import Epoch
-from lorascope.schema import Arm
 
 YES, NO = 1.0, 0.0
 

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lorascope.arms import ArmGrid
 from lorascope.config import load_study, preset_names, preset_text
 from lorascope.errors import ConfigError
-from lorascope.schema import ArmGrid, StudyConfig
+from lorascope.schema import StudyConfig
 from studies import COUNTS, SHARES, grids, refusal, study
 
 

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import lorascope
 from lorascope.adapters.bank import resolve_section
+from lorascope.arms import Arm
 from lorascope.base.configs import read_configs
 from lorascope.cli.app import app
 from lorascope.config import preset_names
@@ -24,7 +25,8 @@ from lorascope.data.repeats import MAX_REPEATS
 from lorascope.diagnosis.signals import ArmSignals, PointSignals
 from lorascope.diagnosis.thresholds import Thresholds
 from lorascope.diagnosis.words import CAUSES, WORDS
-from lorascope.schema import AdapterSection, Arm, BaseSection, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import AdapterSection, BaseSection
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])

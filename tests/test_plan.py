@@ -14,7 +14,8 @@ from lorascope.config import load_study
 from lorascope.errors import ConfigError, DataError
 from lorascope.evaluation.statistics import smallest_detectable_effect
 from lorascope.plan import Plan, plan_study
-from lorascope.schema import MAX_ARMS, REFERENCE_TARGETS, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import MAX_ARMS, REFERENCE_TARGETS
 from lorascope.training.passes import count_models
 from samples import write_pictures
 

@@ -8,7 +8,8 @@ import pytest
 
 from lorascope.config import load_study, preset_names, preset_text
 from lorascope.reference import reference_table
-from lorascope.schema import REFERENCE_TARGETS, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import REFERENCE_TARGETS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "study-file.md"

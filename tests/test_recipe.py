@@ -9,7 +9,7 @@ import torch
 from conftest import make_vae
 from lorascope.data.dataset import prepare_data
 from lorascope.evaluation.prompts import load_prompts
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 pytest.importorskip(
     "resvg_py", reason="the recipe's drawing library is an extra: pip install 'lorascope[pocket]'"

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from lorascope.arms import ArmGrid
 from lorascope.reference import reference_table
-from lorascope.schema import ArmGrid, StudyConfig, TargetGroup
+from lorascope.schema import StudyConfig
+from lorascope.sections import TargetGroup
 
 
 def test_the_reference_table_has_a_row_for_every_key() -> None:

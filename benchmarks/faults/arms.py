@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lorascope.arms import Arm
 from lorascope.diagnosis.words import Cause
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 
 Kind = Literal["main", "few", "scrambled"]
 KINDS: tuple[Kind, ...] = ("main", "few", "scrambled")

@@ -18,7 +18,8 @@ from lorascope.evaluation.sweep import Part, plan_edits, plan_sweep
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
-from lorascope.schema import SampleSection, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import SampleSection
 from lorascope.training.footprint import Estimate
 from lorascope.training.group import section_of
 from lorascope.training.optimizers import check_optimizer

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from lorascope.schema import Section, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import Section
 
 
 def reference_table() -> str:

@@ -18,6 +18,7 @@ import torch
 from lorascope import __version__
 from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
 from lorascope.adapters.files import load_adapter
+from lorascope.arms import Arm
 from lorascope.base.configs import count_tokens, load_tokenizer, read_configs
 from lorascope.base.loading import Base, load_base
 from lorascope.config import load_study
@@ -53,7 +54,7 @@ from lorascope.machine.memory import free_cached
 from lorascope.report.faults import find_faults
 from lorascope.report.page import Report, build_report
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from lorascope.store import access_errors, digest_json, write_json
 from lorascope.training.optimizers import check_optimizer
 from lorascope.training.stage import Material, Training, serve_material

@@ -15,11 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_section, resolve_targets
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
+from lorascope.arms import Arm, ArmGrid
 from lorascope.base.configs import SD15_DIR
 from lorascope.base.loading import Base
 from lorascope.config import load_study
 from lorascope.errors import AdapterError
-from lorascope.schema import REFERENCE_TARGETS, AdapterSection, Arm, ArmGrid, StudyConfig, TargetGroup
+from lorascope.schema import StudyConfig
+from lorascope.sections import REFERENCE_TARGETS, AdapterSection, TargetGroup
 from random_adapters import load_pipeline
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)

@@ -23,6 +23,7 @@ from lorascope.adapters.export import (
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
+from lorascope.arms import Arm
 from lorascope.base.loading import Base, load_base
 from lorascope.base.weights import read_header
 from lorascope.config import load_study
@@ -30,7 +31,8 @@ from lorascope.errors import AdapterError, ConfigError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, draw_pictures, initial_noise
 from lorascope.run_folder import RunDir
-from lorascope.schema import AdapterSection, Arm, BaseSection, SampleSection, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import AdapterSection, BaseSection, SampleSection
 from lorascope.store import write_json
 from random_adapters import (
     ATTENTION,

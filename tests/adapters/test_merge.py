@@ -13,9 +13,10 @@ from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, resolve_section
 from lorascope.adapters.files import load_adapter
 from lorascope.adapters.merge import merge_weights, merged_into
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
-from lorascope.schema import AdapterSection, Arm, TargetGroup
+from lorascope.sections import AdapterSection, TargetGroup
 from random_adapters import random_adapter
 
 

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from bases import change_json, load, rewrite
 from lorascope.base.configs import SD15_DIR, load_tokenizer, read_configs
 from lorascope.errors import BaseModelError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 
 def test_parts_that_do_not_belong_together_are_refused(own_copy: Path) -> None:

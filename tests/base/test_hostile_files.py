@@ -25,7 +25,7 @@ from lorascope.base.configs import read_configs
 from lorascope.base.loading import Base, load_base
 from lorascope.base.saving import save_ldm
 from lorascope.errors import LorascopeError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

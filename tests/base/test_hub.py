@@ -25,7 +25,7 @@ from lorascope.base.hub import fetch_snapshot
 from lorascope.base.loading import load_base
 from lorascope.data.dataset import prepare_data
 from lorascope.errors import HubError, StorageError
-from lorascope.schema import BaseSection, DataSection
+from lorascope.sections import BaseSection, DataSection
 
 WHAT = "base.model = 'owner/tiny'"
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from bases import assert_same_models, load
 from lorascope.base.attention import barred_kernels, set_kernels
 from lorascope.base.configs import load_tokenizer, read_configs
 from lorascope.base.loading import Base, load_base
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import digest_file
 
 CPU = torch.device("cpu")

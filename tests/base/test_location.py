@@ -11,7 +11,7 @@ from bases import change_json, load
 from lorascope.base.loading import load_base
 from lorascope.base.location import is_hub_id, resolve_model
 from lorascope.errors import BaseModelError, HubError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 CPU = torch.device("cpu")
 

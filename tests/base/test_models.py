@@ -14,7 +14,7 @@ from lorascope.base.models import load_folder
 from lorascope.base.saving import save_ldm
 from lorascope.base.weights import load_tensors, read_header, save_tensors
 from lorascope.errors import BaseModelError, WeightsError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.random_base import _random_weights, build_random_base
 from lorascope.data.encoding import Encoded
 from lorascope.errors import BaseModelError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, draw_pictures, latent_shape_of
-from lorascope.schema import REFERENCE_TARGETS, Arm, SampleSection, TrainSection
+from lorascope.sections import REFERENCE_TARGETS, SampleSection, TrainSection
 from lorascope.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from lorascope.cli.more import _fast_paths
 from lorascope.doctor.findings import Examination, Finding, remember
 from lorascope.errors import ConfigError, RunError
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import digest_json, read_json
 
 pytestmark = pytest.mark.usefixtures("forked_lanes")

@@ -22,7 +22,7 @@ from lorascope.data.captions import (
 )
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import DataError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from samples import section
 
 TEXT = "ein Käse, 猫 🐈\n"

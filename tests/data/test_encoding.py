@@ -17,7 +17,7 @@ from lorascope.base.weights import read_header
 from lorascope.data.dataset import Dataset, prepare_data
 from lorascope.data.encoding import Encoded, _gather, _Store, encode_dataset
 from lorascope.errors import CacheError, DataError
-from lorascope.schema import BaseSection, DataSection
+from lorascope.sections import BaseSection, DataSection
 
 
 def dataset_of(path: Path, resolution_px: int = 32) -> Dataset:

@@ -10,7 +10,7 @@ from lorascope.data import sources
 from lorascope.data.dataset import load_dataset, prepare_data
 from lorascope.data.sources import count_repeats
 from lorascope.errors import DataError, HubError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 from samples import (
     captions,
     count_words,

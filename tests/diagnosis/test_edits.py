@@ -7,11 +7,12 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Target, resolve_section
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.diagnosis.edits import arm_of, edit_adapters
 from lorascope.diagnosis.weights import scale_intruders
 from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, cut_to
-from lorascope.schema import AdapterSection, Arm
+from lorascope.sections import AdapterSection
 
 ARM = Arm(name="r6", rank=6, alpha=12.0, lr=1e-3, seed=0)
 

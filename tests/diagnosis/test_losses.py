@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.console import track
 from lorascope.data.encoding import Encoded
@@ -20,7 +21,7 @@ from lorascope.diagnosis.losses import (
     measure_tables,
 )
 from lorascope.errors import RunError
-from lorascope.schema import REFERENCE_TARGETS, Arm, TrainSection
+from lorascope.sections import REFERENCE_TARGETS, TrainSection
 from lorascope.seeding import seeded
 from lorascope.store import digest_file
 from lorascope.training.trainer import Trainer

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from lorascope.arms import Arm
 from lorascope.config import load_study
 from lorascope.diagnosis.causes import decide_all
 from lorascope.diagnosis.next_study import Proposal, propose
 from lorascope.diagnosis.record import Keep, Record
 from lorascope.diagnosis.signals import ArmSignals, make_signal
 from lorascope.diagnosis.thresholds import Thresholds
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from studies import study
 from synthetic_signals import (
     NO,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import make_study
+from lorascope.arms import Arm
 from lorascope.diagnosis import finished as finished_module
 from lorascope.diagnosis.edits import edit_adapters
 from lorascope.diagnosis.finished import epochs_of
@@ -17,7 +18,6 @@ from lorascope.diagnosis.record import read_diagnosis
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import name_of, read_sweep
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm
 from lorascope.store import read_json
 
 

@@ -16,6 +16,7 @@ from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
 from lorascope.adapters.lowrank import Target, resize
 from lorascope.adapters.merge import merged_into
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.console import track
 from lorascope.diagnosis.weights import (
@@ -26,7 +27,6 @@ from lorascope.diagnosis.weights import (
     scale_intruders,
 )
 from lorascope.errors import AdapterError
-from lorascope.schema import Arm
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 # Of a few hundred products float64 leaves 1e-14, of a Gram matrix the same of the largest value's square.

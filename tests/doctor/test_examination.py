@@ -13,7 +13,7 @@ from lorascope.doctor.examination import Subject, examine, recall_or_examine, ve
 from lorascope.doctor.findings import Finding, kept_path
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, EXIT_RUN_FAILED
 from lorascope.machine.threads import limited_threads
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 CPU = torch.device("cpu")
 CHECKS = [

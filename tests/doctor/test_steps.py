@@ -10,7 +10,7 @@ from torch import nn
 from lorascope.adapters.bank import AdapterBank, StackedLinear
 from lorascope.base.loading import Base
 from lorascope.doctor.steps import check_channels_last, check_recorded_step, check_resume, check_stacked_arms
-from lorascope.schema import TrainSection
+from lorascope.sections import TrainSection
 from lorascope.training.step import Step
 
 SHAPE = (4, 8, 8)

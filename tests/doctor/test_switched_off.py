@@ -74,7 +74,7 @@ def test_what_is_wrong_is_switched_off_for_the_run(
 def test_the_first_start_examines_and_the_next_one_recalls(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lorascope.schema import BaseSection
+    from lorascope.sections import BaseSection
 
     caplog.set_level("INFO", "lorascope")
     subject = Subject(BaseSection(model=str(pipeline_folder)), torch.device("cpu"))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from lorascope.arms import Arm
 from lorascope.evaluation.contrast import GainContrast, contrast_gains
 from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.scores import BASE
-from lorascope.schema import Arm
 from synthetic_sweeps import make_sweep, point_rows
 
 NUM_PROMPTS = 24

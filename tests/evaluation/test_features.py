@@ -40,7 +40,8 @@ from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import BASE, NOISE, REAL, SHUFFLED, Generated, read_scores
 from lorascope.evaluation.scoring import clip_score, score_run
 from lorascope.run_folder import RunDir
-from lorascope.schema import ScoreSection, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import ScoreSection
 
 CPU = torch.device("cpu")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.evaluation.inference import folded, text_projected_once
-from lorascope.schema import REFERENCE_TARGETS, Arm
+from lorascope.sections import REFERENCE_TARGETS
 
 ARMS = [Arm(name=f"r{rank}", rank=rank, alpha=8, lr=1e-3, seed=0) for rank in (4, 8)]
 SLICES = [Slice(0, 0.0), Slice(0), Slice(1), Slice(1, 0.5)]

@@ -7,11 +7,12 @@ import torch
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
 from lorascope.adapters.files import save_adapter
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.evaluation.merging import MERGE_TOLERANCE, compare_merged
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job, latent_shape_of
-from lorascope.schema import REFERENCE_TARGETS, Arm, SampleSection
+from lorascope.sections import REFERENCE_TARGETS, SampleSection
 
 ARMS = [Arm(name=f"r{rank}", rank=rank, alpha=8, lr=1e-3, seed=rank) for rank in (2, 4)]
 JOB = Job(Prompt("normal", 0, "a rocket"), 0)

@@ -14,6 +14,7 @@ from diffusers import (
 from PIL import Image
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
@@ -30,7 +31,7 @@ from lorascope.evaluation.sampling import (
     plan_jobs,
     save_picture,
 )
-from lorascope.schema import REFERENCE_TARGETS, Arm, SampleSection
+from lorascope.sections import REFERENCE_TARGETS, SampleSection
 
 PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]
 ARM = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lorascope.arms import Arm
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sampling import Job
 from lorascope.evaluation.scoring import clip_score, derange, draw_noise, list_pictures
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm
 
 
 def test_clip_score_is_a_hundred_cosines() -> None:

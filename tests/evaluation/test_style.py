@@ -18,7 +18,7 @@ from lorascope.evaluation.features import load_encoder
 from lorascope.evaluation.scoring import draw_noise
 from lorascope.evaluation.style import measure_style, through_vae
 from lorascope.evaluation.two_samples import mmd_p, squared_mmd
-from lorascope.schema import ScoreSection
+from lorascope.sections import ScoreSection
 
 CPU = torch.device("cpu")
 

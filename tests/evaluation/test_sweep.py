@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
@@ -24,7 +25,7 @@ from lorascope.evaluation.sweep import (
 )
 from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, TRAINED, Epoch, Point, Slot, cut_to
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, DiagnoseSection, SampleSection
+from lorascope.sections import DiagnoseSection, SampleSection
 
 PROMPTS = [
     *(Prompt("normal", index, text) for index, text in enumerate(("red", "green", "blue"))),

@@ -15,7 +15,7 @@ from lorascope.report.album import Album, _embed
 from lorascope.report.evidence import Facts
 from lorascope.report.why import arms_in_focus
 from lorascope.run_folder import RunDir
-from lorascope.schema import SampleSection
+from lorascope.sections import SampleSection
 from synthetic_run import ABSTRACT, NORMAL, make_run
 
 

@@ -44,7 +44,7 @@ from lorascope.report.figures import build_figures
 from lorascope.report.page import Report, build_report, verdict_of
 from lorascope.report.tables import Column, Table, build_arms_table, build_contrast_table
 from lorascope.run_folder import JsonLines, RunDir
-from lorascope.schema import SampleSection
+from lorascope.sections import SampleSection
 from lorascope.store import read_json, write_json
 from synthetic_run import ABSTRACT, NORMAL, make_run
 

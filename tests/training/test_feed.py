@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
-from lorascope.schema import Arm, DataSection, TrainSection
+from lorascope.sections import DataSection, TrainSection
 from lorascope.training.feed import Feed
 
 ARMS = [

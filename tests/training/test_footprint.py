@@ -12,11 +12,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import needs_bf16_attention
 from lorascope.adapters.bank import AdapterBank, Target, resolve_section
+from lorascope.arms import Arm
 from lorascope.base.attention import Kernel, Shape, set_kernels
 from lorascope.base.configs import SD15_DIR, read_configs
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import Base, load_base
-from lorascope.schema import AdapterSection, Arm, BaseSection, TargetGroup, TrainSection
+from lorascope.sections import AdapterSection, BaseSection, TargetGroup, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.footprint import attend_as_on, estimate_pass, estimate_training, resolve_checkpointing
 

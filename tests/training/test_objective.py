@@ -7,7 +7,7 @@ from diffusers.training_utils import compute_snr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope.schema import TrainSection
+from lorascope.sections import TrainSection
 from lorascope.training.objective import (
     add_noise,
     batch_indices,

@@ -9,9 +9,11 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from lorascope.adapters.bank import AdapterBank, resolve_section, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import ConfigError
-from lorascope.schema import AdapterSection, Arm, StudyConfig, TargetGroup, TrainSection
+from lorascope.schema import StudyConfig
+from lorascope.sections import AdapterSection, TargetGroup, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.optimizers import (
     AdamW,

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorascope.arms import Arm, ArmGrid
 from lorascope.errors import StorageError
-from lorascope.schema import Arm, ArmGrid, StudyConfig, TrainSection
+from lorascope.schema import StudyConfig
+from lorascope.sections import TrainSection
 from lorascope.training.packing import (
     ArmGroup,
     Packing,

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.attention import Kernel, set_kernels
 from lorascope.base.loading import load_base
 from lorascope.data.encoding import Encoded
-from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
+from lorascope.sections import REFERENCE_TARGETS, BaseSection, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.timing import Workload, survey
 from lorascope.training.trainer import Trainer

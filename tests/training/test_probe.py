@@ -5,9 +5,10 @@ import torch
 from scipy import stats
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
-from lorascope.schema import REFERENCE_TARGETS, Arm
+from lorascope.sections import REFERENCE_TARGETS
 from lorascope.seeding import seeded
 from lorascope.training.objective import sample_losses
 from lorascope.training.probe import NUM_BANDS, Probe, probe, probe_losses, probe_records

@@ -13,9 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base, load_base
 from lorascope.data.encoding import Encoded
-from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, TrainSection
+from lorascope.sections import REFERENCE_TARGETS, BaseSection, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.feed import Batch
 from lorascope.training.step import LossScale, Recorded, Step

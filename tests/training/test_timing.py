@@ -11,7 +11,7 @@ from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attentio
 from lorascope.base.configs import SD15_DIR, read_configs
 from lorascope.base.ldm import build_component
 from lorascope.base.loading import Base
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.training.timing import Workload, attention_run, cut_to_budget, pass_run, race, survey
 from lorascope.training.tuning import Tuning
 

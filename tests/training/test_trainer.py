@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_section, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base, load_base
 from lorascope.data.encoding import Encoded
 from lorascope.errors import StorageError
-from lorascope.schema import (
+from lorascope.sections import (
     REFERENCE_TARGETS,
     AdapterSection,
-    Arm,
     BaseSection,
     DataSection,
     TargetGroup,

@@ -15,7 +15,7 @@ from lorascope.base.configs import read_configs
 from lorascope.base.loading import Base
 from lorascope.machine.facts import cpu_has_bf16, device_name
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.training import tuning
 from lorascope.training.timing import Workload, build_workload
 from lorascope.training.tuning import Tuning, tune, tuning_path

@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn import functional
 
 from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.arms import Arm, alpha_in_files
 from lorascope.errors import AdapterError
-from lorascope.schema import AdapterSection, Arm, TargetGroup, alpha_in_files
+from lorascope.sections import AdapterSection, TargetGroup
 from lorascope.seeding import seeded
 
 # The bank's gradients are rows of one buffer, so their strides span it; autograd calls that layout unusual,

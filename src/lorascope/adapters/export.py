@@ -9,10 +9,12 @@ from lorascope.adapters.adapter import Adapter, misfits
 from lorascope.adapters.files import STRENGTH, Dtype, Layout, Written, load_adapter, save_adapter
 from lorascope.adapters.merge import MergedFormat, write_merged
 from lorascope.adapters.metadata import kohya_metadata, tag_frequency
+from lorascope.arms import Arm
 from lorascope.console import log
 from lorascope.errors import AdapterError, ConfigError, StorageError
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, BaseSection, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import BaseSection
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, export_name
 
 Format = Literal[Layout, MergedFormat]

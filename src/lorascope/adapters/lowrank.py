@@ -22,7 +22,7 @@ from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.ldm import PREFIXES, canonical_name, list_pairs
 from lorascope.base.weights import PICKLE_SUFFIXES, load_tensors, read_header
 from lorascope.errors import AdapterError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 _FOLDER_WEIGHTS = {  # a pipeline's weights; the first that is there
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),

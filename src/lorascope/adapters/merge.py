@@ -17,7 +17,7 @@ from lorascope.base.loading import Base, is_sd15, load_base
 from lorascope.base.saving import save_ldm
 from lorascope.base.weights import read_header
 from lorascope.errors import AdapterError, StorageError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import digest_bytes, read_regular, storage_errors, write_json
 
 MergedFormat = Literal["merged-diffusers", "merged-ldm"]

@@ -26,7 +26,7 @@ from lorascope.base.ldm import build_component
 from lorascope.base.location import PARTS, WEIGHT_STEMS, locate, weight_files
 from lorascope.base.weights import PICKLE_SUFFIXES, read_header
 from lorascope.errors import BaseModelError, first_line
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import read_regular
 
 # Stable Diffusion v1.5's configurations and tokenizer, without weights.

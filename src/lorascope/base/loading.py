@@ -34,7 +34,7 @@ from lorascope.console import log, size
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.transfer import send
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import digest_folder, kept_digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,7 +8,7 @@ from lorascope.base.family import WANTED, family_of_folder
 from lorascope.base.hub import fetch_snapshot
 from lorascope.base.weights import PICKLE_SUFFIXES
 from lorascope.errors import BaseModelError
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import require_regular
 
 # The parts that have weights, and what their files are called in the diffusers layout.

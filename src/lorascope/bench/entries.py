@@ -12,7 +12,7 @@ from lorascope.base.attention import KERNELS
 from lorascope.bench.peers import Recipe
 from lorascope.errors import ConfigError
 from lorascope.machine.fast_paths import ALL_PATHS, FastPaths
-from lorascope.schema import BaseSection, TrainSection
+from lorascope.sections import BaseSection, TrainSection
 
 NUM_PICTURES = 32
 _RANKS = (16, 64)

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.attention import set_kernels
 from lorascope.base.configs import read_configs
 from lorascope.base.loading import DTYPES, Base, load_base
@@ -30,7 +31,7 @@ from lorascope.errors import first_line
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
-from lorascope.schema import REFERENCE_TARGETS, Arm, BaseSection, DataSection, TrainSection
+from lorascope.sections import REFERENCE_TARGETS, BaseSection, DataSection, TrainSection
 from lorascope.training.timing import build_workload
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Tuning, tune

@@ -24,7 +24,7 @@ from torch.nn import functional
 from lorascope.adapters.bank import AdapterBank, Target
 from lorascope.base.loading import Base, is_sd15
 from lorascope.data.encoding import Encoded
-from lorascope.schema import TrainSection
+from lorascope.sections import TrainSection
 from lorascope.store import digest_file
 from lorascope.training.objective import batch_indices, draw
 

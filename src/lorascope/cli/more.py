@@ -13,7 +13,7 @@ from lorascope.config import preset_names, preset_text
 from lorascope.console import log, say
 from lorascope.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError
 from lorascope.reference import reference_table
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 
 if TYPE_CHECKING:
     from lorascope.machine.fast_paths import FastPaths

@@ -12,7 +12,7 @@ import numpy as np
 
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import DataError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 MAX_CAPTION_BYTES = 2**16
 """Of a caption in a file of its own, and the characters of any other: a hundred times what CLIP takes."""

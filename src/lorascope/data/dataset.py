@@ -32,7 +32,7 @@ from lorascope.data.split import (
     own_split,
 )
 from lorascope.errors import DataError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 from lorascope.store import digest_json
 
 _SHOWN_REFUSALS = 3

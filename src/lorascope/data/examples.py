@@ -29,7 +29,7 @@ from lorascope.data.pictures import (
 from lorascope.data.rows import Row
 from lorascope.data.sources import Source, open_source
 from lorascope.errors import DataError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 _PENDING_PER_THREAD = 4
 

@@ -17,7 +17,7 @@ from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError
 from lorascope.data.repeats import repeat_folder, repeat_remarks, repeats_in, repeats_of, repeats_problem
 from lorascope.data.rows import SPLITS, Row, Stamp, stamp_of
 from lorascope.errors import DataError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 KINDS = {"pictures": SUFFIXES, "Parquet files": {".parquet"}, "tar files": {".tar"}}
 """What a folder may be read as, with the endings of its files."""

@@ -18,7 +18,7 @@ from lorascope.data.pictures import RefusedError
 from lorascope.data.rows import CAPTION_NAMES, IMAGE_NAMES, Row, find_column, stamp_of
 from lorascope.data.shards import missing_shards, split_of_file
 from lorascope.errors import DataError, first_line
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 from lorascope.store import require_regular
 
 _PARQUET_ERRORS = (OSError, ValueError, pa.ArrowException)  # of damaged text, UnicodeDecodeError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lorascope.data.captions import caption_in
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import DataError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 SPLITS = ("train", "test", "validation")
 IMAGE_NAMES = ("image", "img", "picture", "photo", "image_bytes", "jpg", "jpeg", "png", "webp")

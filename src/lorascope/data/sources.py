@@ -15,7 +15,7 @@ from lorascope.data.pictures import SUFFIXES
 from lorascope.data.shards import expand_shards, files_in
 from lorascope.data.tars import TarSource
 from lorascope.errors import DataError
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 
 _POCKET_DIR = Path(__file__).parents[1] / "pocket" / "cartoon"
 _HUB_PATTERNS = (

@@ -21,7 +21,7 @@ from lorascope.data.repeats import repeat_remarks, repeats_of, repeats_problem
 from lorascope.data.rows import CAPTION_NAMES, Row, Stamp, find_column, stamp_of
 from lorascope.data.shards import missing_shards, split_of_file
 from lorascope.errors import DataError, first_line
-from lorascope.schema import DataSection
+from lorascope.sections import DataSection
 from lorascope.store import open_regular, require_regular
 
 _MAX_HEADER_BYTES = 2**20

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Target
 from lorascope.adapters.files import load_adapter
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
 from lorascope.diagnosis.edits import arm_of, edit_adapters
@@ -18,7 +19,7 @@ from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sweep import Part, plan_edits, plan_sweep
 from lorascope.evaluation.sweep_rows import TRAINED, Epoch, Slot
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 
 Place = tuple[str, Epoch]  # an arm's adapter of one epoch
 

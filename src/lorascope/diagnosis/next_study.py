@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from lorascope.arms import Arm
 from lorascope.diagnosis.causes import Diagnosis
 from lorascope.diagnosis.record import Keep, Record
 from lorascope.diagnosis.words import WORDS
 from lorascope.evaluation.statistics import seeds_needed
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 
 # With one run of each setting nothing is known of their spread; three give a first look at it.
 _FIRST_SEEDS = 3

@@ -7,9 +7,10 @@ import torch
 
 from lorascope.adapters.adapter import Adapter, LoraModule
 from lorascope.adapters.files import load_adapter
+from lorascope.arms import Arm
 from lorascope.errors import AdapterError, WeightsError
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from lorascope.store import export_name
 
 # An update in a file differs from the arm's by the rounding of two factors, each of at most half a unit in

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from lorascope import __version__
+from lorascope.arms import Arm, Scaling
 from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Confidence, Diagnosis
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.remedies import Change, Remedy
@@ -14,7 +15,6 @@ from lorascope.diagnosis.words import CAUSES
 from lorascope.errors import StorageError
 from lorascope.evaluation.sweep_rows import Epoch
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, Scaling
 from lorascope.shapes import Each, Maybe, Number, Text, find_fault
 from lorascope.store import digest_json, read_json, write_json
 

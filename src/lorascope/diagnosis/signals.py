@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorascope.arms import Arm
 from lorascope.diagnosis.layers import LayerFigures, Summary
 from lorascope.diagnosis.loss_figures import LossFigures, Measured, Rise
 from lorascope.evaluation.copying import COPY_THRESHOLD, Copying
@@ -18,7 +19,6 @@ from lorascope.evaluation.front import Estimate, Front, trace_front
 from lorascope.evaluation.scores import BASE
 from lorascope.evaluation.statistics import MIN_PROMPTS, bootstrap_interval
 from lorascope.evaluation.sweep_rows import TRAINED, Discrepancy, Epoch, Sweep, SweepRow
-from lorascope.schema import Arm
 
 NOT_MEASURED = "not measured"
 YES_OR_NO = "yes (1) or no (0)"

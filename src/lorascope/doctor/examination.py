@@ -44,7 +44,7 @@ from lorascope.errors import first_line
 from lorascope.machine.facts import device_name, driver_version, package_version
 from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.machine.threads import limited_threads
-from lorascope.schema import BaseSection
+from lorascope.sections import BaseSection
 from lorascope.store import digest_json
 from lorascope.training.timing import build_workload, survey
 from lorascope.training.tuning import precisions_on

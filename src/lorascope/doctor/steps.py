@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
 from lorascope.doctor.findings import (
@@ -20,7 +21,7 @@ from lorascope.doctor.findings import (
     Finding,
 )
 from lorascope.doctor.judging import excess, judge, relative_error, rounding
-from lorascope.schema import REFERENCE_TARGETS, Arm, TrainSection
+from lorascope.sections import REFERENCE_TARGETS, TrainSection
 from lorascope.seeding import seeded
 from lorascope.training.feed import Batch
 from lorascope.training.step import Step

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from lorascope.arms import Arm
 from lorascope.evaluation.front import Estimate, Front, FrontPoint
 from lorascope.evaluation.sentences import amount, count, percent_text
 from lorascope.evaluation.statistics import nested_interval
-from lorascope.schema import Arm
 
 Finding = Literal["strength", "strength and rank", "rank", "open"]
 _SAME = 0.01  # gains that differ by less are one

@@ -31,7 +31,7 @@ from lorascope.console import log
 from lorascope.data.pictures import RefusedError, open_picture
 from lorascope.errors import BaseModelError, RunError, WeightsError, first_line
 from lorascope.machine.arithmetic import full_fp32
-from lorascope.schema import ScoreSection
+from lorascope.sections import ScoreSection
 from lorascope.store import digest_bytes, digest_file, digest_folder, digest_json, kept_digest, read_regular
 
 SCALE = "100 x cosine"

@@ -9,7 +9,7 @@ from lorascope.adapters.files import load_adapter
 from lorascope.adapters.merge import merged_into
 from lorascope.base.loading import Base
 from lorascope.evaluation.sampling import Job, draw_pictures
-from lorascope.schema import SampleSection
+from lorascope.sections import SampleSection
 
 MERGE_TOLERANCE = 1e-3  # relative l2 error of the final latents in fp32
 

@@ -23,7 +23,7 @@ from lorascope.evaluation.inference import folded, text_projected_once
 from lorascope.evaluation.prompts import Prompt
 from lorascope.machine.memory import free_cached, is_out_of_memory
 from lorascope.machine.transfer import send
-from lorascope.schema import SampleSection
+from lorascope.sections import SampleSection
 from lorascope.seeding import seeded
 from lorascope.store import atomic_path
 

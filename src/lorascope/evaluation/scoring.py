@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lorascope.arms import Arm
 from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.scores import (
@@ -27,7 +28,7 @@ from lorascope.evaluation.scores import (
     write_scores,
 )
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 
 if TYPE_CHECKING:
     from lorascope.evaluation.sampling import Job

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import StorageError
 from lorascope.evaluation.prompts import Prompt
@@ -31,7 +32,7 @@ from lorascope.evaluation.sweep_rows import (
     order_rows,
 )
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, DiagnoseSection, SampleSection
+from lorascope.sections import DiagnoseSection, SampleSection
 
 
 class StyleEncoder(Encoder, Protocol):

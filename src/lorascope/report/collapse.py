@@ -5,11 +5,11 @@ explains it.
 import math
 from collections.abc import Sequence
 
+from lorascope.arms import Arm
 from lorascope.evaluation.scores import PairedDifference, paired_differences
 from lorascope.evaluation.sentences import describe_difference
 from lorascope.report.evidence import Facts
 from lorascope.report.tables import REFERENCE, cell
-from lorascope.schema import Arm
 
 _CATEGORIES = ("normal", "abstract")
 _LOW, _HIGH = 16, 64  # the reference study's ranks, both at alpha = 2 x rank and one learning rate

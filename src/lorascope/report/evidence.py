@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from lorascope.arms import Arm
 from lorascope.config import load_study
 from lorascope.data.split import describe_duplicates
 from lorascope.diagnosis.nearest import Nearest, read_nearest
@@ -37,7 +38,7 @@ from lorascope.evaluation.scores import (
 from lorascope.evaluation.sweep_rows import Epoch, Sweep, read_sweep
 from lorascope.evaluation.verdict import HeldoutLoss, Verdict, reach_verdict, read_heldout_losses
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from lorascope.store import access_errors, read_regular
 
 MAX_DETAILED = 4  # with more arms, details are for the kept one, the runner-up and the worst

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.captions import shuffled_caption
 from lorascope.data.encoding import Encoded
 from lorascope.machine.transfer import send
-from lorascope.schema import Arm, DataSection, TrainSection
+from lorascope.sections import DataSection, TrainSection
 from lorascope.training.objective import Draws, batch_indices, draw, plan_batches
 
 

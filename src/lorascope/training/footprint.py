@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lorascope.adapters.bank import AdapterBank, Target
+from lorascope.arms import Arm
 from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attention_layers
 from lorascope.base.loading import Base
 from lorascope.console import log, size
 from lorascope.machine.memory import free_bytes
-from lorascope.schema import Arm, TrainSection
+from lorascope.sections import TrainSection
 
 FREE_SHARE = (
     0.9  # of the free memory that a plan may fill: the count misses a little, and others use the device

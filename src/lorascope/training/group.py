@@ -37,7 +37,8 @@ from lorascope.machine.memory import (
 )
 from lorascope.machine.workers import deferred_signals
 from lorascope.run_folder import JsonLines, RunDir
-from lorascope.schema import StudyConfig, TrainSection
+from lorascope.schema import StudyConfig
+from lorascope.sections import TrainSection
 from lorascope.store import digest_json, write_json
 from lorascope.training.footprint import resolve_checkpointing
 from lorascope.training.packing import ArmGroup

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorascope.schema import TrainSection
+from lorascope.sections import TrainSection
 from lorascope.seeding import seeded
 
 # Order ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import torch
 from torch.optim.adamw import adamw
 
 from lorascope.adapters.bank import AdapterBank
+from lorascope.arms import Arm
 from lorascope.errors import ConfigError, first_line, shown
-from lorascope.schema import Arm, StudyConfig, TrainSection
+from lorascope.schema import StudyConfig
+from lorascope.sections import TrainSection
 
 _NOT_FOR_ADAPTERS = {
     "LBFGS": "needs several passes for a step",

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorascope.arms import Arm
 from lorascope.errors import StorageError
 from lorascope.machine.workers import num_cores, threads_per_worker
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from lorascope.shapes import Shape
 from lorascope.store import read_table, write_json
 

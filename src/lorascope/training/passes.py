@@ -11,12 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import Target, resolve_section
+from lorascope.arms import Arm
 from lorascope.base.configs import SD15_DIR, read_configs
 from lorascope.base.ldm import build_component
 from lorascope.base.location import is_hub_id
 from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
-from lorascope.schema import Arm, BaseSection, StudyConfig
+from lorascope.schema import StudyConfig
+from lorascope.sections import BaseSection
 from lorascope.training.footprint import FREE_SHARE, Estimate, attend_as_on, estimate_pass, weights_bytes
 from lorascope.training.packing import Packing, most_workers, pack_arms
 

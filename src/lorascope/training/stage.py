@@ -15,6 +15,7 @@ from torch import nn
 
 from lorascope.adapters.bank import Target
 from lorascope.adapters.export import write_study_files
+from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.console import Tally, log, track
 from lorascope.data.encoding import Encoded
@@ -23,7 +24,7 @@ from lorascope.evaluation.prompts import Prompt
 from lorascope.machine.memory import parked
 from lorascope.machine.workers import Link, run_side_by_side, serve, worker_environments
 from lorascope.run_folder import RunDir
-from lorascope.schema import Arm, StudyConfig
+from lorascope.schema import StudyConfig
 from lorascope.training.group import Group, checkpoint_path, section_of, split_group, try_group
 from lorascope.training.packing import ArmGroup, Packing, describe_passes
 from lorascope.training.passes import count_models, plan_passes

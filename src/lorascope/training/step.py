@@ -19,7 +19,7 @@ from lorascope.console import log
 from lorascope.errors import RunError, first_line
 from lorascope.machine.memory import is_out_of_memory
 from lorascope.machine.transfer import send
-from lorascope.schema import TrainSection
+from lorascope.sections import TrainSection
 from lorascope.training.feed import Batch
 from lorascope.training.objective import add_noise, prediction_target, training_losses
 from lorascope.training.optimizers import build_optimizer

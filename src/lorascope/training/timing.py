@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.arms import Arm
 from lorascope.base.attention import (
     Kernel,
     Shape,
@@ -21,7 +22,7 @@ from lorascope.base.ldm import build_component
 from lorascope.base.loading import DTYPES
 from lorascope.console import log
 from lorascope.errors import first_line
-from lorascope.schema import REFERENCE_TARGETS, Arm
+from lorascope.sections import REFERENCE_TARGETS
 
 _REPLAYS = 10  # of a CUDA graph in one timed call: one is too short for the clock
 # Work of a timed pass, forward: enough to be typical, little enough that the whole takes seconds.

@@ -16,7 +16,7 @@ from lorascope.base.loading import Base
 from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.data.encoding import Encoded
 from lorascope.errors import StorageError, WeightsError
-from lorascope.schema import DataSection, TrainSection
+from lorascope.sections import DataSection, TrainSection
 from lorascope.training.feed import Feed
 from lorascope.training.optimizers import learning_rates
 from lorascope.training.step import Step

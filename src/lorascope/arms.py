@@ -1,0 +1,343 @@
+"""The arms of a study: grids of `[[arms]]`, and the arms they make, with their names and learning rates."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from lorascope.errors import shown
+from lorascope.sections import (
+    HIGHEST,
+    LOWEST,
+    MAX_ARMS,
+    BatchSize,
+    BatchSizes,
+    Epochs,
+    Name,
+    PositiveReal,
+    PositiveReals,
+    Rank,
+    Ranks,
+    Section,
+    Seed,
+    Seeds,
+    SeveralEpochs,
+    Text,
+    TrainSection,
+)
+
+Scaling = Literal["alpha/r", "rslora"]
+
+_DEFAULT_LR = 1e-4
+
+
+class ArmGrid(Section):
+    """One table of `[[arms]]`: every key that takes a number may be a list, and the product of the lists is
+    trained.
+    """
+
+    name: Name | None = Field(
+        default=None,
+        description=(
+            "name of the arm, only for a table that makes one; made from rank and what varies when absent"
+        ),
+    )
+    rank: Rank | Ranks = Field(default=16, description="rank r of the adapter")
+    alpha: PositiveReal | PositiveReals | None = Field(
+        default=None,
+        description=(
+            "alpha; the update is scaled by alpha / rank, or as `scaling` says. Give this or "
+            "`alpha_per_rank`; alpha is the rank when both are absent"
+        ),
+    )
+    alpha_per_rank: PositiveReal | PositiveReals | None = Field(
+        default=None, description="alpha as a multiple of the rank: the scale alpha / rank itself"
+    )
+    scaling: Scaling = Field(
+        default="alpha/r",
+        description="how alpha scales the update: `alpha/r` by alpha / rank, `rslora` by alpha / sqrt(rank)",
+    )
+    match_gain: Text | None = Field(
+        default=None,
+        description=(
+            "name of an arm that has an `lr`; in place of `lr`, which then is such that "
+            "lr x scale x sqrt(rank) is that arm's"
+        ),
+    )
+    lr: PositiveReal | PositiveReals | None = Field(
+        default=None,
+        validate_default=True,
+        description=f"learning rate; {_DEFAULT_LR:g} when this and `match_gain` are absent",
+    )
+    seed: Seed | Seeds = Field(
+        default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout"
+    )
+    batch_size: BatchSize | BatchSizes | None = Field(
+        default=None, description="pictures per step; `train.batch_size` when absent"
+    )
+    epochs: Epochs | SeveralEpochs | None = Field(
+        default=None, description="passes over the training pictures; `train.epochs` when absent"
+    )
+
+    @field_validator("alpha_per_rank")
+    @classmethod
+    def _one_alpha(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("alpha") is not None:
+            raise ValueError(f"excludes alpha = {shown(info.data['alpha'])}: give one of the two")
+        return value
+
+    @field_validator("lr")
+    @classmethod
+    def _one_lr(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.data.get("match_gain")
+        if value is not None and name is not None:
+            raise ValueError(f"excludes match_gain = {shown(name)}: give one of the two")
+        return _DEFAULT_LR if value is None and name is None else value
+
+    @model_validator(mode="after")
+    def _name_of_one(self) -> Self:
+        if self.name is not None and (count := self.count()) > 1:
+            raise ValueError(
+                f"the name {self.name!r} stands on a table that makes {count} arms: leave the name out, "
+                "or give single values"
+            )
+        return self
+
+    def count(self) -> int:
+        """How many arms this table makes."""
+        scalings = self.alpha_per_rank if self.alpha is None else self.alpha
+        values = (self.rank, scalings, self.lr, self.seed, self.batch_size, self.epochs)
+        return math.prod(len(_several(value)) for value in values)
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Every arm of this table: rank, alpha as it is given, scaling, `match_gain`, lr (None where it
+        follows from that), seed, batch size and epochs (None where `train`'s hold).
+        """
+        key = "alpha_per_rank" if self.alpha is None else "alpha"
+        scalings = _several(getattr(self, key) or 1.0)
+        return [
+            {
+                "rank": rank,
+                "alpha": value if key == "alpha" else value * rank,
+                "scaling": self.scaling,
+                "match_gain": self.match_gain,
+                **others,
+            }
+            for rank, value in itertools.product(_several(self.rank), scalings)
+            for others in self._products("lr", "seed", "batch_size", "epochs")
+        ]
+
+    def _products(self, *keys: str) -> list[dict[str, Any]]:
+        return [
+            dict(zip(keys, values, strict=True))
+            for values in itertools.product(*(_several(getattr(self, key)) for key in keys))
+        ]
+
+
+class Arm(Section):
+    """One adapter to train, with every choice resolved.
+
+    `alpha` is what its files say, so that alpha / rank is the scale in any program: with `rslora` it is
+    sqrt(rank) times the alpha of the study file. `match_gain` names the arm whose gain gave `lr`.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    lr: float
+    seed: int
+    batch_size: int = TrainSection().batch_size
+    epochs: int = TrainSection().epochs
+    scaling: Scaling = "alpha/r"
+    match_gain: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, the factor on B A."""
+        return self.alpha / self.rank
+
+    @property
+    def gain(self) -> float:
+        """lr x scale x sqrt(rank): how strongly the update is driven, on one axis for all settings."""
+        return self.lr * self.scale * math.sqrt(self.rank)
+
+    @property
+    def but_seed(self) -> str:
+        """All choices that change its training but the seed, as text: what the seeds of a setting share."""
+        return self.model_dump_json(exclude={"name", "seed", "match_gain"})
+
+
+def alpha_in_files(alpha: float, rank: int, scaling: Scaling) -> float:
+    """The alpha for which alpha / rank is the scale: `alpha` itself, and with `rslora`, whose scale is
+    alpha / sqrt(rank) (Kalajdzievski 2023), sqrt(rank) times as much.
+    """
+    return alpha * math.sqrt(rank) if scaling == "rslora" else alpha
+
+
+def require_distinct(grids: Sequence[ArmGrid], train: TrainSection) -> None:
+    """Raise ValueError where the grids make more than `MAX_ARMS` arms, two of one name or of the same
+    choices, or one that is called as the unadapted model.
+    """
+    if (num_arms := sum(grid.count() for grid in grids)) > MAX_ARMS:
+        raise ValueError(f"make {num_arms:,} arms: at most {MAX_ARMS:,}: leave values out")
+    seen: dict[Any, Arm] = {}
+    for arm in expand(grids, train):
+        folder = arm.name.casefold()  # some file systems do not tell r16 from R16
+        if folder == "base":
+            raise ValueError(
+                f"an arm is called {arm.name!r}, which is kept for the unadapted model: choose another name"
+            )
+        if other := seen.get(folder):
+            same = (
+                "two arms are called"
+                if other.name == arm.name
+                else f"arm names differ only in case: {other.name!r} and"
+            )
+            raise ValueError(
+                f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr, seed, "
+                "batch_size or epochs"
+            )
+        choices = (arm.rank, arm.alpha, arm.lr, arm.seed, arm.batch_size, arm.epochs)
+        if other := seen.get(choices):
+            raise ValueError(
+                f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr, seed, batch "
+                "size and epochs: leave one out"
+            )
+        seen[folder] = seen[choices] = arm
+
+
+def expand(grids: Sequence[ArmGrid], train: TrainSection) -> tuple[Arm, ...]:
+    """All arms in the order of the file, each table's lists multiplied out.
+
+    An arm without a name is called `r<rank>`, followed by those of alpha, scaling, lr, batch size, epochs
+    and seed in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`. In place of
+    its lr an arm of another's gain has the other's name: `r64-gain-r16-s1`.
+    """
+    places, names, settings = [], [], []
+    for index, grid in enumerate(grids):
+        for setting in grid.settings():
+            places.append(f"arms.{index}.match_gain")
+            names.append(grid.name)
+            settings.append(_resolve(setting, train))
+    varying = _varying(settings)
+    # The arms whose lr follows from another's get it last: until then it is 0.
+    arms = [
+        Arm(
+            **{
+                **setting,
+                "name": name or _default_name(setting, varying),
+                "alpha": alpha_in_files(setting["alpha"], setting["rank"], setting["scaling"]),
+                "lr": setting["lr"] or 0.0,
+            }
+        )
+        for name, setting in zip(names, settings, strict=True)
+    ]
+    return _with_matched_gains(places, arms)
+
+
+def _resolve(setting: Mapping[str, Any], train: TrainSection) -> dict[str, Any]:
+    """A setting of an arm with `train`'s batch size and epochs where it has none of its own."""
+    shared = {key: getattr(train, key) for key in ("batch_size", "epochs") if setting[key] is None}
+    return {**setting, **shared}
+
+
+def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The keys in which settings of one rank differ."""
+    by_rank: dict[int, list[Mapping[str, Any]]] = {}
+    for setting in settings:
+        by_rank.setdefault(setting["rank"], []).append(setting)
+    keys = ("alpha", "scaling", "lr", "batch_size", "epochs", "seed")
+    return {
+        key
+        for key in keys
+        for group in by_rank.values()
+        if len({setting[key] for setting in group} - {None}) > 1
+    }
+
+
+def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
+    parts = [f"r{setting['rank']}"]
+    if "alpha" in varying:
+        parts.append(f"a{setting['alpha']:g}")
+    if "scaling" in varying and setting["scaling"] == "rslora":
+        parts.append("rslora")
+    if setting["match_gain"] is not None:
+        parts.append(f"gain-{setting['match_gain']}")
+    elif "lr" in varying:
+        parts.append(f"lr{setting['lr']:g}")
+    parts += [
+        f"{letter}{setting[key]}"
+        for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s"))
+        if key in varying
+    ]
+    return "-".join(parts).replace("+", "")  # 1e+06: a plus has no place in a folder's name
+
+
+def _with_matched_gains(places: Sequence[str], arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """The arms, those of another's gain at the lr that gives it; `places` are the keys of their tables."""
+    one_of_each_table = dict(zip(places, arms, strict=True))
+    references = {
+        place: _reference(place, arm, arms)
+        for place, arm in one_of_each_table.items()
+        if arm.match_gain is not None
+    }
+    return tuple(
+        arm if arm.match_gain is None else _with_gain_of(references[place], arm, place)
+        for place, arm in zip(places, arms, strict=True)
+    )
+
+
+def _reference(place: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
+    """The arm whose gain `arm` is to have: of that name, or any whose name begins with it where all of those
+    with an lr of their own are one setting, which varies in its seed alone.
+    """
+    wanted = arm.match_gain
+    given = f"{place} = {shown(wanted)}"
+    own = [other for other in arms if other.match_gain is None]
+    longer = [other for other in arms if other.name.startswith(f"{wanted}-")]
+    named = (
+        [other for other in arms if other.name == wanted]
+        or [other for other in longer if other.match_gain is None]
+        or longer
+    )
+    if not named:
+        remedy = f"name {_listed(own, 'or')}" if own else "give one arm an lr, and its name here"
+        raise ValueError(f"{given}: no arm with an lr of its own is called that: {remedy}")
+    if named[0] == arm:
+        raise ValueError(f"{given}: is this arm itself: name another, which has an lr of its own")
+    if named[0].match_gain is not None:
+        raise ValueError(
+            f"{given}: has no lr of its own, but the gain of {shown(named[0].match_gain)}: name an arm that "
+            "has an lr, or give that one an lr"
+        )
+    settings = {(other.rank, other.alpha, other.lr, other.batch_size, other.epochs) for other in named}
+    if len(settings) > 1 and named[0].name != wanted:
+        raise ValueError(
+            f"{given}: fits {_listed(named)}, which differ in more than their seeds: give one of these names"
+        )
+    return named[0]
+
+
+def _with_gain_of(reference: Arm, arm: Arm, place: str) -> Arm:
+    """The arm at the lr that gives it the reference's gain."""
+    lr = reference.lr * (reference.scale / arm.scale) * math.sqrt(reference.rank / arm.rank)
+    if not LOWEST <= lr <= HIGHEST:
+        raise ValueError(
+            f"{place} = {shown(arm.match_gain)}: needs lr = {lr:g} for {arm.name!r}, which must be from "
+            f"{LOWEST:g} to {HIGHEST:g}: choose an alpha nearer to that arm's"
+        )
+    return arm.model_copy(update={"lr": lr})
+
+
+def _listed(arms: Sequence[Arm], word: str = "and") -> str:
+    """The names of the first few of these arms, in words."""
+    *names, last = [repr(arm.name) for arm in arms[:4]]
+    if len(arms) > 4:
+        names, last = [*names, last], f"{len(arms) - 4:,} more"
+    return f"{', '.join(names)} {word} {last}" if names else last
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
