@@ -38,7 +38,6 @@ from lorascope.evaluation.verdict import reach_verdict
 from lorascope.report import page as report_module
 from lorascope.report.album import Album
 from lorascope.report.conditions import judge_conditions
-from lorascope.report.drawing import MAX_LINES, looks_of
 from lorascope.report.evidence import NOT_MEASURED, Facts, list_warnings
 from lorascope.report.figures import build_figures
 from lorascope.report.page import Report, build_report, verdict_of
@@ -710,14 +709,6 @@ def test_markdown_has_tables_links_and_images(two_arms: tuple[RunDir, Report, Pa
         assert (run.path / path).exists(), path
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
-
-
-def test_looks_differ_in_more_than_colour() -> None:
-    looks = looks_of([f"r{n}" for n in range(MAX_LINES)])
-    for key in ("colour", "marker", "dash"):
-        assert len({str(getattr(looks[f"r{n}"], key)) for n in range(MAX_LINES)}) == MAX_LINES
-    many = looks_of([f"r{n}" for n in range(30)], ("r7",))
-    assert many["r7"].colour != many["r8"].colour == many[BASE].colour
 
 
 def test_all_category_name_is_the_scores(two_arms: tuple[RunDir, Report, Page]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from lorascope.console import duration, size
 from lorascope.errors import ConfigError
-from lorascope.report.drawing import Drawing, Line, draw_lines, looks_of
+from lorascope.report.canvas import Drawing, looks_of
+from lorascope.report.line_plots import Line, draw_lines
 from lorascope.store import read_json, write_bytes, write_text
 
 _WHAT = {"adapters": "adapters in one pass", "rank": "rank", "batch": "pictures a step"}

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from lorascope.diagnosis.layers import heat_map, place_of, summarise
-from lorascope.report.drawing import MAX_LINES, Look, draw_costs, draw_heat
+from lorascope.report.canvas import MAX_LINES, Look
+from lorascope.report.dot_plots import draw_costs
 from lorascope.report.evidence import Facts
 from lorascope.report.figure import Figure, rows_shown
+from lorascope.report.heat_maps import draw_heat
 from lorascope.report.tables import REFERENCE, Cell, Column, Table, cell, row
 from lorascope.report.why import arms_in_focus
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorascope.report.drawing import MAX_LINES, MAX_ROWS, Drawing
+from lorascope.report.canvas import MAX_LINES, Drawing
+from lorascope.report.dot_plots import MAX_ROWS
 from lorascope.report.evidence import Facts
 from lorascope.report.tables import Table
 

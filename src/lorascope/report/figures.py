@@ -1,7 +1,7 @@
 """All figures of the report, in their order."""
 
 from lorascope.report.adapter_figures import cost_figure, layers_figure
-from lorascope.report.drawing import looks_of
+from lorascope.report.canvas import looks_of
 from lorascope.report.evidence import Facts
 from lorascope.report.figure import Figure
 from lorascope.report.front_figure import front_figure

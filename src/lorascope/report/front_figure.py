@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from lorascope.evaluation.choice import counting_points
 from lorascope.evaluation.front import Estimate, Front, FrontPoint
 from lorascope.evaluation.sweep_rows import Point
-from lorascope.report.drawing import FRONT_FLOOR, MAX_LINES, Look, Mark, draw_front
+from lorascope.report.canvas import MAX_LINES, Look
 from lorascope.report.evidence import Facts
 from lorascope.report.figure import Figure
+from lorascope.report.front_plot import FRONT_FLOOR, Mark, draw_front
 from lorascope.report.tables import Cell, Column, Table, cell, row
 
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorascope.evaluation.scores import ALL, BASE
-from lorascope.report.drawing import Line, Look, Row, draw_bands, draw_lines
+from lorascope.report.canvas import Look
+from lorascope.report.dot_plots import Row, draw_bands
 from lorascope.report.evidence import Facts, count
 from lorascope.report.figure import Figure
+from lorascope.report.line_plots import Line, draw_lines
 from lorascope.report.tables import Cell, Column, Table, cell, row
 
 NUM_CURVE_POINTS = 160

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from lorascope.evaluation.scores import ALL, BASE, CAPTIONS, NOISE, REAL, SHUFFLED
 from lorascope.evaluation.sentences import describe_difference
 from lorascope.evaluation.statistics import MIN_PROMPTS, POWER_FORMULA
-from lorascope.report.drawing import MAX_ROWS, Look, Row, draw_forest, draw_gain, draw_scale
+from lorascope.report.canvas import Look
+from lorascope.report.dot_plots import MAX_ROWS, Row, draw_forest, draw_gain, draw_scale
 from lorascope.report.evidence import Facts
 from lorascope.report.figure import Figure, rows_shown
 from lorascope.report.tables import Cell, Column, Table, cell, row
