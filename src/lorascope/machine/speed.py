@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 
 _SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the matrices
+_FIRST_SIDE = 256
+_LONG_S = 0.05  # of a product, which takes eight times as long at twice the side
 
 
 def timed(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
@@ -34,7 +36,18 @@ def timed(step: Callable[[], object], count: int, device: torch.device) -> list[
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
     """FLOP/s of a large square matrix product, the fastest of `repeats`: what this device can do with its
     present threads.
+
+    On a CPU that lacks instructions for `dtype` the matrices are smaller: a large product would take half a
+    minute there.
     """
+
+    def seconds(side: int, times: int) -> float:
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return min(timed(lambda: left @ right, 1, device)[0] for _ in range(times))
+
     side = _SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return float(2 * side**3 / min(timed(lambda: left @ right, 1, device)[0] for _ in range(repeats + 2)))
+    if device.type == "cpu":
+        side = _FIRST_SIDE
+        while side < _SIDE["cpu"] and seconds(side, 2) < _LONG_S:
+            side *= 2
+    return float(2 * side**3 / seconds(side, repeats + 2))
