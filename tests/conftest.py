@@ -44,6 +44,7 @@ from lorascope.bench.entries import Conditions
 from lorascope.config import load_study
 from lorascope.data.encoding import Encoded
 from lorascope.machine.facts import package_version
+from lorascope.machine.threads import limited_threads
 from lorascope.sections import BaseSection
 from lorascope.seeding import seeded
 from lorascope.study import Study
@@ -101,10 +102,14 @@ def _no_waiting_for_disks() -> Iterator[None]:
 
 
 def _has_bf16_attention() -> bool:
-    """Whether torch's own attention takes bf16 here, at lengths of images."""
+    """Whether torch's own attention takes bf16 here, at lengths of images.
+
+    By one thread: processes are forked from one that has imported this, and a pool would be lost to them.
+    """
     query = torch.zeros(1, 1, 64, 8, dtype=torch.bfloat16)
     try:
-        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        with limited_threads(1):
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
     except RuntimeError:
         return False
     return True

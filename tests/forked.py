@@ -81,5 +81,5 @@ def _begin(
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as in the process that compares with it
     sys.exit(function(*arguments))

@@ -118,8 +118,8 @@ class Plan:
             f"guidance {self.guidance:g}",
         ]
         if self.diagnosis_pictures:
-            known = self.diagnosis_share
-            share = "" if known is None else f", and losses: {100 * known:.0f} % of the time below"
+            part = self.diagnosis_share
+            share = "" if part is None else f", and losses: {100 * part:.0f} % of the time below"
             lines.append(
                 f"diagnosis  at most {self.diagnosis_pictures:,} pictures at several strengths, "
                 f"{self.diagnosis_steps} steps{share}"

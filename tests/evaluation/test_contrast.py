@@ -1,5 +1,7 @@
 """Strength against rank: what a study with a matched gain shows, and what it does not."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -16,9 +18,15 @@ MATCHED = Arm(name="r64-gain-r16", rank=64, alpha=128, lr=7e-4, seed=0, match_ga
 
 
 def contrast_of(
-    kept: dict[str, float], arms: tuple[Arm, ...] = (R16, R64, MATCHED), num_prompts: int = NUM_PROMPTS
+    kept: dict[str, float],
+    arms: tuple[Arm, ...] = (R16, R64, MATCHED),
+    num_prompts: int = NUM_PROMPTS,
+    strengths: tuple[float, ...] = (1.0,),
 ) -> GainContrast | None:
-    """With CLIP scores around 40 times what is kept, 40 of the base and 0 with other prompts."""
+    """With CLIP scores around 40 times what is kept, 40 of the base and 0 with other prompts.
+
+    At lower strengths than 1 arms keep more, so that a strength of s costs s times as much.
+    """
     generator = np.random.default_rng(0)
 
     def drawn(mean: float) -> tuple[list[float], list[float | None]]:
@@ -26,7 +34,9 @@ def contrast_of(
 
     rows = point_rows(BASE, 0.0, drawn(40)) + point_rows(BASE, 0.0, drawn(0), "shuffled")
     for arm in arms:
-        rows += point_rows(arm.name, 1.0, drawn(40 * kept[arm.name]), rank=arm.rank, training_seed=arm.seed)
+        for strength in strengths:
+            mean = 40 * (1 - strength * (1 - kept[arm.name]))
+            rows += point_rows(arm.name, strength, drawn(mean), rank=arm.rank, training_seed=arm.seed)
     settings = {arm.name: arm.but_seed for arm in arms}
     return contrast_gains(trace_front(make_sweep(rows), settings, 500), arms, 500)
 
@@ -36,7 +46,7 @@ def test_a_rank_that_does_well_at_the_gain_of_another_fails_by_strength() -> Non
     assert found is not None
     assert (found.failing, found.matched, found.reference) == (("r64",), ("r64-gain-r16",), ("r16",))
     assert found.finding == "strength"
-    assert found.sentence.startswith("At strength 1 r64 keeps 2")
+    assert found.sentence.startswith("At strength 1, r64 keeps 20 % (95 % interval 18 to 22 %) of the base's")
     assert (
         "r64-gain-r16, of the same rank but with the gain of r16 (lr 0.0007 in place of 0.0014)"
         in found.sentence
@@ -50,7 +60,7 @@ def test_a_rank_that_does_well_at_the_gain_of_another_fails_by_strength() -> Non
     [
         ({"r16": 0.9, "r64": 0.2, "r64-gain-r16": 0.6}, "strength and rank"),
         ({"r16": 0.9, "r64": 0.2, "r64-gain-r16": 0.2}, "rank"),
-        ({"r16": 0.24, "r64": 0.2, "r64-gain-r16": 0.22}, "open"),
+        ({"r16": 0.245, "r64": 0.2, "r64-gain-r16": 0.228}, "open"),
         ({"r16": 0.5, "r64": 0.7, "r64-gain-r16": 0.6}, None),
     ],
 )
@@ -71,8 +81,17 @@ def test_with_several_training_seeds_it_speaks_of_runs() -> None:
     found = contrast_of(kept, arms)
     assert found is not None and found.finding == "strength"
     assert found.failing == ("r64-s0", "r64-s1", "r64-s2")
-    assert "At strength 1 r64 keep 19 %" in found.sentence and "3 training runs each" in found.sentence
+    assert "At strength 1, r64 keep 1" in found.sentence and "3 training runs each" in found.sentence
     assert found.sentence.endswith("So it is the strength of the update that fails, not the rank.")
+
+
+def test_scores_are_means_over_the_strengths_that_all_three_have() -> None:
+    found = contrast_of({"r16": 0.5, "r64": 0.2, "r64-gain-r16": 0.6}, strengths=(0.25, 0.5, 1.0))
+    assert found is not None and found.finding == "strength"
+    # 1 - .8 x (.25 + .5 + 1) / 3 is .53, 1 - .4 x .58 is .77, and .23 of 40 points 9.3
+    assert found.sentence.startswith("On average over strengths 0.25 to 1, r64 keeps 53 % (")
+    more = re.search(r"0.0014\), keeps (\d+) % .*, ([\d.]+) CLIP points more", found.sentence)
+    assert more is not None and abs(int(more[1]) - 77) <= 2 and abs(float(more[2]) - 9.3) <= 0.5
 
 
 def test_nothing_is_said_without_a_matched_gain_or_with_few_prompts_or_unequal_seeds() -> None:

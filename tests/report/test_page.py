@@ -424,7 +424,7 @@ def test_an_arm_that_fails_at_full_strength_stands_in_the_answer(copied: RunDir)
     )
     facts.verdict = replace(facts.verdict, contrast=contrast)
     hero = report_module._content(facts, verdict_of(copied), {})["verdict"]["hero"]
-    assert [picture.arm for picture in hero] == ["base", "r16 at 0.75", "r16 at 1", "r64 at 1"]
+    assert [picture.arm for picture in hero] == ["base", "r16 at 0.75", "r16 at 1", "r64 at 0.75"]
 
 
 def test_missing_picture_is_said(copied: RunDir) -> None:

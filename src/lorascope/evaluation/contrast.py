@@ -1,4 +1,4 @@
-"""Strength of the update or rank: an arm that fails at full strength, beside one of its rank at a lower gain.
+"""Strength of the update or rank: an arm that loses the prompts, beside one of its rank at a lower gain.
 
 At one learning rate and alpha = 2 x rank a higher rank has the larger gain, lr x alpha / rank x sqrt(rank):
 the two go together. They come apart where a study has the higher rank at the gain of the lower one too.
@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 
 from lorascope.arms import Arm
-from lorascope.evaluation.front import Estimate, Front, FrontPoint
-from lorascope.evaluation.sentences import amount, count, percent_text
+from lorascope.evaluation.front import Front, PromptKey, Values
+from lorascope.evaluation.sentences import amount, count
 from lorascope.evaluation.statistics import nested_interval
 
 Finding = Literal["strength", "strength and rank", "rank", "open"]
@@ -34,40 +34,45 @@ class GainContrast:
 
 
 def contrast_gains(front: Front, arms: Iterable[Arm], resamples: int = 10_000) -> GainContrast | None:
-    """The contrast of the setting that fails most at full strength, after the last epoch.
+    """The contrast of the setting that keeps least of the prompts, after the last epoch.
 
-    A setting fails where it is shown to score less than the reference, or than its own rank at the lower
-    gain, over the same prompts and training seeds. None where nothing does, or no setting has the gain of
-    another rank.
+    Scores are means over all strengths at which the three were drawn: an arm that diverged loses the prompts
+    at lower strengths too, and at full strength every arm may. A setting fails where it is shown to score
+    less than the reference, or than its own rank at the lower gain, over the same prompts and training seeds.
+    None where nothing does, or no setting has the gain of another rank.
     """
+    if front.base is None or front.floor is None or front.fidelity_reason is not None:
+        return None
     settings: dict[str, list[Arm]] = {}
     for arm in arms:
         settings.setdefault(arm.but_seed, []).append(arm)
-    drawn = [_Setting(front, group) for group in settings.values()]
+    whole = front.base - front.floor
     found = [
         contrast
-        for failing, matched, reference in _triples([setting for setting in drawn if setting.points])
-        if (contrast := _contrast(failing, matched, reference, resamples)) is not None
+        for triple in _triples([_Setting(front, group) for group in settings.values()])
+        if (contrast := _contrast(*triple, whole, resamples)) is not None
     ]
     return min(found, key=lambda item: item[0])[1] if found else None
 
 
 class _Setting:
-    """Arms that differ in their training seed alone, with their points at strength 1."""
+    """Arms that differ in their training seed alone, with their CLIP scores minus the base's."""
 
     def __init__(self, front: Front, arms: Sequence[Arm]) -> None:
         self.arms = sorted(arms, key=lambda arm: arm.seed)
-        at_full = {item.arm: item for item in front.points if (item.epoch, item.strength) == ("last", 1.0)}
-        found = [at_full[arm.name] for arm in self.arms if arm.name in at_full]
-        self.points: list[FrontPoint] = found if len(found) == len(self.arms) else []
-        self.pooled = next(
-            (
-                setting.retention
-                for setting in front.settings
-                if (setting.epoch, setting.strength) == ("last", 1.0) and set(setting.arms) == set(self.names)
-            ),
-            None,
-        )
+        # For every arm, by strength and prompt.
+        self.scores: list[dict[float, dict[PromptKey, float]]] = [
+            {
+                point.strength: {
+                    (item.category, item.prompt_index): item.difference
+                    for item in point.per_prompt
+                    if item.difference is not None
+                }
+                for point in front.of(arm.name)
+                if point.epoch == "last"
+            }
+            for arm in self.arms
+        ]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,12 +85,14 @@ class _Setting:
         return first.name if len(self.arms) == 1 else re.sub(rf"-s{first.seed}$", "", first.name)
 
     @property
-    def retention(self) -> Estimate:
-        return self.pooled or self.points[0].retention
-
-    @property
     def seeds(self) -> list[int]:
         return [arm.seed for arm in self.arms]
+
+    def table(self, strengths: Sequence[float], prompts: Sequence[PromptKey]) -> Values:
+        """Scores [arms, prompts], means over strengths."""
+        return np.array(
+            [[[run[strength][prompt] for strength in strengths] for prompt in prompts] for run in self.scores]
+        ).mean(axis=2)
 
 
 def _triples(settings: Sequence[_Setting]) -> Iterator[tuple[_Setting, _Setting, _Setting]]:
@@ -104,46 +111,42 @@ def _triples(settings: Sequence[_Setting]) -> Iterator[tuple[_Setting, _Setting,
 
 
 @dataclass(frozen=True)
-class _Difference:
-    """CLIP points over the same prompts and training seeds, with the 95 % interval."""
+class _Mean:
+    """A mean over prompts and training seeds, with its 95 % interval."""
 
     value: float
     low: float
     high: float
-    num_prompts: int
+
+    def as_percent(self, whole: float) -> str:
+        """CLIP points minus the base's as what is kept of `whole`, the base's points above the floor."""
+        value, low, high = (100 * (1 + points / whole) for points in (self.value, self.low, self.high))
+        return f"{value:.0f} % (95 % interval {low:.0f} to {high:.0f} %)"
 
 
-def _difference(first: _Setting, second: _Setting, resamples: int) -> _Difference | None:
-    """None where there are too few prompts for an interval."""
-    tables = [
-        [
-            {(item.category, item.prompt_index): item.difference for item in point.per_prompt}
-            for point in setting.points
-        ]
-        for setting in (first, second)
-    ]
-    shared = [
-        prompt
-        for prompt in tables[0][0]
-        if all(run.get(prompt) is not None for runs in tables for run in runs)
-    ]
-    if not shared:
-        return None
-    ours, theirs = (np.array([[run[prompt] for prompt in shared] for run in runs], float) for runs in tables)
-    interval = nested_interval(ours - theirs, resamples)
-    return None if interval is None else _Difference(float((ours - theirs).mean()), *interval, len(shared))
+def _mean(table: Values, resamples: int) -> _Mean | None:
+    """None for too few prompts."""
+    interval = nested_interval(table, resamples)
+    return None if interval is None else _Mean(float(table.mean()), *interval)
 
 
 def _contrast(
-    failing: _Setting, matched: _Setting, reference: _Setting, resamples: int
+    failing: _Setting, matched: _Setting, reference: _Setting, whole: float, resamples: int
 ) -> tuple[float, GainContrast] | None:
-    """How much the failing setting keeps, and the contrast; None where it is not shown to fail."""
-    kept = failing.retention.value
-    by_gain = _difference(matched, failing, resamples)
-    by_both = _difference(reference, failing, resamples)
-    by_rank = _difference(reference, matched, resamples)
-    if kept is None or by_gain is None or by_both is None or by_rank is None:
+    """What the failing setting keeps, and the contrast; None where it is not shown to fail."""
+    runs = [run for setting in (failing, matched, reference) for run in setting.scores]
+    strengths = sorted(set.intersection(*(set(run) for run in runs)))
+    if not strengths:
         return None
+    prompts = sorted(set.intersection(*(set(run[strength]) for run in runs for strength in strengths)))
+    if not prompts:
+        return None
+    lost, saved, other = (item.table(strengths, prompts) for item in (failing, matched, reference))
+    tables = (lost, saved, other, saved - lost, other - lost, other - saved)
+    means = [mean for table in tables if (mean := _mean(table, resamples)) is not None]
+    if len(means) < len(tables):
+        return None
+    by_gain, by_both, by_rank = means[3:]
     finding: Finding
     if by_gain.low > 0:
         finding = "strength and rank" if by_rank.low > 0 else "strength"
@@ -151,35 +154,43 @@ def _contrast(
         return None
     else:
         finding = "rank" if by_rank.low > 0 else "open"
-    sentence = _say(failing, matched, reference, finding, by_gain)
-    return kept, GainContrast(failing.names, matched.names, reference.names, finding, sentence)
+    where = f"At strength {strengths[0]:g}"
+    if len(strengths) > 1:
+        where = f"On average over strengths {strengths[0]:g} to {strengths[-1]:g}"
+    basis = f"{len(prompts)} prompts, {count(len(failing.arms), 'training run')} each"
+    kept = [mean.as_percent(whole) for mean in means[:3]]
+    sentence = f"{where}, {_say((failing, matched, reference), kept, finding, by_gain, basis)}"
+    return means[0].value, GainContrast(failing.names, matched.names, reference.names, finding, sentence)
 
 
 def _say(
-    failing: _Setting, matched: _Setting, reference: _Setting, finding: Finding, by_gain: _Difference
+    triple: tuple[_Setting, _Setting, _Setting],
+    kept: Sequence[str],
+    finding: Finding,
+    by_gain: _Mean,
+    basis: str,
 ) -> str:
-    runs = len(failing.arms)
-    s = "" if runs > 1 else "s"
+    failing, matched, reference = triple
+    is_single = len(failing.arms) == 1
+    keep = "keeps" if is_single else "keep"
     lr, lower = failing.arms[0].lr, matched.arms[0].lr
     how = f"lr {lower:g} in place of {lr:g}" if lr != lower else "another alpha"
-    basis = f"{by_gain.num_prompts} prompts, {count(runs, 'training run')} each"
     told = (
-        f"At strength 1 {failing.title} keep{s} {percent_text(failing.retention)} of the prompts; "
-        f"{matched.title}, of the same rank but with the gain of {reference.title} ({how}), keep{s} "
-        f"{percent_text(matched.retention)}, "
+        f"{failing.title} {keep} {kept[0]} of the base's prompt fidelity; {matched.title}, of the same rank "
+        f"but with the gain of {reference.title} ({how}), {keep} {kept[1]}, "
     )
     shown = f"95 % interval {by_gain.low:+.1f} to {by_gain.high:+.1f}; {basis}"
     if finding in ("strength", "strength and rank"):
         told += f"{amount(by_gain.value)} CLIP points more ({shown}). "
     else:
         told += f"not shown to be more ({by_gain.value:+.1f} CLIP points, {shown}). "
-    also = f"{reference.title} keep{s} {percent_text(reference.retention)}"
+    also = f"{reference.title} {keep} {kept[2]}"
     told += {
         "strength": "So it is the strength of the update that fails, not the rank",
         "strength and rank": f"So the strength of the update is one cause; {also}, so that rank is another",
         "rank": f"{also}: the strength of the update does not explain it",
         "open": f"{also}: whether strength or rank is the cause cannot be told",
     }[finding]
-    if runs == 1 and finding != "open":
+    if is_single and finding != "open":
         return f"{told}, in these training runs; other training seeds may differ."
     return f"{told}."

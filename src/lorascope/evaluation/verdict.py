@@ -95,7 +95,7 @@ def reach_verdict(
 
     The rule is `choose_point`'s. Held-out loss (`probes`: records of `metrics.jsonl`) and scores at full
     strength are told beside it. `failed` names arms that ended without pictures; arms with records but no
-    pictures count as such too. `study` names the files. `contrast` says why one fails at full strength.
+    pictures count as such too. `study` names the files. `contrast` says why one loses the prompts.
     """
     choice = choose_point(front, max_prompt_loss, settings, resamples)
     losses = read_heldout_losses(probes)

@@ -174,14 +174,14 @@ def _verdict_items(facts: Facts, verdict: Verdict) -> list[tuple[str, str, str]]
 
 def _hero(facts: Facts, keep: str | None) -> list[Picture]:
     """One prompt by the base, by what was chosen at the strength that was chosen and at full strength, and by
-    the arm that fails there or the runner-up.
+    the arm that fails or the runner-up.
     """
     verdict = facts.verdict
     if facts.sweep is not None and facts.front is not None and verdict is not None and verdict.point:
         chosen = verdict.point.point
         points = [Point(BASE, "last", 0.0, chosen.guidance), chosen, replace(chosen, strength=1.0)]
         if verdict.contrast is not None:
-            points.append(Point(verdict.contrast.failing[0], "last", 1.0, chosen.guidance))
+            points.append(Point(verdict.contrast.failing[0], "last", chosen.strength, chosen.guidance))
         elif verdict.runner_up is not None:
             points.append(verdict.runner_up.point)
         return [
