@@ -1,5 +1,6 @@
 """Why each arm wins or fails: a row an arm, with what decided, what speaks against it and what to do."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,5 +134,6 @@ def test_a_run_without_a_diagnosis_says_what_to_run(run: RunDir) -> None:
     assert explain_arms(Facts(run)) == []
     said = "Not measured: run `lorascope diagnose RUN`."
     report = build_report(run)
-    assert f"<p>{said}</p>" in report.html_path.read_text(encoding="utf-8").replace("&#39;", "'")
+    shown = re.sub("`(.*)`", r"<code>\1</code>", said)
+    assert f"<p>{shown}</p>" in report.html_path.read_text(encoding="utf-8").replace("&#39;", "'")
     assert "## 4 Why each arm wins or fails" in report.md_path.read_text(encoding="utf-8")
