@@ -31,7 +31,7 @@ from lorascope.training.trainer import count_steps
 
 _CHECKPOINTING_FLOPS = 1.46  # a second forward pass: (2.17 + 1) / 2.17
 # Share of a matrix product's speed that U-Nets reach. On a CPU of the fp32 product: the pocket study in bf16
-# on two cores of an AMD EPYC trained at 0.44 and drew at 0.85 of it. Of GPUs a guess.
+# on two cores of an AMD EPYC trained at 0.46 and drew at 0.88 of it. Of GPUs a guess.
 _EFFICIENCY = {"cpu": 0.4, "cuda": 0.3, "mps": 0.25}
 
 
@@ -219,15 +219,15 @@ def plan_study(config: StudyConfig) -> Plan:
         for group in passes.groups
     ]
     largest = max(estimates, key=lambda estimate: estimate.training_bytes)
+    num_sampled = num_pictures + _num_previews(config)
     work, seconds = None, None
     if steps is not None:
         work = (
-            _study_flops(config, models, steps, num_pictures + _num_previews(config), largest.checkpointing),
+            _study_flops(config, models, steps, num_sampled, largest.checkpointing),
             _diagnosis_flops(config, models.flops, diagnosis),
         )
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         seconds = sum(work) / (matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type])
-    num_drawn = num_pictures + _num_previews(config) + num_diagnosed
     counts = [count_parameters(models.targets, arm) for arm in arms]
     return Plan(
         name=config.name,
@@ -255,7 +255,7 @@ def plan_study(config: StudyConfig) -> Plan:
         memory_bytes=largest.total_bytes * (1 if device.type == "cuda" else passes.num_workers),
         free_bytes=free,
         estimated_s=seconds,
-        estimated_bytes=_disk_bytes(config, passes, counts, num_drawn),
+        estimated_bytes=_disk_bytes(config, passes, counts, num_sampled + num_diagnosed),
     )
 
 

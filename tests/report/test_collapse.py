@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lorascope.evaluation.contrast import GainContrast
 from lorascope.evaluation.scores import paired_differences
 from lorascope.evaluation.sentences import describe_difference
 from lorascope.report.collapse import collapse_text
@@ -49,44 +50,16 @@ def test_our_figures_stand_beside_the_published_ones(tmp_path: Path) -> None:
     assert "29.3 and 19.8 on normal prompts" in report.md_path.read_text(encoding="utf-8")
 
 
-def test_an_arm_at_matched_gain_tells_rank_from_strength(tmp_path: Path) -> None:
+def test_what_the_verdict_says_of_strength_and_rank_ends_it(tmp_path: Path) -> None:
     facts = Facts(make(tmp_path / "three", lrs=(5e-4, 2.5e-4)))
     text = collapse_text(facts)
     assert text is not None and "match_gain" not in text
     assert "Here, at alpha = 2 x rank and lr 0.0005, r16-lr0.0005 and r64-lr0.0005 score " in text
-    assert "r64-lr0.00025 is rank 64 at the gain of rank 16. On normal prompts: " in text
-    assert said(facts, "r64-lr0.00025", "r64-lr0.0005") in text
-    assert text.endswith(
-        "So the strength of the update is shown to make the collapse; no harm of the rank is shown."
-    )
-    facts = Facts(make(tmp_path / "other", lrs=(5e-4, 1e-3)))
-    text = collapse_text(facts)
-    assert text is not None and "r16-lr0.001 is rank 16 at the gain of rank 64. On normal" in text
-
-
-@pytest.mark.parametrize(
-    ("shifts", "end"),
-    [
-        (
-            {"r64-lr0.00025": -15.0, "r64-lr0.0005": -9.0},
-            "That a weaker update saves rank 64 is not shown here.",
-        ),
-        (
-            {"r64-lr0.00025": -4.0, "r64-lr0.0005": -9.0},
-            "So strength makes a part of the difference here, and something else the rest.",
-        ),
-        ({"r64-lr0.0005": 9.0}, "Rank 64 is not shown to collapse here: there is nothing to explain."),
-    ],
-)
-def test_what_a_matched_arm_leaves_open_is_said(shifts: dict[str, float], end: str, tmp_path: Path) -> None:
-    facts = Facts(make(tmp_path / "three", lrs=(5e-4, 2.5e-4)))
-    assert facts.scores is not None
-    rows = facts.scores.rows
-    facts.scores = replace(
-        facts.scores,
-        rows=tuple(replace(row, clip_score=row.clip_score + shifts.get(row.arm, 0.0)) for row in rows),
-    )
-    assert (collapse_text(facts) or "").endswith(end)
+    assert text.endswith("but no arm is shown to lose more of the prompts.")
+    assert facts.verdict is not None
+    contrast = GainContrast(("a",), ("b",), ("c",), "strength", "On average, it is the strength.")
+    facts.verdict = replace(facts.verdict, contrast=contrast)
+    assert (collapse_text(facts) or "").endswith(contrast.sentence)
 
 
 def test_training_seeds_are_counted(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 10) ->
     """FLOP/s of a large square matrix product, the fastest of `repeats`: what this device can do with its
     present threads.
 
-    On a CPU that lacks instructions for `dtype` the matrices are smaller: a large product would take half a
-    minute there.
+    On a CPU that lacks instructions for `dtype` the matrices are smaller: a large product would take seconds
+    there, and a dozen are timed.
     """
 
     def seconds(side: int, times: int) -> float:

@@ -39,8 +39,7 @@ def collapse_text(facts: Facts) -> str | None:
         f"At one alpha / rank and lr, rank {_HIGH} has twice the gain too (lr x scale x √rank): these arms "
         "alone cannot tell rank from strength.",
     ]
-    has_collapsed = all(_is_below(_difference(facts, *pair)) for pair in contrasts)
-    return " ".join([*sentences, *_matched(facts, low, high, has_collapsed)])
+    return " ".join([*sentences, _told_apart(facts, low[0])])
 
 
 def _pairs_of(facts: Facts) -> list[tuple[str, str]]:
@@ -116,58 +115,13 @@ def _is_above(found: PairedDifference) -> bool:
     return found.low is not None and found.low > 0
 
 
-def _matched(facts: Facts, low: Sequence[Arm], high: Sequence[Arm], has_collapsed: bool) -> list[str]:
-    """What arms of one rank at the gain of the other showed; or that there were none."""
-    sentences = []
-    weaker = _at_gain_of(facts, low, _HIGH)
-    if weaker:
-        against_low = [(arm, weak.name) for arm, weak in zip(weaker, low, strict=True)]
-        against_high = [(arm, strong.name) for arm, strong in zip(weaker, high, strict=True)]
-        sentences += [
-            f"{facts.settings_in_words(weaker)} is rank {_HIGH} at the gain of rank {_LOW}.",
-            _said(facts, against_low),
-            _said(facts, against_high),
-        ]
-        if not has_collapsed:
-            sentences.append(f"Rank {_HIGH} is not shown to collapse here: there is nothing to explain.")
-        elif not all(_is_above(_difference(facts, *pair)) for pair in against_high):
-            sentences.append(f"That a weaker update saves rank {_HIGH} is not shown here.")
-        elif any(_is_below(_difference(facts, *pair)) for pair in against_low):
-            sentences.append("So strength makes a part of the difference here, and something else the rest.")
-        else:
-            sentences.append(
-                "So the strength of the update is shown to make the collapse; no harm of the rank is shown."
-            )
-    stronger = _at_gain_of(facts, high, _LOW)
-    if stronger:
-        sentences += [
-            f"{facts.settings_in_words(stronger)} is rank {_LOW} at the gain of rank {_HIGH}.",
-            _said(facts, [(arm, weak.name) for arm, weak in zip(stronger, low, strict=True)]),
-        ]
-    if not sentences:
-        name = facts.settings_in_words([low[0].name])
-        sentences.append(
-            "No arm of this study has one rank at the gain of the other, so that stays open: an arm of rank "
-            f'{_HIGH} with `match_gain = "{name}"` would show it.'
-        )
-    return sentences
-
-
-def _at_gain_of(facts: Facts, arms: Sequence[Arm], rank: int) -> list[str]:
-    """Scored arms of another rank at the gain of these, one for each training seed; empty where one lacks."""
-    scored = facts.scores.arms if facts.scores else ()
-    others = [facts.settings[name] for name in facts.arms if name in scored]
-    found = []
-    for arm in arms:
-        same = (arm.seed, arm.batch_size, arm.epochs)
-        fitting = [
-            other.name
-            for other in others
-            if other.rank == rank
-            and (other.seed, other.batch_size, other.epochs) == same
-            and math.isclose(other.gain, arm.gain, rel_tol=1e-6)
-        ]
-        if not fitting:
-            return []
-        found.append(fitting[0])
-    return found
+def _told_apart(facts: Facts, low: Arm) -> str:
+    """What the verdict says of strength and rank; or what would tell them apart."""
+    if facts.verdict is not None and facts.verdict.contrast is not None:
+        return facts.verdict.contrast.sentence
+    if any(facts.settings[arm].rank == _HIGH for group in facts.same_gain for arm in group):
+        return "An arm at matched gain is there, but no arm is shown to lose more of the prompts."
+    return (
+        "No arm of this study has one rank at the gain of the other, so that stays open: an arm of rank "
+        f'{_HIGH} with `match_gain = "{facts.settings_in_words([low.name])}"` would show it.'
+    )

@@ -26,7 +26,7 @@ def copying_texts(facts: Facts) -> tuple[str, ...]:
             return (as_sentence(NO_SWEEP),)
         return (
             "Not shown: the version that diagnosed this run did not keep which pictures are nearest. To "
-            " have them, delete diagnosis.json and run `lorascope diagnose RUN`.",
+            "have them, delete diagnosis.json and run `lorascope diagnose RUN`.",
         )
     if keep is None:
         return ("No arm is kept, so no pictures are shown; copying.json has those of every arm.",)
