@@ -62,7 +62,14 @@ def test_the_installed_wheel_runs_the_smoke_study_without_posix(wheel: Path, tmp
     )
     command = ["study", "--preset", "smoke", "--quiet", "--run-dir", str(folder / "der Lauf")]
     command += ["--set", "workers=2", "--set", "train.max_stacked_arms=1"]
-    for few in ("sample.steps=2", "diagnose.steps=2", "sample.num_prompts=2", "data.num_train=8"):
+    for few in (
+        "sample.steps=2",
+        "diagnose.steps=2",
+        "sample.num_prompts=2",
+        "data.num_train=8",
+        "data.num_heldout=4",
+        "train.num_probe=2",
+    ):
         command += ["--set", few]
     (tmp_path / "disguise").mkdir()
     cache = str(folder / "Zwischen speicher")

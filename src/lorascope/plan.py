@@ -1,5 +1,6 @@
 """What a study would do, from its configuration alone: arms, steps, pictures, memory, rough time and disk."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -226,8 +227,7 @@ def plan_study(config: StudyConfig) -> Plan:
             _study_flops(config, models, steps, num_sampled, largest.checkpointing),
             _diagnosis_flops(config, models.flops, diagnosis),
         )
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        seconds = sum(work) / (matmul_flops(device, dtype, repeats=2) * _EFFICIENCY[device.type])
+        seconds = sum(work) / (_flop_rate(device, torch.get_num_threads()) * _EFFICIENCY[device.type])
     counts = [count_parameters(models.targets, arm) for arm in arms]
     return Plan(
         name=config.name,
@@ -257,6 +257,12 @@ def plan_study(config: StudyConfig) -> Plan:
         estimated_s=seconds,
         estimated_bytes=_disk_bytes(config, passes, counts, num_sampled + num_diagnosed),
     )
+
+
+@functools.cache  # of a process: many plans may be made in one
+def _flop_rate(device: torch.device, _num_threads: int) -> float:
+    """FLOP/s of a matrix product in the dtype of training, timed."""
+    return matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32, repeats=2)
 
 
 def _power(config: StudyConfig, num_prompts: int) -> Power:

@@ -249,16 +249,21 @@ def _on_device(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     inner_args, inner_kwargs = _mapped(_inner, list(args)), _mapped(_inner, dict(kwargs))
     inner_kwargs |= {"device": torch.device("cpu")} if inner_kwargs.get("device") is not None else {}
     result = _computed(func, inner_args, inner_kwargs)
-    aliases = [item.alias_info for item in func._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    is_view, is_written = _aliases(func)
     if _TAPE is not None and not is_view:
         _TAPE.append(lambda: _compute_into(func, inner_args, inner_kwargs, result))
+    if not is_written:
+        return _mapped(_outer, result)
     leaves = zip(_leaves((args, kwargs)), _leaves((inner_args, inner_kwargs)), strict=True)
     written = {id(inner): outer for outer, inner in leaves if isinstance(outer, DeviceTensor)}
+    return _mapped(lambda value: written.get(id(value), value), result)
 
-    if any(alias is not None and alias.is_write for alias in aliases):
-        return _mapped(lambda value: written.get(id(value), value), result)
-    return _mapped(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
+
+@functools.cache
+def _aliases(func: Any) -> tuple[bool, bool]:
+    """Whether an operation returns views of its arguments, and whether it returns what it wrote to."""
+    writes = [item.alias_info.is_write for item in func._schema.returns if item.alias_info is not None]
+    return not all(writes), any(writes)
 
 
 def _compute_into(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -272,12 +277,13 @@ def _compute_into(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result
 def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The operation with the device's rounding."""
     name = func._schema.name
-    leaves = [leaf for leaf in _leaves(list(args)) if isinstance(leaf, torch.Tensor)]
-    if name in _CONVOLUTIONS and leaves[0].dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        args = _mapped(_to_tf32, list(args))
-    if name not in _ADDS_IN_FP32 or leaves[0].dtype not in (torch.float16, torch.bfloat16):
+    if name not in _ADDS_IN_FP32:
         return func(*args, **kwargs)
-    dtype = leaves[0].dtype
+    dtype = next(leaf.dtype for leaf in _leaves(args) if isinstance(leaf, torch.Tensor))
+    if name in _CONVOLUTIONS and dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        args = _mapped(_to_tf32, list(args))
+    if dtype not in (torch.float16, torch.bfloat16):
+        return func(*args, **kwargs)
     wide = _mapped(lambda leaf: leaf.float() if _is(leaf, dtype) else leaf, list(args))
     result = func(*wide, **kwargs)
     if name.endswith("_"):
@@ -302,23 +308,36 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     as the whole study.
     """
     if isinstance(value, list | tuple):
-        return type(value)([_mapped(function, item) for item in value])
+        return type(value)(
+            [_mapped(function, item) if isinstance(item, _NESTS) else function(item) for item in value]
+        )
     if isinstance(value, dict):
         return {key: _mapped(function, item) for key, item in value.items()}
     return function(value)
 
 
+_NESTS = (list, tuple, dict)
+
+
 def _leaves(value: Any) -> list[Any]:
     """What lies in a nest of lists, tuples and dicts."""
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in _leaves(item)]
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    return [value]
+    if not isinstance(value, _NESTS):
+        return [value]
+    leaves: list[Any] = []
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, _NESTS):
+            leaves += _leaves(item)
+        else:
+            leaves.append(item)
+    return leaves
 
 
 def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, DeviceTensor) else value
+
+
+def _outer(value: Any) -> Any:
+    return DeviceTensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _note(kind: str, operation: Any) -> None:
