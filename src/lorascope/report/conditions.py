@@ -218,7 +218,7 @@ def _merged(facts: Facts) -> Condition:
     if not facts.merges:
         return Condition(name, NOT_MEASURED, "The merge check has not run.")
     bad = [arm for arm, result in facts.merges.items() if not result["ok"]]
-    worst = max(facts.merges.values(), key=lambda result: float(result["relative_error"]))
+    worst = max(facts.merges.values(), key=lambda result: result["relative_error"] / result["tolerance"])
     measured = f"relative difference at most {worst['relative_error']:.1g}, tolerance {worst['tolerance']:g}"
     if bad:
         return Condition(
