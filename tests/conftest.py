@@ -262,6 +262,22 @@ def digests(run: Path) -> dict[str, str]:
     }
 
 
+def run_unreported(study: Study) -> None:
+    """All stages but the report, whose figures take as long as a tiny study's steps."""
+    with study.working("test"):
+        for stage in (
+            study.check_inputs,
+            study.prepare_data,
+            study.encode,
+            study.train,
+            study.sample,
+            study.check_merge,
+            study.score,
+            study.diagnose,
+        ):
+            stage()
+
+
 def train_only(study: Study) -> Path:
     with study.working("test"):
         for stage in (study.prepare_data, study.encode, study.train):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import lorascope.study
-from conftest import digests, make_study, train_only
+from conftest import digests, make_study, run_unreported, train_only
 from forked import Forked, run_forked
 from lorascope import store
 from lorascope.base.loading import Base
@@ -68,7 +68,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bytes(
     run = tmp_path / "run"
     killed = run_forked(_study_killed_at, name, count, study_file, run, study_file.parent / "cache")
     assert killed.exit_code == -signal.SIGKILL, killed.stderr[-2000:]
-    make_study(study_file, run).run()
+    run_unreported(make_study(study_file, run))
     assert digests(run) == digests(finished)
     assert sorted(path.name for path in run.glob("adapters/*/tiny-*")) == [
         "tiny-r4.safetensors",
@@ -97,8 +97,7 @@ def test_sigterm_ends_the_step_writes_a_checkpoint_and_exits_130(
     stopped = run_forked(_study_ended_by_sigterm, study_file, run, environment=environment)
     assert stopped.exit_code == 130, stopped.stderr
     assert "stopped after step 7" in stopped.stderr and "interrupted" in stopped.stderr.splitlines()[-1]
-    study = make_study(study_file, run)
-    study.run()
+    run_unreported(make_study(study_file, run))
     assert "going on from step 7" in (run / "lorascope.log").read_text()
     assert digests(run) == digests(finished)
 
@@ -175,14 +174,14 @@ WIDE = (
 
 def test_a_study_with_every_choice_runs_and_resumes_bit_for_bit(study_file: Path, tmp_path: Path) -> None:
     whole = make_study(study_file, tmp_path / "whole", *WIDE)
-    whole.run()
+    run_unreported(whole)
     frozen = tmp_path / "whole" / "study.toml"
     point = ("lorascope.training.feed.Feed.load", 11)
     folders = tmp_path / "parts", study_file.parent / "cache"
     killed = run_forked(_study_killed_at, *point, frozen, *folders)
     assert killed.exit_code == -signal.SIGKILL, killed.stderr[-2000:]
     again = Study(whole.config, tmp_path / "parts", cache_dir=study_file.parent / "cache")
-    again.run()
+    run_unreported(again)
     assert "going on from step" in (tmp_path / "parts" / "lorascope.log").read_text()
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
     previews = {

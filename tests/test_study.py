@@ -258,7 +258,7 @@ def test_a_group_that_runs_out_of_memory_goes_on_as_two_and_loses_nothing(
 def test_arms_trained_in_separate_groups_see_the_same_as_in_one(
     study_file: Path, finished: Path, tmp_path: Path
 ) -> None:
-    make_study(study_file, tmp_path / "run", "train.max_stacked_arms=1").run()
+    train_only(make_study(study_file, tmp_path / "run", "train.max_stacked_arms=1"))
 
     def losses(run: Path, arm: str) -> list[float]:
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,9 +1,9 @@
 """Which faults are planted: arms of studies on the pocket base, each with the cause that it should be given.
 
-The doses rest on one series of measurements on the pocket base of before it was trained further (450 steps of
-batch 4, alpha = 2 x rank): rank 16 at a learning rate of 1e-4 kept 80 % of the base's prompt fidelity at
-strength 1, so what counts as healthy by the rule, at most 10 % lost, has to be weaker than that.
-A mild dose of a fault is one near its border.
+The doses rest on one training seed of them on the shipped pocket base (450 steps of batch 4, alpha = 2 x
+rank). Rank 16 kept 98 % of the base's prompt fidelity at a learning rate of 2e-5 and 74 % at 5e-5, rank 4
+96 % at 5e-5 and 74 % at 1e-4, rank 64 100 % at 1e-5 and 84 % at 2e-5: what counts as healthy by the rule, at
+most 10 % lost, has to be weaker than the second of each. A mild dose of a fault is one near its border.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,14 +52,14 @@ class Fault:
 
 
 FAULTS = (
-    Fault("healthy-r4-lr5e-5", "healthy", "main", 4, 5e-5),
-    Fault("healthy-r4-lr1e-4", "healthy", "main", 4, 1e-4),
-    Fault("healthy-r16-lr2e-5", "healthy", "main", 16, 2e-5),
-    Fault("healthy-r16-lr5e-5", "healthy", "main", 16, 5e-5, quick=True),
+    Fault("healthy-r4-lr3e-5", "healthy", "main", 4, 3e-5),
+    Fault("healthy-r16-lr1.5e-5", "healthy", "main", 16, 1.5e-5),
+    Fault("healthy-r16-lr2e-5", "healthy", "main", 16, 2e-5, quick=True),
     Fault("healthy-r64-lr1e-5", "healthy", "main", 64, 1e-5),
-    Fault("healthy-r64-lr2e-5", "healthy", "main", 64, 2e-5),
-    Fault("strong-r16-lr3e-4", "too_strong", "main", 16, 3e-4),  # mild
-    Fault("strong-r64-lr2e-4", "too_strong", "main", 64, 2e-4),  # mild
+    Fault("strong-r4-lr1e-4", "too_strong", "main", 4, 1e-4),  # mild
+    Fault("strong-r16-lr5e-5", "too_strong", "main", 16, 5e-5),  # mild
+    Fault("strong-r16-lr3e-4", "too_strong", "main", 16, 3e-4),
+    Fault("strong-r64-lr2e-4", "too_strong", "main", 64, 2e-4),
     Fault("strong-r16-lr1.4e-3", "too_strong", "main", 16, 1.4e-3, quick=True),
     Fault("strong-r16-alpha-x4", "too_strong", "main", 16, 3e-4, alpha_per_rank=8.0),
     Fault("diverged-r64-lr2e-3", "diverged", "main", 64, 2e-3),
@@ -72,7 +72,7 @@ FAULTS = (
     Fault("not-finite-r16", "numerical", "main", 16, _BEYOND_NUMBERS, quick=True),
     Fault("overfit-r16", "overfit", "few", 16, 5e-4, quick=True),
     Fault("overfit-r64", "overfit", "few", 64, 5e-4),
-    Fault("overfit-r16-longer", "overfit", "few", 16, 5e-4, epochs=24),
+    Fault("overfit-r16-longer", "overfit", "few", 16, 5e-4, epochs=20),
     Fault("drift-r16-lr2e-4", "unconditional_drift", "scrambled", 16, 2e-4),
     Fault("drift-r16-lr5e-4", "unconditional_drift", "scrambled", 16, 5e-4, quick=True),
     Fault("drift-r64-lr2e-4", "unconditional_drift", "scrambled", 64, 2e-4),
@@ -80,7 +80,7 @@ FAULTS = (
 BY_NAME = {fault.name: fault for fault in FAULTS}
 # Faults are planted into the files of the first of these arms, and the second gives the weights that are
 # taken for it: both have its rank and alpha.
-FILE_ARM, FILE_DONOR = "healthy-r16-lr5e-5", "strong-r16-lr1.4e-3"
+FILE_ARM, FILE_DONOR = "healthy-r16-lr2e-5", "strong-r16-lr1.4e-3"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Size:
     num_train: int
     num_heldout: int
     epochs: int
-    num_few: int  # pictures of the overfit arms, each seen five times an epoch
+    num_few: int  # pictures of the overfit arms, each seen ten times an epoch
     few_epochs: int
     num_probe: int
     num_prompts: int  # of each category
@@ -148,7 +148,7 @@ class Size:
 
 
 FULL = Size(600, 64, 3, 16, 12, 16, 20, 20, 10, (0.25, 0.5, 1.0))
-QUICK = Size(100, 20, 4, 12, 6, 4, 8, 4, 7, (0.5, 1.0))
+QUICK = Size(100, 20, 4, 12, 3, 4, 8, 4, 7, (0.5, 1.0))
 FULL_SEEDS, QUICK_SEEDS = 8, 3
 
 
@@ -179,7 +179,7 @@ def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size
                 "resolution_px": _RESOLUTION_PX,
                 "num_train": size.num_few if few else size.num_train,
                 "num_heldout": size.num_heldout,
-                "repeats": 5 if few else 1,  # epochs are probed: fewer of them cost less
+                "repeats": 10 if few else 1,  # epochs are probed: fewer of them cost less
             },
             "arms": [fault.grid(seed) for fault in faults],
             "train": {

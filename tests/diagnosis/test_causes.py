@@ -279,6 +279,13 @@ def test_a_healthy_arm_may_have_memorised() -> None:
     assert {change.key: change.value for change in found.remedy.changes}["arms.epochs"] == 1
 
 
+def test_an_arm_that_memorised_is_overfit_though_it_is_open_whether_its_prompts_are_kept() -> None:
+    signals = overfit_arm()
+    wide = replace(signals.full, retention=replace(signals.full.retention, value=0.8, low=0.6, high=1.0))
+    found = decide(replace(signals, points=(wide, *signals.points[1:])))
+    assert found.cause == "overfit" and found.contributing == ()
+
+
 def test_nothing_measured_decides_nothing() -> None:
     found = decide(ArmSignals(an_arm()))
     assert (found.cause, found.contributing, found.confidence) == ("cannot_tell", (), "low")

@@ -91,9 +91,9 @@ def decide(
         _collapsed(case),  # the loss itself is above the base's
         _not_learned(case),  # no style at any strength, and the prompts are not lost
         _healthy(case),  # style, prompts kept, nothing broken
+        _overfit(case),  # by losses, which show it whether or not the prompts are shown to be lost
         _undecided(case),  # it is open whether the prompts are kept, or whether there is style
         # From here on the prompts are shown to be lost: by what?
-        _overfit(case),
         _drifted(case),
         _diverged(case),
         _too_strong(case),
