@@ -108,6 +108,22 @@ def test_rslora_divides_alpha_by_the_root_of_the_rank() -> None:
     assert arms[2].gain == pytest.approx(arms[1].gain)
 
 
+def test_a_start_and_a_ratio_of_rates_make_arms_of_their_own() -> None:
+    arms = arms_of(
+        ArmGrid(rank=8, lr_ratio=(1.0, 16.0)),
+        ArmGrid(rank=8, init="orthogonal"),
+        ArmGrid(rank=32, lr_ratio=4.0, match_gain="r8-ratio16"),
+    )
+    assert [arm.name for arm in arms] == [
+        "r8-ratio1",
+        "r8-ratio16",
+        "r8-orthogonal-ratio1",
+        "r32-gain-r8-ratio16-ratio4",
+    ]
+    assert arms[1].gain == pytest.approx(16 * arms[0].gain)
+    assert arms[3].gain == pytest.approx(arms[1].gain) and arms[3].lr == pytest.approx(2e-4)
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
@@ -121,7 +137,10 @@ def test_rslora_divides_alpha_by_the_root_of_the_rank() -> None:
         ('[{name="a", rank=4}, {name="A", rank=8}]', "arm names differ only in case: 'a' and 'A'"),
         (
             '[{name="a", rank=4, epochs=10}, {name="b", rank=4, alpha=4, epochs=10}]',
-            "arms 'a' and 'b' have the same rank, alpha, lr, seed, batch size and epochs: leave one out",
+            (
+                "arms 'a' and 'b' have the same rank, alpha, init, lr, lr_ratio, seed, batch size and epochs"
+                ": leave one out"
+            ),
         ),
         (
             '[{name="base"}]',

@@ -29,6 +29,7 @@ from lorascope.sections import (
 )
 
 Scaling = Literal["alpha/r", "rslora"]
+Init = Literal["kaiming", "gaussian", "orthogonal"]
 
 _DEFAULT_LR = 1e-4
 
@@ -59,17 +60,28 @@ class ArmGrid(Section):
         default="alpha/r",
         description="how alpha scales the update: `alpha/r` by alpha / rank, `rslora` by alpha / sqrt(rank)",
     )
+    init: Init = Field(
+        default="kaiming",
+        description=(
+            "what A and B start from: `kaiming` draws A from U(-1/sqrt(in), 1/sqrt(in)), `gaussian` from "
+            "N(0, 1/rank^2), both with B = 0; `orthogonal` draws both, so that their product is 0"
+        ),
+    )
     match_gain: Text | None = Field(
         default=None,
         description=(
             "name of an arm that has an `lr`; in place of `lr`, which then is such that "
-            "lr x scale x sqrt(rank) is that arm's"
+            "lr x lr_ratio x scale x sqrt(rank) is that arm's"
         ),
     )
     lr: PositiveReal | PositiveReals | None = Field(
         default=None,
         validate_default=True,
         description=f"learning rate; {_DEFAULT_LR:g} when this and `match_gain` are absent",
+    )
+    lr_ratio: PositiveReal | PositiveReals = Field(
+        default=1.0,
+        description="learning rate of B over that of A, which is `lr`; LoRA+ recommends 16 with a lower lr",
     )
     seed: Seed | Seeds = Field(
         default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout"
@@ -108,12 +120,12 @@ class ArmGrid(Section):
     def count(self) -> int:
         """How many arms this table makes."""
         scalings = self.alpha_per_rank if self.alpha is None else self.alpha
-        values = (self.rank, scalings, self.lr, self.seed, self.batch_size, self.epochs)
+        values = (self.rank, scalings, *(getattr(self, key) for key in _MULTIPLIED))
         return math.prod(len(_several(value)) for value in values)
 
     def settings(self) -> list[dict[str, Any]]:
-        """Every arm of this table: rank, alpha as it is given, scaling, `match_gain`, lr (None where it
-        follows from that), seed, batch size and epochs (None where `train`'s hold).
+        """Every arm of this table: its choices, alpha as it is given, lr None where it follows from
+        `match_gain`, batch size and epochs None where `train`'s hold.
         """
         key = "alpha_per_rank" if self.alpha is None else "alpha"
         scalings = _several(getattr(self, key) or 1.0)
@@ -122,11 +134,12 @@ class ArmGrid(Section):
                 "rank": rank,
                 "alpha": value if key == "alpha" else value * rank,
                 "scaling": self.scaling,
+                "init": self.init,
                 "match_gain": self.match_gain,
                 **others,
             }
             for rank, value in itertools.product(_several(self.rank), scalings)
-            for others in self._products("lr", "seed", "batch_size", "epochs")
+            for others in self._products(*_MULTIPLIED)
         ]
 
     def _products(self, *keys: str) -> list[dict[str, Any]]:
@@ -134,6 +147,9 @@ class ArmGrid(Section):
             dict(zip(keys, values, strict=True))
             for values in itertools.product(*(_several(getattr(self, key)) for key in keys))
         ]
+
+
+_MULTIPLIED = ("lr", "lr_ratio", "seed", "batch_size", "epochs")  # besides rank and alpha
 
 
 class Arm(Section):
@@ -151,6 +167,8 @@ class Arm(Section):
     batch_size: int = TrainSection().batch_size
     epochs: int = TrainSection().epochs
     scaling: Scaling = "alpha/r"
+    init: Init = "kaiming"
+    lr_ratio: float = 1.0
     match_gain: str | None = None
 
     @property
@@ -160,8 +178,11 @@ class Arm(Section):
 
     @property
     def gain(self) -> float:
-        """lr x scale x sqrt(rank): how strongly the update is driven, on one axis for all settings."""
-        return self.lr * self.scale * math.sqrt(self.rank)
+        """lr x lr_ratio x scale x sqrt(rank): how strongly the update is driven, on one axis for all arms.
+
+        It is B's learning rate that counts: while B is near zero, moving A moves nothing.
+        """
+        return self.lr * self.lr_ratio * self.scale * math.sqrt(self.rank)
 
     @property
     def but_seed(self) -> str:
@@ -199,11 +220,11 @@ def require_distinct(grids: Sequence[ArmGrid], train: TrainSection) -> None:
                 f"{same} {arm.name!r}: give them names of their own, or vary rank, alpha, lr, seed, "
                 "batch_size or epochs"
             )
-        choices = (arm.rank, arm.alpha, arm.lr, arm.seed, arm.batch_size, arm.epochs)
+        choices = arm.model_dump_json(exclude={"name", "scaling", "match_gain"})
         if other := seen.get(choices):
             raise ValueError(
-                f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, lr, seed, batch "
-                "size and epochs: leave one out"
+                f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, init, lr, lr_ratio, seed, "
+                "batch size and epochs: leave one out"
             )
         seen[folder] = seen[choices] = arm
 
@@ -211,9 +232,9 @@ def require_distinct(grids: Sequence[ArmGrid], train: TrainSection) -> None:
 def expand(grids: Sequence[ArmGrid], train: TrainSection) -> tuple[Arm, ...]:
     """All arms in the order of the file, each table's lists multiplied out.
 
-    An arm without a name is called `r<rank>`, followed by those of alpha, scaling, lr, batch size, epochs
-    and seed in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`. In place of
-    its lr an arm of another's gain has the other's name: `r64-gain-r16-s1`.
+    An arm without a name is called `r<rank>`, followed by those of alpha, scaling, init, lr, its ratio, batch
+    size, epochs and seed in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`. In
+    place of its lr an arm of another's gain has the other's name: `r64-gain-r16-s1`.
     """
     places, names, settings = [], [], []
     for index, grid in enumerate(grids):
@@ -248,7 +269,7 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
     by_rank: dict[int, list[Mapping[str, Any]]] = {}
     for setting in settings:
         by_rank.setdefault(setting["rank"], []).append(setting)
-    keys = ("alpha", "scaling", "lr", "batch_size", "epochs", "seed")
+    keys = ("alpha", "scaling", "init", *_MULTIPLIED)
     return {
         key
         for key in keys
@@ -263,10 +284,14 @@ def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
         parts.append(f"a{setting['alpha']:g}")
     if "scaling" in varying and setting["scaling"] == "rslora":
         parts.append("rslora")
+    if "init" in varying and setting["init"] != "kaiming":
+        parts.append(setting["init"])
     if setting["match_gain"] is not None:
         parts.append(f"gain-{setting['match_gain']}")
     elif "lr" in varying:
         parts.append(f"lr{setting['lr']:g}")
+    if "lr_ratio" in varying:
+        parts.append(f"ratio{setting['lr_ratio']:g}")
     parts += [
         f"{letter}{setting[key]}"
         for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s"))
@@ -312,7 +337,7 @@ def _reference(place: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
             f"{given}: has no lr of its own, but the gain of {shown(named[0].match_gain)}: name an arm that "
             "has an lr, or give that one an lr"
         )
-    settings = {(other.rank, other.alpha, other.lr, other.batch_size, other.epochs) for other in named}
+    settings = {other.but_seed for other in named}
     if len(settings) > 1 and named[0].name != wanted:
         raise ValueError(
             f"{given}: fits {_listed(named)}, which differ in more than their seeds: give one of these names"
@@ -322,7 +347,8 @@ def _reference(place: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
 
 def _with_gain_of(reference: Arm, arm: Arm, place: str) -> Arm:
     """The arm at the lr that gives it the reference's gain."""
-    lr = reference.lr * (reference.scale / arm.scale) * math.sqrt(reference.rank / arm.rank)
+    ratios = reference.lr_ratio / arm.lr_ratio * (reference.scale / arm.scale)
+    lr = reference.lr * ratios * math.sqrt(reference.rank / arm.rank)
     if not LOWEST <= lr <= HIGHEST:
         raise ValueError(
             f"{place} = {shown(arm.match_gain)}: needs lr = {lr:g} for {arm.name!r}, which must be from "

@@ -154,6 +154,8 @@ class Plan:
             choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
             choices += f"  gain {arm['gain']:<8.3g}" if matched else ""
             choices += "  rslora" if arm["scaling"] == "rslora" else ""
+            choices += f"  {arm['init']}" if arm["init"] != "kaiming" else ""
+            choices += f"  lr ratio {arm['lr_ratio']:g}" if arm["lr_ratio"] != 1 else ""
             lines.append(f"  {arm['name']:<{width}} {choices}  {parameters}")
         return lines
 

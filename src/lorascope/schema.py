@@ -29,6 +29,8 @@ _LATER_KEYS = (
     ("score", "style_model"),
     ("arms", "scaling"),
     ("arms", "match_gain"),
+    ("arms", "init"),
+    ("arms", "lr_ratio"),
     ("diagnose", "num_intervention_prompts"),
     ("diagnose", "scale_intruders"),
     ("diagnose", "cut_rank"),

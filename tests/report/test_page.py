@@ -586,6 +586,15 @@ def test_comparisons_at_equal_lr_and_at_matched_gain_are_told_apart(copied: RunD
     assert (state, text) == ("yes", "Gain matched: yes. lr x scale x √rank is 0.004 for every arm.")
     assert "; at matched gain: r16 and r64" in table.caption and "gain 0.004 throughout" in table.caption
     assert "alpha is as in files: √rank times the study's with rsLoRA" in table.caption
+    assert not {"init", "lr ratio"} & {column.name for column in table.columns}
+    assert "kaiming" not in table.caption and "lr ratio" not in table.caption
+    _, _, table = judge({"lr": 1e-3, "init": "gaussian"}, {"lr": 1e-3, "lr_ratio": 16, "init": "orthogonal"})
+    names = [column.name for column in table.columns]
+    rows = [[row.cells[names.index(name)].text for name in ("init", "lr ratio")] for row in table.rows]
+    assert rows == [["", ""], ["gaussian", "1"], ["orthogonal", "16"]]
+    assert "gain is lr x lr ratio x scale x √rank" in table.caption
+    _, _, table = judge({"lr": 1e-3, "lr_ratio": 16}, {"match_gain": "r16", "lr_ratio": 16})
+    assert "lr ratio 16 throughout" in table.caption and "at matched gain: r16 and r64" in table.caption
 
 
 def test_of_some_arms_at_matched_gain_the_others_are_named(tmp_path: Path) -> None:

@@ -236,3 +236,27 @@ def test_schedules_after_the_warm_up_equal_diffusers(schedule: str, warmup: int)
             assert 0 < ours < 1
         optimizer.step()
         reference.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "SGD"])
+def test_with_lora_plus_b_moves_at_a_multiple_of_a_s_rate(base: Base, name: str) -> None:
+    """As PEFT's `create_loraplus_optimizer` groups them, for each arm on its own."""
+    section = AdapterSection(targets=("to_q",), groups=(TargetGroup(targets=("to_v",), lr=R4.lr * 10),))
+    arms = [R4.model_copy(update={"lr_ratio": 16.0}), R8]
+    bank = AdapterBank(base.components, resolve_section(base.components, section), arms)
+    before = bank.parameters.clone()
+    bank.gradients.fill_(1.0)
+    settings = {"weight_decay": 0.0} if name == "adamw" else {}
+    build_optimizer(bank, TrainSection(optimizer=name, **settings)).step(
+        torch.tensor([arm.lr for arm in arms]), torch.tensor([True, True])
+    )
+    moved = before - bank.parameters
+    for target in bank.targets:
+        span, size = bank.spans[target.name], bank.layers[target.name].down[0].numel()
+        for index, arm in enumerate(arms):
+            parts = moved[index, span].split([size, span.stop - span.start - size])
+            down, up = (part[part != 0].mean() for part in parts)  # SGD leaves the padding alone
+            expected = target.lr(arm)
+            # fp32 weights up to 0.25, half a last bit 1.5e-8, that move by 1e-3
+            torch.testing.assert_close(down, torch.tensor(expected), rtol=1e-3, atol=0)
+            torch.testing.assert_close(up, torch.tensor(expected * arm.lr_ratio), rtol=1e-3, atol=0)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorascope.adapters.adapter import Adapter, LoraModule
-from lorascope.arms import Arm, alpha_in_files
+from lorascope.arms import Arm, Init, alpha_in_files
 from lorascope.errors import AdapterError
 from lorascope.sections import AdapterSection, TargetGroup
 from lorascope.seeding import seeded
@@ -155,6 +155,29 @@ def count_parameters(targets: Sequence[Target], arm: Arm) -> int:
     return sum(target.rank(arm) * target.size_per_rank for target in targets)
 
 
+def initial_factors(
+    init: Init, rank: int, down_shape: Sequence[int], out_features: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, *down_shape] and B [out, r], float32, whose product is zero.
+
+    `kaiming`, with a = sqrt(5), is U(-1/sqrt(in), 1/sqrt(in)), as the reference and PEFT have it, and drawn
+    row by row, so that a smaller rank starts as the first rows of a larger one. `gaussian` is N(0, 1/r^2).
+    Both leave B zero. `orthogonal` lets B and A, drawn from N(0, 1/100), meet in the even and the odd rows of
+    an orthogonal r x r matrix, that is in nothing. PEFT 0.21 has the three, the last for an even r.
+    """
+    shape, up = (rank, *down_shape), torch.zeros(out_features, rank)
+    if init == "kaiming":
+        uniform = torch.rand(shape, generator=generator)
+        return (uniform * 2 - 1) / math.sqrt(math.prod(down_shape)), up
+    if init == "gaussian":
+        return torch.randn(shape, generator=generator) / rank, up
+    rows, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))
+    even, odd = rows[0::2].float(), rows[1::2].float()
+    down = torch.randn(math.prod(down_shape), len(odd), generator=generator) / 10
+    up = torch.randn(out_features, len(even), generator=generator) / 10
+    return (down @ odd).T.reshape(shape), up @ even
+
+
 @dataclass(frozen=True)
 class Slice:
     """One slice of a batch: which adapter acts on it, and how strongly. Strength 0 is exactly the base."""
@@ -212,20 +235,16 @@ class AdapterBank:
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """A Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)), and B zero, as the
-        reference and PEFT have it.
-
-        Drawn by (arm's seed, layer), row by row, so a smaller rank starts as the first rows of a larger one.
-        """
+        """What each arm's `init` says, drawn by (arm's seed, layer)."""
         self.parameters.zero_()
         for target in self.targets:
             key = target.path if target.component == "unet" else target.name
+            layer = self.layers[target.name]
             for index, arm in enumerate(self.arms):
-                uniform = torch.rand(
-                    target.rank(arm), *target.down_shape, generator=seeded("adapter", arm.seed, key)
-                )
-                down = (uniform * 2 - 1) / math.sqrt(math.prod(target.down_shape))
-                self.layers[target.name].down[index, : target.rank(arm)].copy_(down)
+                rank, generator = target.rank(arm), seeded("adapter", arm.seed, key)
+                down, up = initial_factors(arm.init, rank, target.down_shape, target.out_features, generator)
+                layer.down[index, :rank].copy_(down)
+                layer.up[index, :, :rank].copy_(up)
 
     def attach(self) -> "AdapterBank":
         """Put the adapted layers in place of the base's own."""

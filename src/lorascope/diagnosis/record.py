@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from lorascope import __version__
-from lorascope.arms import Arm, Scaling
+from lorascope.arms import Arm, Init, Scaling
 from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Confidence, Diagnosis
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.remedies import Change, Remedy
@@ -70,6 +70,8 @@ _ARM: Any = {
         "batch_size": int,
         "epochs": int,
         "scaling?": str,
+        "init?": str,
+        "lr_ratio?": Number,
         "match_gain?": Text,
     },
     "best_epoch": Maybe(int),
@@ -194,6 +196,7 @@ def _fault(values: Mapping[str, Any]) -> str | None:
         *((word, CAUSES) for found in arms for word in (found["cause"], *found["contributing"])),
         *((found["confidence"], get_args(Confidence)) for found in arms),
         *((found["settings"].get("scaling", "alpha/r"), get_args(Scaling)) for found in arms),
+        *((found["settings"].get("init", "kaiming"), get_args(Init)) for found in arms),
         *((point["epoch"], get_args(Epoch)) for found in arms for point in found["points"]),
         *((found["chosen"]["epoch"], get_args(Epoch)) for found in arms if found.get("chosen")),
     ]

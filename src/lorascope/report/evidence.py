@@ -224,8 +224,8 @@ class Facts:
 
     @functools.cached_property
     def same_lr(self) -> list[list[str]]:
-        """Trained arms in groups of one lr, of several ranks or scales each: compared at equal lr."""
-        return _groups_of({arm: self.settings[arm] for arm in self.arms}, lambda arm: arm.lr)
+        """Trained arms in groups of one lr of B, of several ranks or scales each: compared at equal lr."""
+        return _groups_of({arm: self.settings[arm] for arm in self.arms}, lambda arm: arm.lr * arm.lr_ratio)
 
     def settings_in_words(self, arms: Sequence[str]) -> str:
         """The settings of these arms, such as `r16 and r64`: names without what tells seeds apart."""

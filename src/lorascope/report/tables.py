@@ -6,22 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lorascope.arms import Arm
 from lorascope.evaluation.scores import ALL, BASE, planned_contrasts
 from lorascope.report.evidence import NOT_MEASURED, Facts, count
 from lorascope.store import digest_bytes, digest_file
 
 MAX_CONTRASTS = 12  # arms; with more, contrasts between neighbours say little and take long
 
-# Settings of an arm with the form of their numbers.
+# Settings of an arm with the form of their numbers, "s" of a word.
 _SETTINGS = {
     "rank": "d",
     "alpha": "g",
+    "init": "s",
     "lr": "g",
+    "lr_ratio": "g",
     "gain": ".3g",
     "seed": "d",
     "batch_size": "d",
     "epochs": "d",
 }
+_SELDOM = {"init", "lr_ratio"}  # not told where all arms have the default
 
 # The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
 REFERENCE: dict[str, dict[str, float]] = {
@@ -107,12 +111,18 @@ def build_arms_table(facts: Facts) -> Table:
         if len({format(getattr(arm, key), form) for arm in facts.settings.values()}) == 1
     }
     varied = {key: form for key, form in _SETTINGS.items() if key not in shared}
+    example = next(iter(facts.settings.values()))
+    shared = {
+        key: form
+        for key, form in shared.items()
+        if key not in _SELDOM or getattr(example, key) != Arm.model_fields[key].default
+    }
     best = {arm: (training.get("best") or {}).get("epoch") for arm, training in facts.training.items()}
     has_best = any(best.values())
     columns = (
         Column("arm", False),
         Column("verdict", False),
-        *(Column(_in_words(key)) for key in varied),
+        *(Column(_in_words(key), form != "s") for key, form in varied.items()),
         *(Column(f"{category} (std)") for category in categories),
         Column("minus base"),
         Column("95 % interval"),
@@ -148,7 +158,10 @@ def _role(facts: Facts, arm: str) -> str:
 
 def _setting_cells(facts: Facts, arm: str, forms: Mapping[str, str]) -> list[Cell]:
     setting = facts.settings.get(arm)  # the base has none
-    return [_BLANK if setting is None else cell(getattr(setting, key), form) for key, form in forms.items()]
+    if setting is None:
+        return [_BLANK for _ in forms]
+    values = [(getattr(setting, key), form) for key, form in forms.items()]
+    return [Cell(value) if form == "s" else cell(value, form) for value, form in values]
 
 
 def _mean_cells(facts: Facts, arm: str, categories: Sequence[str]) -> list[Cell]:
@@ -184,7 +197,8 @@ def _arms_caption(facts: Facts, shared: Mapping[str, str], has_best: bool) -> st
     parts += [
         f"{_in_words(key)} {format(getattr(example, key), form)} throughout" for key, form in shared.items()
     ]
-    parts.append("gain is lr x scale x √rank")
+    has_ratio = any(arm.lr_ratio != 1 for arm in facts.settings.values())
+    parts.append(f"gain is lr x {'lr ratio x ' if has_ratio else ''}scale x √rank")
     if "rslora" in {arm.scaling for arm in facts.settings.values()}:
         parts.append("alpha is as in files: √rank times the study's with rsLoRA")
     if facts.same_gain and {"gain", "lr"} - set(shared):

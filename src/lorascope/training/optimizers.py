@@ -125,15 +125,16 @@ class TorchOptimizer:
             for target in bank.targets:
                 layer, rank = bank.layers[target.name], target.rank(arm)
                 assert layer.down.grad is not None and layer.up.grad is not None
-                for leaf, gradient, part in (
-                    (layer.down, layer.down.grad, (index, slice(rank))),
-                    (layer.up, layer.up.grad, (index, slice(None), slice(rank))),
+                factor = target.lr(arm) / arm.lr
+                for leaf, gradient, part, own in (
+                    (layer.down, layer.down.grad, (index, slice(rank)), factor),
+                    (layer.up, layer.up.grad, (index, slice(None), slice(rank)), factor * arm.lr_ratio),
                 ):
                     weight = leaf.detach()[
                         part
                     ].requires_grad_()  # shares the bank's memory, and so does its gradient
                     weight.grad = gradient[part]
-                    groups.setdefault(target.lr(arm) / arm.lr, []).append(weight)
+                    groups.setdefault(own, []).append(weight)
             self._optimizers.append(_start(kind, groups, arm.lr, section))
 
     def step(self, lrs: torch.Tensor, active: torch.Tensor) -> None:
@@ -198,9 +199,10 @@ def check_optimizer(config: StudyConfig) -> None:
     for arm in config.expand_arms():
         groups: dict[float, list[torch.Tensor]] = {}
         for lr in (arm.lr, *(group.lr or arm.lr for group in config.adapter.groups)):
-            weight = torch.ones(2, 2, requires_grad=True)
-            weight.grad = torch.ones_like(weight)
-            groups[lr / arm.lr] = [weight]
+            for ratio in (1.0, arm.lr_ratio):
+                weight = torch.ones(2, 2, requires_grad=True)
+                weight.grad = torch.ones_like(weight)
+                groups[ratio * lr / arm.lr] = [weight]
         optimizer = _start(kind, groups, arm.lr, section)
         for group in optimizer.param_groups:
             group["lr"] = arm.lr * group["factor"]
@@ -270,11 +272,14 @@ def _columns_by_lr_factor(bank: AdapterBank, arm: Arm) -> dict[float, list[slice
     """
     columns: dict[float, list[slice]] = {}
     for target in bank.targets:
-        span, known = bank.spans[target.name], columns.setdefault(target.lr(arm) / arm.lr, [])
-        if known and known[-1].stop == span.start:
-            known[-1] = slice(known[-1].start, span.stop)
-        else:
-            known.append(span)
+        factor, span = target.lr(arm) / arm.lr, bank.spans[target.name]
+        middle = span.start + bank.layers[target.name].down[0].numel()
+        for start, end, own in ((span.start, middle, factor), (middle, span.stop, factor * arm.lr_ratio)):
+            known = columns.setdefault(own, [])
+            if known and known[-1].stop == start:
+                known[-1] = slice(known[-1].start, end)
+            else:
+                known.append(slice(start, end))
     return columns
 
 
