@@ -112,16 +112,18 @@ def test_a_start_and_a_ratio_of_rates_make_arms_of_their_own() -> None:
     arms = arms_of(
         ArmGrid(rank=8, lr_ratio=(1.0, 16.0)),
         ArmGrid(rank=8, init="orthogonal"),
+        ArmGrid(rank=8, lr_ratio=16.0, max_weight_norm=0.5),
         ArmGrid(rank=32, lr_ratio=4.0, match_gain="r8-ratio16"),
     )
     assert [arm.name for arm in arms] == [
         "r8-ratio1",
         "r8-ratio16",
         "r8-orthogonal-ratio1",
+        "r8-ratio16-norm0.5",
         "r32-gain-r8-ratio16-ratio4",
     ]
     assert arms[1].gain == pytest.approx(16 * arms[0].gain)
-    assert arms[3].gain == pytest.approx(arms[1].gain) and arms[3].lr == pytest.approx(2e-4)
+    assert arms[4].gain == pytest.approx(arms[1].gain) and arms[4].lr == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +139,7 @@ def test_a_start_and_a_ratio_of_rates_make_arms_of_their_own() -> None:
         ('[{name="a", rank=4}, {name="A", rank=8}]', "arm names differ only in case: 'a' and 'A'"),
         (
             '[{name="a", rank=4, epochs=10}, {name="b", rank=4, alpha=4, epochs=10}]',
-            (
-                "arms 'a' and 'b' have the same rank, alpha, init, lr, lr_ratio, seed, batch size and epochs"
-                ": leave one out"
-            ),
+            "arms 'a' and 'b' have the same choices: leave one out",
         ),
         (
             '[{name="base"}]',

@@ -120,7 +120,7 @@ def broad(
         data.buckets = true
         data.bucket_step_px = 16
         data.heldout_share = 0.2
-        arms = [{{ rank = 2, lr = 1e-3, seed = [0, 1] }}, {{ rank = 4, lr = 1e20, seed = 0 }}]
+        arms = [{{ rank = 2, lr = 1e-3, lr_ratio = 4, max_weight_norm = 0.1, seed = [0, 1] }}, {{ rank = 4, lr = 1e20, seed = 0 }}]
         adapter.groups = [{{ component = "text_encoder", targets = ["q_proj", "v_proj"] }}]
         train.epochs = 2
         train.batch_size = 2

@@ -148,6 +148,9 @@ def test_a_second_start_encodes_digests_and_measures_nothing_before_the_first_st
 
 
 WIDE = (
+    "arms.0.init=orthogonal",
+    "arms.0.lr_ratio=4",
+    "arms.0.max_weight_norm=0.5",
     "train.precision=bf16",
     "adapter.targets=['to_q', 'to_v']",
     (

@@ -29,7 +29,12 @@ def test_a_key_that_came_later_changes_no_digest_at_its_default() -> None:
     assert study().digest("data") == digest_json({"data": values})
     arms = study().model_dump(mode="json")["arms"]
     for table in arms:
-        assert [table.pop(key) for key in ("scaling", "init", "lr_ratio")] == ["alpha/r", "kaiming", 1.0]
+        assert [table.pop(key) for key in ("scaling", "init", "lr_ratio", "max_weight_norm")] == [
+            "alpha/r",
+            "kaiming",
+            1.0,
+            None,
+        ]
         if table["match_gain"] is None:
             del table["match_gain"]
     assert study().digest("arms") == digest_json({"arms": arms})

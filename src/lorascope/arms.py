@@ -83,6 +83,13 @@ class ArmGrid(Section):
         default=1.0,
         description="learning rate of B over that of A, which is `lr`; LoRA+ recommends 16 with a lower lr",
     )
+    max_weight_norm: PositiveReal | PositiveReals | None = Field(
+        default=None,
+        description=(
+            "most that the update of a layer, scale x B A, may measure in l2; a larger one is scaled down "
+            "after each step, A and B alike"
+        ),
+    )
     seed: Seed | Seeds = Field(
         default=0, description="training seed: initial weights, order, noise, timesteps and caption dropout"
     )
@@ -149,7 +156,7 @@ class ArmGrid(Section):
         ]
 
 
-_MULTIPLIED = ("lr", "lr_ratio", "seed", "batch_size", "epochs")  # besides rank and alpha
+_MULTIPLIED = ("lr", "lr_ratio", "max_weight_norm", "seed", "batch_size", "epochs")  # besides rank and alpha
 
 
 class Arm(Section):
@@ -169,6 +176,7 @@ class Arm(Section):
     scaling: Scaling = "alpha/r"
     init: Init = "kaiming"
     lr_ratio: float = 1.0
+    max_weight_norm: float | None = None
     match_gain: str | None = None
 
     @property
@@ -222,19 +230,16 @@ def require_distinct(grids: Sequence[ArmGrid], train: TrainSection) -> None:
             )
         choices = arm.model_dump_json(exclude={"name", "scaling", "match_gain"})
         if other := seen.get(choices):
-            raise ValueError(
-                f"arms {other.name!r} and {arm.name!r} have the same rank, alpha, init, lr, lr_ratio, seed, "
-                "batch size and epochs: leave one out"
-            )
+            raise ValueError(f"arms {other.name!r} and {arm.name!r} have the same choices: leave one out")
         seen[folder] = seen[choices] = arm
 
 
 def expand(grids: Sequence[ArmGrid], train: TrainSection) -> tuple[Arm, ...]:
     """All arms in the order of the file, each table's lists multiplied out.
 
-    An arm without a name is called `r<rank>`, followed by those of alpha, scaling, init, lr, its ratio, batch
-    size, epochs and seed in which arms of one rank differ: `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`. In
-    place of its lr an arm of another's gain has the other's name: `r64-gain-r16-s1`.
+    An arm without a name is called `r<rank>`, followed by the choices in which arms of one rank differ:
+    `r16`, `r16-s1`, `r16-a32-lr0.0005-b8-e20-s1`. In place of its lr an arm of another's gain has the other's
+    name: `r64-gain-r16-s1`.
     """
     places, names, settings = [], [], []
     for index, grid in enumerate(grids):
@@ -274,7 +279,7 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
         key
         for key in keys
         for group in by_rank.values()
-        if len({setting[key] for setting in group} - {None}) > 1
+        if len({setting[key] for setting in group} - ({None} if key == "lr" else set())) > 1
     }
 
 
@@ -292,6 +297,8 @@ def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
         parts.append(f"lr{setting['lr']:g}")
     if "lr_ratio" in varying:
         parts.append(f"ratio{setting['lr_ratio']:g}")
+    if "max_weight_norm" in varying and setting["max_weight_norm"] is not None:
+        parts.append(f"norm{setting['max_weight_norm']:g}")
     parts += [
         f"{letter}{setting[key]}"
         for key, letter in (("batch_size", "b"), ("epochs", "e"), ("seed", "s"))

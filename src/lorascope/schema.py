@@ -31,6 +31,7 @@ _LATER_KEYS = (
     ("arms", "match_gain"),
     ("arms", "init"),
     ("arms", "lr_ratio"),
+    ("arms", "max_weight_norm"),
     ("diagnose", "num_intervention_prompts"),
     ("diagnose", "scale_intruders"),
     ("diagnose", "cut_rank"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import statistics
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -381,3 +382,28 @@ def test_arms_of_several_starts_stand_in_one_bank(base: Base) -> None:
     for index, arm in enumerate(arms):
         alone = AdapterBank(base.components, targets, [arm])
         assert torch.equal(together.unpadded(together.parameters, index), alone.parameters[0])
+
+
+def test_an_update_is_scaled_down_to_the_largest_norm_allowed(base: Base) -> None:
+    """A and B by the square root each, as kohya's `apply_max_norm_regularization`; only if the arm moved."""
+    targets = resolve_targets(base.unet, ["to_q", "conv1"])
+    free = AdapterBank(base.components, targets, [R4])
+    randomize(free)
+    most = statistics.median(float(module.update().norm()) for module in free.adapter(0).modules.values())
+    arms = [R4.model_copy(update={"max_weight_norm": limit}) for limit in (most, None, 1e9)]
+    bank = AdapterBank(base.components, targets, arms)
+    bank.parameters.copy_(free.parameters)
+    before = bank.parameters.clone()
+    updates = bank.adapter(0).modules
+    bank.limit_norms(torch.tensor([False, True, True]))
+    assert torch.equal(bank.parameters, before)
+    bank.limit_norms(torch.tensor([True, True, True]))
+    assert torch.equal(bank.parameters[1:], before[1:])
+    ratios = {name: min(1.0, most / float(module.update().norm())) for name, module in updates.items()}
+    assert min(ratios.values()) < 1 == max(ratios.values())
+    for name, module in bank.adapter(0).modules.items():
+        root = ratios[name] ** 0.5
+        # fp32: norms from r x r products, 1.2e-7 each
+        torch.testing.assert_close(module.up, updates[name].up * root, rtol=1e-5, atol=0)
+        torch.testing.assert_close(module.down, updates[name].down * root, rtol=1e-5, atol=0)
+        assert module.update().norm() <= most * (1 + 1e-5)

@@ -593,6 +593,9 @@ def test_comparisons_at_equal_lr_and_at_matched_gain_are_told_apart(copied: RunD
     rows = [[row.cells[names.index(name)].text for name in ("init", "lr ratio")] for row in table.rows]
     assert rows == [["", ""], ["gaussian", "1"], ["orthogonal", "16"]]
     assert "gain is lr x lr ratio x scale x √rank" in table.caption
+    _, _, table = judge({"lr": 1e-3, "max_weight_norm": 2.5}, {"lr": 1e-3})
+    column = [column.name for column in table.columns].index("max weight norm")
+    assert [row.cells[column].text for row in table.rows] == ["", "2.5", "none"]
     _, _, table = judge({"lr": 1e-3, "lr_ratio": 16}, {"match_gain": "r16", "lr_ratio": 16})
     assert "lr ratio 16 throughout" in table.caption and "at matched gain: r16 and r64" in table.caption
 

@@ -219,6 +219,11 @@ class AdapterBank:
             )
             self.spans[target.name] = slice(start, end)
             start = end
+        limits = [arm.max_weight_norm for arm in self.arms]
+        self._norms_are_limited = any(limit is not None for limit in limits)
+        self._most_norms = torch.tensor(
+            [math.inf if limit is None else limit for limit in limits], device=device
+        )
         self.initialize()
         self.select_all()
 
@@ -273,6 +278,24 @@ class AdapterBank:
     def gradient_norms(self) -> torch.Tensor:
         """The l2 norm of each adapter's gradient: float32 [N]."""
         return torch.linalg.vector_norm(self.gradients, dim=1)
+
+    @torch.no_grad()
+    def limit_norms(self, moved: torch.Tensor) -> None:
+        """Scale A and B of layers whose update is larger than the arm's `max_weight_norm` down to that.
+
+        Arms that have not `moved`, bool [N], stay as they are. kohya's `scale_weight_norms` does the same.
+        """
+        if not self._norms_are_limited:
+            return
+        for layer in self.layers.values():
+            down = layer.down.flatten(2)
+            # |B A|^2 from the r x r products of each with itself.
+            squares = ((down @ down.mT) * (layer.up.mT @ layer.up)).sum(dim=(1, 2)).clamp(min=0)
+            norms = squares.sqrt() * layer.scales
+            shrunk = (self._most_norms / norms).sqrt()
+            factors = torch.where(moved & (norms > self._most_norms), shrunk, 1.0)
+            layer.down.mul_(factors.view(-1, *[1] * (layer.down.dim() - 1)))
+            layer.up.mul_(factors.view(-1, 1, 1))
 
     def unpadded(self, buffer: torch.Tensor, index: int) -> torch.Tensor:
         """What row `index` of `buffer`, laid out as `parameters` [N, P], holds of adapter `index` itself:

@@ -72,6 +72,7 @@ _ARM: Any = {
         "scaling?": str,
         "init?": str,
         "lr_ratio?": Number,
+        "max_weight_norm?": Maybe(Number),
         "match_gain?": Text,
     },
     "best_epoch": Maybe(int),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ _SETTINGS = {
     "init": "s",
     "lr": "g",
     "lr_ratio": "g",
+    "max_weight_norm": "g",
     "gain": ".3g",
     "seed": "d",
     "batch_size": "d",
     "epochs": "d",
 }
-_SELDOM = {"init", "lr_ratio"}  # not told where all arms have the default
+_SELDOM = {"init", "lr_ratio", "max_weight_norm"}  # not told where all arms have the default
 
 # The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
 REFERENCE: dict[str, dict[str, float]] = {
@@ -105,24 +106,20 @@ def build_arms_table(facts: Facts) -> Table:
     A setting that all arms share stands in the caption, the others in a column each.
     """
     categories = facts.scores.categories if facts.scores else ("normal", "abstract")
-    shared = {
-        key: form
-        for key, form in _SETTINGS.items()
-        if len({format(getattr(arm, key), form) for arm in facts.settings.values()}) == 1
-    }
-    varied = {key: form for key, form in _SETTINGS.items() if key not in shared}
+    shared = [
+        key for key in _SETTINGS if len({_setting(arm, key).text for arm in facts.settings.values()}) == 1
+    ]
+    varied = [key for key in _SETTINGS if key not in shared]
     example = next(iter(facts.settings.values()))
-    shared = {
-        key: form
-        for key, form in shared.items()
-        if key not in _SELDOM or getattr(example, key) != Arm.model_fields[key].default
-    }
+    told = [
+        key for key in shared if key not in _SELDOM or getattr(example, key) != Arm.model_fields[key].default
+    ]
     best = {arm: (training.get("best") or {}).get("epoch") for arm, training in facts.training.items()}
     has_best = any(best.values())
     columns = (
         Column("arm", False),
         Column("verdict", False),
-        *(Column(_in_words(key), form != "s") for key, form in varied.items()),
+        *(Column(_in_words(key), _SETTINGS[key] != "s") for key in varied),
         *(Column(f"{category} (std)") for category in categories),
         Column("minus base"),
         Column("95 % interval"),
@@ -142,7 +139,7 @@ def build_arms_table(facts: Facts) -> Table:
         if has_best:
             cells.append(_BLANK if arm == BASE else cell(best.get(arm), "d"))
         rows.append(TableRow(tuple(cells), marked=role == "kept"))
-    return Table(_arms_caption(facts, shared, has_best), columns, tuple(rows), sortable=True)
+    return Table(_arms_caption(facts, told, has_best), columns, tuple(rows), sortable=True)
 
 
 def _in_words(key: str) -> str:
@@ -156,12 +153,16 @@ def _role(facts: Facts, arm: str) -> str:
     return "not trained" if arm != BASE and arm not in facts.training else facts.role(arm)
 
 
-def _setting_cells(facts: Facts, arm: str, forms: Mapping[str, str]) -> list[Cell]:
+def _setting_cells(facts: Facts, arm: str, keys: Iterable[str]) -> list[Cell]:
     setting = facts.settings.get(arm)  # the base has none
-    if setting is None:
-        return [_BLANK for _ in forms]
-    values = [(getattr(setting, key), form) for key, form in forms.items()]
-    return [Cell(value) if form == "s" else cell(value, form) for value, form in values]
+    return [_BLANK if setting is None else _setting(setting, key) for key in keys]
+
+
+def _setting(arm: Arm, key: str) -> Cell:
+    value, form = getattr(arm, key), _SETTINGS[key]
+    if value is None:
+        return Cell("none")
+    return Cell(value) if form == "s" else cell(value, form)
 
 
 def _mean_cells(facts: Facts, arm: str, categories: Sequence[str]) -> list[Cell]:
@@ -183,7 +184,7 @@ def _difference_cells(facts: Facts, arm: str) -> list[Cell]:
     ]
 
 
-def _arms_caption(facts: Facts, shared: Mapping[str, str], has_best: bool) -> str:
+def _arms_caption(facts: Facts, shared: Sequence[str], has_best: bool) -> str:
     """What the columns are, the settings of all arms, and which arms are compared at equal lr or gain."""
     parts = [
         f"CLIP score of the base and {count(len(facts.settings), 'arm')}: mean and standard deviation "
@@ -194,9 +195,7 @@ def _arms_caption(facts: Facts, shared: Mapping[str, str], has_best: bool) -> st
     if has_best:
         parts.append("and the epoch at which it was lowest")
     example = next(iter(facts.settings.values()))
-    parts += [
-        f"{_in_words(key)} {format(getattr(example, key), form)} throughout" for key, form in shared.items()
-    ]
+    parts += [f"{_in_words(key)} {_setting(example, key).text} throughout" for key in shared]
     has_ratio = any(arm.lr_ratio != 1 for arm in facts.settings.values())
     parts.append(f"gain is lr x {'lr ratio x ' if has_ratio else ''}scale x √rank")
     if "rslora" in {arm.scaling for arm in facts.settings.values()}:

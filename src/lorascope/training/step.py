@@ -204,6 +204,7 @@ class Step:
         if factors is not None:
             self.bank.gradients.mul_(factors[:, None])
         self.optimizer.step(self.lrs, moves)
+        self.bank.limit_norms(moves)
 
 
 _Recording = tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]  # and the buffers it reads its arguments from
