@@ -22,6 +22,7 @@ from pretended_cuda import guard
 _BESIDE_STEPS = {
     "parked",
     "AdapterBank.__init__",
+    "_plan_masks",
     "AdapterBank.initialize",
     "AdapterBank.select",
     "AdapterBank.unpadded",
@@ -34,6 +35,7 @@ _BESIDE_STEPS = {
 # taken.
 _BESIDE_DENOISING = {
     "AdapterBank.__init__",
+    "_plan_masks",
     "AdapterBank.initialize",
     "AdapterBank.load",
     "AdapterBank.select",
@@ -111,6 +113,7 @@ def broad(
             _stretched(png, (side, 56), picture)
             picture.with_suffix(".txt").write_text(f"{kind}, {caption}")
     (folder / "prompts.txt").write_text("[normal]\nwide\nsquare\n")
+    choices = 'lr_ratio = 4, max_weight_norm = 0.1, kind = "tlora", mask_when = "training"'
     return _walk(
         library,
         f"""
@@ -120,7 +123,10 @@ def broad(
         data.buckets = true
         data.bucket_step_px = 16
         data.heldout_share = 0.2
-        arms = [{{ rank = 2, lr = 1e-3, lr_ratio = 4, max_weight_norm = 0.1, seed = [0, 1] }}, {{ rank = 4, lr = 1e20, seed = 0 }}]
+        arms = [
+            {{ rank = 2, lr = 1e-3, seed = [0, 1], {choices} }},
+            {{ rank = 4, lr = 1e20, seed = 0 }},
+        ]
         adapter.groups = [{{ component = "text_encoder", targets = ["q_proj", "v_proj"] }}]
         train.epochs = 2
         train.batch_size = 2

@@ -29,12 +29,9 @@ def test_a_key_that_came_later_changes_no_digest_at_its_default() -> None:
     assert study().digest("data") == digest_json({"data": values})
     arms = study().model_dump(mode="json")["arms"]
     for table in arms:
-        assert [table.pop(key) for key in ("scaling", "init", "lr_ratio", "max_weight_norm")] == [
-            "alpha/r",
-            "kaiming",
-            1.0,
-            None,
-        ]
+        later = {"scaling": "alpha/r", "init": "kaiming", "lr_ratio": 1.0, "max_weight_norm": None}
+        later |= {"kind": "lora", "min_rank": None, "mask_exponent": 1.0, "mask_when": "always"}
+        assert {key: table.pop(key) for key in later} == later
         if table["match_gain"] is None:
             del table["match_gain"]
     assert study().digest("arms") == digest_json({"arms": arms})

@@ -30,6 +30,8 @@ from lorascope.sections import (
 
 Scaling = Literal["alpha/r", "rslora"]
 Init = Literal["kaiming", "gaussian", "orthogonal"]
+Kind = Literal["lora", "tlora"]
+MaskWhen = Literal["always", "training"]
 
 _DEFAULT_LR = 1e-4
 
@@ -45,7 +47,29 @@ class ArmGrid(Section):
             "name of the arm, only for a table that makes one; made from rank and what varies when absent"
         ),
     )
+    kind: Kind = Field(
+        default="lora",
+        description=(
+            "`lora`, or `tlora`: LoRA of which all components act where there is no noise, and the first "
+            "`min_rank` where there is nothing else"
+        ),
+    )
     rank: Rank | Ranks = Field(default=16, description="rank r of the adapter")
+    min_rank: Rank | Ranks | None = Field(
+        default=None,
+        description="of `tlora`: components that act at the last timestep; half the rank when absent",
+    )
+    mask_exponent: PositiveReal = Field(
+        default=1.0,
+        description="of `tlora`: a in r(t) = int(((T - t) / T)^a (rank - min_rank)) + min_rank",
+    )
+    mask_when: MaskWhen = Field(
+        default="always",
+        description=(
+            "of `tlora`: components are left out `always`, in drawing too, as published, or in `training` "
+            "alone, which gives files that are LoRA like any other"
+        ),
+    )
     alpha: PositiveReal | PositiveReals | None = Field(
         default=None,
         description=(
@@ -116,6 +140,19 @@ class ArmGrid(Section):
         return _DEFAULT_LR if value is None and name is None else value
 
     @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        for key in ("min_rank", "mask_exponent", "mask_when"):
+            value = getattr(self, key)
+            if self.kind == "lora" and value != type(self).model_fields[key].default:
+                raise ValueError(f'{key} = {shown(value)}: is of T-LoRA: leave it out, or set kind = "tlora"')
+        if self.min_rank is not None and max(_several(self.min_rank)) > min(_several(self.rank)):
+            raise ValueError(
+                f"min_rank = {max(_several(self.min_rank))}: must be at most the rank, "
+                f"{min(_several(self.rank))}: lower it, or give other ranks a table of their own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _name_of_one(self) -> Self:
         if self.name is not None and (count := self.count()) > 1:
             raise ValueError(
@@ -138,7 +175,10 @@ class ArmGrid(Section):
         scalings = _several(getattr(self, key) or 1.0)
         return [
             {
+                "kind": self.kind,
                 "rank": rank,
+                "mask_exponent": self.mask_exponent,
+                "mask_when": self.mask_when,
                 "alpha": value if key == "alpha" else value * rank,
                 "scaling": self.scaling,
                 "init": self.init,
@@ -156,7 +196,8 @@ class ArmGrid(Section):
         ]
 
 
-_MULTIPLIED = ("lr", "lr_ratio", "max_weight_norm", "seed", "batch_size", "epochs")  # besides rank and alpha
+# What may be a list, besides rank and alpha.
+_MULTIPLIED = ("min_rank", "lr", "lr_ratio", "max_weight_norm", "seed", "batch_size", "epochs")
 
 
 class Arm(Section):
@@ -174,6 +215,10 @@ class Arm(Section):
     batch_size: int = TrainSection().batch_size
     epochs: int = TrainSection().epochs
     scaling: Scaling = "alpha/r"
+    kind: Kind = "lora"
+    min_rank: int | None = None
+    mask_exponent: float = 1.0
+    mask_when: MaskWhen = "always"
     init: Init = "kaiming"
     lr_ratio: float = 1.0
     max_weight_norm: float | None = None
@@ -264,8 +309,12 @@ def expand(grids: Sequence[ArmGrid], train: TrainSection) -> tuple[Arm, ...]:
 
 
 def _resolve(setting: Mapping[str, Any], train: TrainSection) -> dict[str, Any]:
-    """A setting of an arm with `train`'s batch size and epochs where it has none of its own."""
+    """A setting of an arm with `train`'s batch size and epochs, and T-LoRA's usual least rank, where it has
+    none of its own.
+    """
     shared = {key: getattr(train, key) for key in ("batch_size", "epochs") if setting[key] is None}
+    if setting["kind"] == "tlora" and setting["min_rank"] is None:
+        shared["min_rank"] = max(1, setting["rank"] // 2)
     return {**setting, **shared}
 
 
@@ -274,17 +323,22 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
     by_rank: dict[int, list[Mapping[str, Any]]] = {}
     for setting in settings:
         by_rank.setdefault(setting["rank"], []).append(setting)
-    keys = ("alpha", "scaling", "init", *_MULTIPLIED)
+    keys = ("kind", "mask_exponent", "mask_when", "alpha", "scaling", "init", *_MULTIPLIED)
     return {
         key
         for key in keys
         for group in by_rank.values()
-        if len({setting[key] for setting in group} - ({None} if key == "lr" else set())) > 1
+        if len({setting[key] for setting in group} - ({None} if key in ("lr", "min_rank") else set())) > 1
     }
 
 
 def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
     parts = [f"r{setting['rank']}"]
+    if setting["kind"] == "tlora":
+        parts += ["tlora"] if "kind" in varying else []
+        parts += [f"min{setting['min_rank']}"] if "min_rank" in varying else []
+        parts += [f"exp{setting['mask_exponent']:g}"] if "mask_exponent" in varying else []
+        parts += ["masked-training"] if "mask_when" in varying and setting["mask_when"] == "training" else []
     if "alpha" in varying:
         parts.append(f"a{setting['alpha']:g}")
     if "scaling" in varying and setting["scaling"] == "rslora":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorascope import __version__
-from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section
+from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section, schedule_of
 from lorascope.adapters.files import load_adapter
 from lorascope.arms import Arm
 from lorascope.base.configs import count_tokens, load_tokenizer, read_configs
@@ -413,20 +413,20 @@ class Study:
         inputs = merge_inputs(self.config, self._train_inputs())
         if self.run_dir.is_finished("merge_check", inputs) and self.run_dir.merge_check_json.exists():
             return
-        arms, section = self.trained_arms(), self.config.sample
+        # T-LoRA has no merged weights.
+        arms = [arm for arm in self.trained_arms() if schedule_of(arm) is None]
+        section = self.config.sample
         job = plan_jobs(self.prompts, section.seeds)[0]
         shape = latent_shape_of(self.base, self.config.data.resolution_px)
         with self._stage("merge_check", inputs), full_fp32():
             free_cached(self.base.device)
             base = self.base.in_fp32()
-            bank = self.load_bank(arms, base)
+            bank = self.load_bank(arms, base) if arms else None
             folders = {arm.name: self.run_dir.adapters_dir / arm.name for arm in arms}
-            results = compare_merged(base, bank, folders, job, shape, section)
+            results = compare_merged(base, bank, folders, job, shape, section) if bank else {}
             write_json(self.run_dir.merge_check_json, results)
-        log.info(
-            "merge    merged equals unmerged: %s",
-            "yes" if all(item["ok"] for item in results.values()) else "NO",
-        )
+        answer = "yes" if all(item["ok"] for item in results.values()) else "NO"
+        log.info("merge    merged equals unmerged: %s", answer if results else "no arm can be merged")
 
     # -- score -----------------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def test_keys_and_values_of_a_text_are_computed_once_and_the_bits_stay(base: Bas
     texts = [text_of(base, seed) for seed in (0, 1)]
     expected = [predict(base, text, timestep) for text in texts for timestep in (900, 100)]
     assert len(calls) == 4
-    with text_projected_once(base.unet):
+    with text_projected_once(bank):
         found = [predict(base, text, timestep) for text in texts for timestep in (900, 100)]
         assert len(calls) == 4 + 2
         other: list[torch.Tensor] = []

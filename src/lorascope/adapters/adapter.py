@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lorascope.adapters.schedule import RankSchedule
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.errors import AdapterError
 
@@ -93,6 +94,7 @@ class Adapter:
     leftover: tuple[str, ...] = ()  # keys that belong to no module
     faults: tuple[str, ...] = ()  # what is wrong with it, a sentence each; `load_adapter` raises the first
     notes: tuple[str, ...] = ()  # what else of it a user should know, a sentence each
+    schedule: RankSchedule | None = None  # of T-LoRA: how many components act at a timestep
 
     def at_strength(self, strength: float) -> "Adapter":
         """The same adapter with `strength` in its alphas: at weight 1 it does what this does at `strength`.
@@ -109,6 +111,23 @@ class Adapter:
             for path, module in self.modules.items()
         }
         return replace(self, modules=modules)
+
+    def require_unscheduled(self, remedy: str) -> None:
+        """Raise `AdapterError` for T-LoRA, which has no single update; `remedy` says what to do."""
+        if self.schedule is not None:
+            raise AdapterError(
+                f"T-LoRA: {self.schedule.min_rank} to {self.schedule.rank} components act by timestep, so no "
+                f"single weight holds it: {remedy}"
+            )
+
+    def as_lora(self) -> "Adapter":
+        """The same weights as LoRA of the full rank: of T-LoRA that is what programs make of it that do not
+        know it.
+        """
+        if self.schedule is None:
+            return self
+        note = "T-LoRA written as LoRA: all components act at every timestep, as they did not in training"
+        return replace(self, schedule=None, notes=(*self.notes, note))
 
     def components(self) -> dict[str, dict[str, LoraModule]]:
         """The modules of `unet` and `text_encoder`, by path within the component; a component without modules

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.schedule import RankSchedule
 from lorascope.arms import Arm, Init, alpha_in_files
 from lorascope.errors import AdapterError
 from lorascope.sections import AdapterSection, TargetGroup
@@ -178,6 +179,52 @@ def initial_factors(
     return (down @ odd).T.reshape(shape), up @ even
 
 
+def schedule_of(arm: Arm, training: bool = False) -> RankSchedule | None:
+    """The schedule by which an arm's components act in drawing, or in `training`; None where all do."""
+    if arm.kind != "tlora" or (arm.mask_when == "training" and not training):
+        return None
+    assert arm.min_rank is not None
+    return RankSchedule(arm.rank, arm.min_rank, arm.mask_exponent)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Layers of equal ranks, and how many components of each arm act there at each timestep: int64 [N, T]."""
+
+    layers: list[Any]
+    rank: int  # the largest
+    dtype: torch.dtype
+    in_training: torch.Tensor
+    in_drawing: torch.Tensor
+
+
+def _plan_masks(
+    targets: Sequence[Target], arms: Sequence[Arm], layers: Mapping[str, Any], device: torch.device
+) -> list[_Mask]:
+    """What `AdapterBank.at` masks: nothing where no arm is T-LoRA."""
+    if all(schedule_of(arm, training=True) is None for arm in arms):
+        return []
+
+    def table(ranks: Sequence[int], training: bool) -> torch.Tensor:
+        schedules = [schedule_of(arm, training) for arm in arms]
+        rows = [
+            torch.full((1000,), rank) if schedule is None else schedule.table(rank)
+            for rank, schedule in zip(ranks, schedules, strict=True)
+        ]
+        return torch.stack(rows).to(device)
+
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for target in targets:
+        if target.component == "unet":
+            layer = layers[target.name]
+            ranks = tuple(target.rank(arm) for arm in arms)
+            alike.setdefault((ranks, layer.layer.weight.dtype), []).append(layer)
+    return [
+        _Mask(members, max(ranks), dtype, table(ranks, True), table(ranks, False))
+        for (ranks, dtype), members in alike.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Slice:
     """One slice of a batch: which adapter acts on it, and how strongly. Strength 0 is exactly the base."""
@@ -224,6 +271,7 @@ class AdapterBank:
         self._most_norms = torch.tensor(
             [math.inf if limit is None else limit for limit in limits], device=device
         )
+        self._masks = _plan_masks(self.targets, self.arms, self.layers, device)
         self.initialize()
         self.select_all()
 
@@ -231,6 +279,11 @@ class AdapterBank:
     def adapts_text(self) -> bool:
         """Whether text states depend on the adapter."""
         return any(target.component == "text_encoder" for target in self.targets)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether components act by timestep in drawing: T-LoRA."""
+        return any(schedule_of(arm) is not None for arm in self.arms)
 
     def _leaf(self, span: slice, shape: tuple[int, ...]) -> torch.Tensor:
         """A leaf [N, *shape] whose values and gradients live in the bank's buffers."""
@@ -264,6 +317,7 @@ class AdapterBank:
 
     def select_all(self) -> None:
         """Slice n of a batch goes through adapter n at full strength: the layout of training."""
+        self._selection = torch.arange(len(self.arms), device=self.parameters.device)
         for layer in self.layers.values():
             layer.selection = None
             layer.factors = layer.scales.view(-1, 1, 1)
@@ -272,8 +326,29 @@ class AdapterBank:
         """The layout of the next batches: slice s goes through `slices[s]`."""
         selection = torch.tensor([item.adapter for item in slices], device=self.parameters.device)
         strengths = torch.tensor([item.strength for item in slices], device=self.parameters.device)
+        self._selection = selection
         for layer in self.layers.values():
             layer.selection, layer.factors = selection, (layer.scales[selection] * strengths).view(-1, 1, 1)
+
+    def at(self, timesteps: torch.Tensor, training: bool = False) -> None:
+        """Let the components of T-LoRA arms act that their schedules have at `timesteps` [S * samples].
+
+        Of all other arms all components act, and a bank without T-LoRA arms does nothing. `training` says
+        whether those that are masked in training alone are masked too. Layers of the text encoder, whose
+        states do not depend on a timestep, are not masked.
+        """
+        is_masked = training or self.is_masked
+        for mask in self._masks:
+            if not is_masked:
+                for layer in mask.layers:
+                    layer.mask = None
+                continue
+            table = mask.in_training if training else mask.in_drawing
+            times = timesteps.long().reshape(len(self._selection), -1)  # (S, samples)
+            acting = table[self._selection[:, None], times]
+            kept = (torch.arange(mask.rank, device=acting.device) < acting[..., None]).to(mask.dtype)
+            for layer in mask.layers:
+                layer.mask = kept
 
     def gradient_norms(self) -> torch.Tensor:
         """The l2 norm of each adapter's gradient: float32 [N]."""
@@ -339,7 +414,7 @@ class AdapterBank:
                 up.cpu().clone(memory_format=torch.contiguous_format),
                 target.alpha(arm),
             )
-        return Adapter(modules, "bank", {}, ())
+        return Adapter(modules, "bank", {}, schedule=schedule_of(arm))
 
     @torch.no_grad()
     def load(self, index: int, adapter: Adapter) -> None:
@@ -347,6 +422,14 @@ class AdapterBank:
         alpha.
         """
         arm = self.arms[index]
+        if adapter.schedule != (schedule := schedule_of(arm)):
+            found, wanted = (
+                "none" if item is None else item.as_text() for item in (adapter.schedule, schedule)
+            )
+            raise AdapterError(
+                f"adapter {arm.name!r}: has the T-LoRA schedule {found}, the arm {wanted}: it belongs to "
+                "another arm"
+            )
         expected = {target.name_in_files: target for target in self.targets}
         if unknown := sorted(set(adapter.modules) ^ set(expected)):
             raise AdapterError(
@@ -377,6 +460,7 @@ class StackedLinear(nn.Module):
 
     selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
     factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice
+    mask: torch.Tensor | None = None  # [S, samples, r]: 1 for the components that act; None is all
 
     def __init__(self, layer: nn.Linear, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__()
@@ -396,12 +480,15 @@ class StackedLinear(nn.Module):
         num_slices = len(self.factors)
         down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
         rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
-        y: torch.Tensor = _AdaptedLinear.apply(rows, self.layer.weight, self.layer.bias, down, up)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+            rows, self.layer.weight, self.layer.bias, down, up, self.mask
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for each slice, and its gradients with respect to x, A and B.
+    """y = x W^T + b + (x A^T) M B^T for each slice, and its gradients with respect to x, A and B; M leaves
+    out the components that do not act on a sample.
 
     Written out because both branches meet in one buffer each way: autograd would copy y, and add two
     gradients of x.
@@ -415,23 +502,31 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x [S, T, in], weight [out, in], bias [out], down [S, r, in], up [S, out, r], of one dtype -> [S, T,
-        out].
+        """x [S, T, in], weight [out, in], bias [out], down [S, r, in], up [S, out, r], mask [S, samples, r]
+        or None, of one dtype -> [S, T, out].
         """
-        hidden = torch.bmm(x, down.mT)  # (S, T, r)
+        hidden = _masked(torch.bmm(x, down.mT), mask)  # (S, T, r)
         y = functional.linear(x, weight, bias).baddbmm_(hidden, up.mT)
-        ctx.save_for_backward(x, weight, down, up, hidden)
+        ctx.save_for_backward(x, weight, down, up, hidden, mask)
         return y
 
     @staticmethod
     def backward(
         ctx: Any, grad_y: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor]:
-        x, weight, down, up, hidden = ctx.saved_tensors
-        grad_hidden = torch.bmm(grad_y, up)  # (S, T, r)
+    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor, None]:
+        x, weight, down, up, hidden, mask = ctx.saved_tensors
+        grad_hidden = _masked(torch.bmm(grad_y, up), mask)  # (S, T, r)
         grad_x = torch.matmul(grad_y, weight).baddbmm_(grad_hidden, down) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, torch.bmm(grad_hidden.mT, x), torch.bmm(grad_y.mT, hidden)
+        return grad_x, None, None, torch.bmm(grad_hidden.mT, x), torch.bmm(grad_y.mT, hidden), None
+
+
+def _masked(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`hidden` [S, T, r], in place where there is a `mask` [S, samples, r]; T is samples * tokens."""
+    if mask is not None:
+        hidden.unflatten(1, (mask.shape[1], -1)).mul_(mask[:, :, None])
+    return hidden
 
 
 class StackedConv(nn.Module):
@@ -439,6 +534,7 @@ class StackedConv(nn.Module):
 
     selection: torch.Tensor | None  # as StackedLinear's
     factors: torch.Tensor
+    mask: torch.Tensor | None = None
 
     def __init__(self, layer: nn.Conv2d, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__()
@@ -463,5 +559,7 @@ class StackedConv(nn.Module):
             grouped, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, num_slices
         )
         hidden = hidden.unflatten(1, (num_slices, -1)).permute(1, 2, 0, 3, 4)  # (S, r, samples, H', W')
+        if self.mask is not None:
+            hidden = hidden * self.mask.mT[..., None, None]
         update = torch.bmm(up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])  # (S, out, samples, H', W')
         return y + update.transpose(1, 2).flatten(0, 1)

@@ -100,11 +100,13 @@ def export_arm(
     checkpoint: Literal["best", "last"] = "last",
     force: bool = False,
     strength: float = 1.0,
+    as_lora: bool = False,
 ) -> Written:
     """Write one trained arm of a run in any format; the merged ones load the run's base.
 
     By default the file lies in the current folder and is called after study and arm. `strength`, above 0 and
     at most 2, goes into alpha, or into the merged weights: the file at weight 1 is the arm at that weight.
+    `as_lora` writes T-LoRA as LoRA of its full rank, for programs that know no other.
     Raises `ConfigError` for an arm or checkpoint that is not there, for a strength out of range and for an
     `out` that exists, unless `force`; `AdapterError` as `save_adapter` and `merge_weights` do.
     """
@@ -131,9 +133,12 @@ def export_arm(
     run_dir.require_unchanged(arm_name)
     match layout:
         case "merged-diffusers" | "merged-ldm":
-            return write_merged(config.base, load_adapter(folder), out, layout, dtype, name, strength)
+            adapter = load_adapter(folder)
+            adapter = adapter.as_lora() if as_lora else adapter
+            return write_merged(config.base, adapter, out, layout, dtype, name, strength)
         case _:
-            return _write_layout(run_dir, config, arms[arm_name], folder, layout, out, dtype, name, strength)
+            arm = arms[arm_name]
+            return _write_layout(run_dir, config, arm, folder, layout, out, dtype, name, strength, as_lora)
 
 
 def _write_layout(
@@ -146,9 +151,12 @@ def _write_layout(
     dtype: Dtype,
     name: str,
     strength: float = 1.0,
+    as_lora: bool = False,
 ) -> Written:
     """One adapter file of a run, with the run's metadata."""
     adapter = load_adapter(folder)
+    if as_lora:
+        adapter = adapter.as_lora()
     if strength != 1:
         adapter = adapter.at_strength(strength)
     manifest = run_dir.manifest()
@@ -174,17 +182,20 @@ def convert(
     name: str | None = None,
     base: str | None = None,
     force: bool = False,
+    as_lora: bool = False,
 ) -> Written:
     """Write an adapter file or folder of any known layout in another one, or merged into `base` (a model as
     `base.model` names it).
 
-    Training metadata of the source are kept in a kohya or diffusers file. Raises `ConfigError` for an `out`
-    that exists, unless `force`, and for a merged format without `base`; `AdapterError` as `load_adapter` and
-    `save_adapter` do.
+    Training metadata of the source are kept in a kohya or diffusers file. `as_lora` is as of `export_arm`.
+    Raises `ConfigError` for an `out` that exists, unless `force`, and for a merged format without `base`;
+    `AdapterError` as `load_adapter` and `save_adapter` do.
     """
     require_free(out, force)
     dtype = dtype or default_dtype(layout)
     adapter = load_adapter(source)
+    if as_lora:
+        adapter = adapter.as_lora()
     name = plain_name(name) if name else made_plain(adapter.metadata.get("ss_output_name") or out.stem)
     match layout:
         case "merged-diffusers" | "merged-ldm":

@@ -19,6 +19,7 @@ from lorascope.adapters.hashes import kohya_hashes
 from lorascope.adapters.names import kohya_name
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.adapters.peft_config import peft_options, read_peft_config
+from lorascope.adapters.schedule import SCHEDULE_KEY, read_schedule
 from lorascope.base.weights import load_tensors, read_header, require_finite, save_tensors
 from lorascope.errors import AdapterError
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, write_json
@@ -49,9 +50,8 @@ def load_adapter(path: Path | str) -> Adapter:
             raise AdapterError(f"{path}: holds no {PEFT_WEIGHTS}: name an adapter file or a PEFT folder")
         modules = {name: module for part in parts for name, module in part.modules.items()}
         leftover = tuple(key for part in parts for key in part.leftover)
-        return Adapter(
-            modules, "peft", {}, leftover, notes=tuple(note for part in parts for note in part.notes)
-        )
+        notes = tuple(note for part in parts for note in part.notes)
+        return Adapter(modules, "peft", {}, leftover, notes=notes, schedule=parts[0].schedule)
     weights = path / PEFT_WEIGHTS if path.is_dir() else path
     if weights.suffix.lower() == ".safetensors":
         header = read_header(weights)
@@ -70,7 +70,7 @@ def load_adapter(path: Path | str) -> Adapter:
             f"{path}: has no {PEFT_CONFIG}, so alpha is unknown: put it there, or name {PEFT_WEIGHTS} itself "
             "to take the strength 1"
         )
-    adapter = parse_adapter(tensors, metadata, config)
+    adapter = replace(parse_adapter(tensors, metadata, config), schedule=read_schedule(metadata))
     if adapter.faults:
         more = f" (and {len(adapter.faults) - 1} more)" if len(adapter.faults) > 1 else ""
         raise AdapterError(f"{path}: {adapter.faults[0]}{more}")
@@ -107,8 +107,14 @@ def save_adapter(
     adapter with text-encoder modules becomes a `peft` folder of two, `unet/` and `text_encoder/`. `metadata`
     goes into the header of `kohya` and `diffusers` files, and of it `STRENGTH` into that of `peft`; the
     hashes of WebUI and the ModelSpec standard are added to `kohya`. Raises `AdapterError` for what the layout
-    cannot hold and for weights beyond the range of `dtype`.
+    cannot hold and for weights beyond the range of `dtype`. T-LoRA goes into `peft` folders alone, with its
+    schedule in the header.
     """
+    if layout != "peft":
+        adapter.require_unscheduled(
+            f"{layout} files are used at the full rank by all programs: write peft, or with --as-lora what "
+            "they would use"
+        )
     notes = list(adapter.notes)
     if adapter.leftover:
         notes.append(
@@ -278,6 +284,9 @@ def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], n
 def _save_peft(adapter: Adapter, folder: Path, metadata: Mapping[str, str], notes: list[str]) -> int:
     """A PEFT folder of the U-Net's adapter, or one a component."""
     own = {STRENGTH: metadata[STRENGTH]} if STRENGTH in metadata else {}
+    if adapter.schedule is not None:
+        own[SCHEDULE_KEY] = adapter.schedule.as_text()
+        notes.append("T-LoRA: PEFT reads it as LoRA of the full rank; lorascope goes by its schedule")
     components = adapter.components()
     if set(components) != {"unet"}:
         notes.append(

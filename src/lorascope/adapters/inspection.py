@@ -25,8 +25,9 @@ from lorascope.adapters.recognition import (
     family_of_modules,
     layout_of,
 )
+from lorascope.adapters.schedule import read_schedule
 from lorascope.base.family import family_of_folder
-from lorascope.errors import WeightsError, first_line
+from lorascope.errors import AdapterError, WeightsError, first_line
 from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, read_regular, require_regular
 
 
@@ -211,9 +212,24 @@ def _inspect_content(content: Content, path: Path) -> Inspection:
         remarks=(
             *_remarks(modules, incomplete, leftover),
             *configuration_notes(content.shapes, content.metadata, content.config),
+            *_schedule_notes(content.metadata),
             *_contradictions(content.metadata, modules, family),
         ),
     )
+
+
+def _schedule_notes(metadata: Mapping[str, str]) -> list[str]:
+    """What T-LoRA's schedule in a file's header says, or is wrong with it."""
+    try:
+        schedule = read_schedule(metadata)
+    except AdapterError as error:
+        return [str(error)]
+    if schedule is None:
+        return []
+    return [
+        f"T-LoRA: of {schedule.rank} components {schedule.min_rank} act at the last timestep and all at the "
+        "first; lorascope goes by that, other programs use all of them throughout"
+    ]
 
 
 def _alpha_notes(reading: Reading, modules: tuple[ModuleFacts, ...], content: Content) -> list[str]:

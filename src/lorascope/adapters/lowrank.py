@@ -126,8 +126,10 @@ def resize(adapter: Adapter, target: Target) -> Cut:
     """The best adapter of a lower rank, module by module.
 
     Every module keeps its scale, so alpha falls with the rank. A module whose rank is not above its new one
-    stays as it is. Raises `AdapterError` for DoRA, whose magnitudes belong to the update as it was trained.
+    stays as it is. Raises `AdapterError` for DoRA, whose magnitudes belong to the update as it was trained,
+    and for T-LoRA, whose components are in an order.
     """
+    adapter.require_unscheduled("keep it, or write it with --as-lora before")
     modules, energy, kept = {}, {}, 0
     for path, module in adapter.modules.items():
         if module.dora_scale is not None:

@@ -47,7 +47,9 @@ def merge_weights(
     no module names are passed on as they are. `dtype` None keeps each weight's own. DoRA's weights are W' = m
     (W + U) / ||W + U||, at other strengths W + strength (W' - W) (Liu et al. 2024). Raises `AdapterError` for
     modules that `state` lacks, shapes that differ, and results beyond the range of the dtype.
+    T-LoRA, which has no single weight, is refused too.
     """
+    adapter.require_unscheduled("draw with the adapter beside the base, or write it with --as-lora")
     merged = dict(state)
     error = norm = 0.0
     places = {path: _weight_key(path, state) for path in adapter.modules}

@@ -37,6 +37,9 @@ EnergyOption = Annotated[
     float | None, Parameter(help="share of each update's squared norm to keep, such as 0.95")
 ]
 AdapterName = Annotated[str | None, Parameter(help="name that programs show, the alias in WebUI's prompts")]
+AsLora = Annotated[
+    bool, Parameter(help="write T-LoRA as LoRA of its full rank, which is not what was trained", negative="")
+]
 Force = Annotated[bool, Parameter(help="replace what is there", negative="")]
 
 
@@ -58,6 +61,7 @@ def export(
         float,
         Parameter(help="weight to put into alpha: 1 in any program then draws what this drew"),
     ] = 1.0,
+    as_lora: AsLora = False,
     force: Force = False,
 ) -> int:
     """Write a trained arm as a file for other programs, or the base with the arm merged in.
@@ -80,7 +84,8 @@ def export(
     from lorascope.run_folder import RunDir
 
     config = load_study(run / "study.toml", environment={})
-    written = export_arm(RunDir(run), config, arm, layout, out, dtype, name, checkpoint, force, strength)
+    run_dir = RunDir(run)
+    written = export_arm(run_dir, config, arm, layout, out, dtype, name, checkpoint, force, strength, as_lora)
     _print_written(written)
     return EXIT_DONE
 
@@ -95,6 +100,7 @@ def convert(
     base: Annotated[
         str | None, Parameter(help="model to merge into, as base.model: for the merged formats")
     ] = None,
+    as_lora: AsLora = False,
     force: Force = False,
 ) -> int:
     """Write an adapter of another program in another format.
@@ -111,7 +117,7 @@ def convert(
     set_level(False, False)
     from lorascope.adapters.export import convert as convert_adapter
 
-    _print_written(convert_adapter(source, out, layout, dtype, name, base, force))
+    _print_written(convert_adapter(source, out, layout, dtype, name, base, force, as_lora))
     return EXIT_DONE
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from lorascope import __version__
-from lorascope.arms import Arm, Init, Scaling
+from lorascope.arms import Arm, Init, Kind, MaskWhen, Scaling
 from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Confidence, Diagnosis
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.remedies import Change, Remedy
@@ -69,6 +69,10 @@ _ARM: Any = {
         "seed": int,
         "batch_size": int,
         "epochs": int,
+        "kind?": str,
+        "min_rank?": Maybe(int),
+        "mask_exponent?": Number,
+        "mask_when?": str,
         "scaling?": str,
         "init?": str,
         "lr_ratio?": Number,
@@ -198,6 +202,8 @@ def _fault(values: Mapping[str, Any]) -> str | None:
         *((found["confidence"], get_args(Confidence)) for found in arms),
         *((found["settings"].get("scaling", "alpha/r"), get_args(Scaling)) for found in arms),
         *((found["settings"].get("init", "kaiming"), get_args(Init)) for found in arms),
+        *((found["settings"].get("kind", "lora"), get_args(Kind)) for found in arms),
+        *((found["settings"].get("mask_when", "always"), get_args(MaskWhen)) for found in arms),
         *((point["epoch"], get_args(Epoch)) for found in arms for point in found["points"]),
         *((found["chosen"]["epoch"], get_args(Epoch)) for found in arms if found.get("chosen")),
     ]

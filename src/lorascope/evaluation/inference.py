@@ -17,12 +17,16 @@ _TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")
 
 
 @contextmanager
-def text_projected_once(unet: nn.Module) -> Iterator[None]:
+def text_projected_once(bank: AdapterBank) -> Iterator[None]:
     """Within, keys and values of the text are computed once for each text tensor, not once a denoising step.
 
     It goes by the identity of the tensor, which must not be written to; each thread has its own. The same
-    bits come out.
+    bits come out. Where components of adapters act by timestep, all stays as it is.
     """
+    if bank.is_masked:
+        yield
+        return
+    unet = bank.components["unet"]
     names = [name for name, _ in unet.named_modules() if name.endswith(_TEXT_PROJECTIONS)]
     with _in_place(unet, {name: _Remembered(unet.get_submodule(name)) for name in names}):
         yield
@@ -35,7 +39,8 @@ def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
 
     One product takes the place of three, for a weight a slice in memory. That pays on a CPU in fp32; a weight
     in bf16 would lose much of a small update, and a GPU is hardly slowed by the adapters. So elsewhere, and
-    where the weights would take more than a quarter of the free memory, all stays as it is.
+    where the weights would take more than a quarter of the free memory, all stays as it is. So it does where
+    components act by timestep: there is no single weight then.
     """
     unet = bank.components["unet"]
     layers = {
@@ -46,7 +51,7 @@ def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
     weights = [layer.layer.weight for layer in layers.values()]
     num_bytes = len(slices) * sum(weight.nbytes for weight in weights)
     pays = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
-    if not pays or num_bytes > free_bytes(torch.device("cpu")) // 4:
+    if bank.is_masked or not pays or num_bytes > free_bytes(torch.device("cpu")) // 4:
         yield
         return
     with _in_place(unet, {path: _Folded(layer, slices) for path, layer in layers.items()}):

@@ -76,12 +76,14 @@ def denoise(
     text: torch.Tensor,
     section: SampleSection,
     is_stopped: Callable[[], bool] = lambda: False,
+    before_step: Callable[[torch.Tensor], None] = lambda timesteps: None,
 ) -> torch.Tensor:
     """Latents float32 [S * G, c, h, w] of G jobs under each of S slices of the attached bank.
 
     `noise` is [G, c, h, w], `text` [S, 1 + G, tokens, width], the empty caption's states first.
     Classifier-free guidance (Ho & Salimans 2022) runs both branches in one batch: within a slice, first the
-    empty captions, then the prompts. Raises `KeyboardInterrupt` before the next step once `is_stopped`.
+    empty captions, then the prompts. `before_step` is called with the timesteps of what the U-Net is given,
+    [S * branches * G]. Raises `KeyboardInterrupt` before the next step once `is_stopped`.
     """
     num_slices = len(text)
     scheduler = _SCHEDULERS[section.scheduler].from_config(base.scheduler_config)
@@ -102,6 +104,7 @@ def denoise(
             raise KeyboardInterrupt
         x = latents.unflatten(0, (num_slices, 1, -1)).expand(-1, len(branches), -1, -1, -1, -1).flatten(0, 2)
         x = scheduler.scale_model_input(x, timestep)
+        before_step(timestep_on_device.expand(len(x)))
         prediction = base.unet(x.to(base.unet.dtype), timestep_on_device, context).sample.float()
         prediction = prediction.unflatten(0, (num_slices, len(branches), -1))
         if guided:
@@ -169,7 +172,7 @@ class Painter:
             text = torch.cat([parts[:, 0, :1], parts[:, -1, 1:]], dim=1)
         else:
             text = torch.stack([self._text[caption] for caption in captions]).expand(num_slices, -1, -1, -1)
-        latents = denoise(self.base, noise, text, self.section, is_stopped)
+        latents = denoise(self.base, noise, text, self.section, is_stopped, self.bank.at)
         if not latents.isfinite().all():
             raise RunError(
                 "sampling gave latents that are not finite: the adapter or base has broken weights; "
@@ -195,7 +198,7 @@ def draw_pictures(
     """
     painter = Painter(base, bank, latent_shape, section, [job.prompt.text for job in jobs])
     painter.select(slices)
-    with text_projected_once(base.unet):
+    with text_projected_once(bank):
         return painter.draw(len(slices), jobs)
 
 
@@ -262,7 +265,9 @@ def _draw_all(
     for start in range(0, len(models), at_once):
         chunk = models[start : start + at_once]
         slices = [item for _, item in chunk]
-        num_workers = min(torch.get_num_threads(), at_once // len(chunk)) if base.device.type == "cpu" else 1
+        # What components act at a timestep is the bank's, which all threads share.
+        is_threaded = base.device.type == "cpu" and not bank.is_masked
+        num_workers = min(torch.get_num_threads(), at_once // len(chunk)) if is_threaded else 1
         todo = []
         for batch in batches_of(jobs, len(chunk), at_once // num_workers):
             paths = [path_of(name, job) for name, _ in chunk for job in batch]
@@ -278,7 +283,7 @@ def _draw_all(
                     writer.save(path_of(name, job), pixels, job, name, painter.section)
             return [path_of(name, job) for name, _ in chunk for job in batch]
 
-        with text_projected_once(base.unet), folded(bank, painter.select(slices)):
+        with text_projected_once(bank), folded(bank, painter.select(slices)):
             for paths in _side_by_side(draw, todo, num_workers, stopped):
                 note(paths)
 

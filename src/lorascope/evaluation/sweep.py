@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import AdapterBank, Slice, schedule_of
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import StorageError
@@ -64,13 +64,14 @@ class Part:
 
 def plan_edits(arms: Sequence[Arm], section: DiagnoseSection) -> dict[str, tuple[str, ...]]:
     """The edits that an arm's adapter is drawn with, by arm: `arms` are all of the study, of which those
-    above the lowest rank are cut to it.
+    above the lowest rank are cut to it. T-LoRA, whose components are in an order, is not edited.
     """
     lowest = min((arm.rank for arm in arms), default=0)
     scaled = (SCALED_INTRUDERS,) if section.scale_intruders else ()
+    plain = [arm for arm in arms if schedule_of(arm) is None]
     return {
         arm.name: (*scaled, cut_to(lowest)) if section.cut_rank and arm.rank > lowest else scaled
-        for arm in arms
+        for arm in plain
     }
 
 

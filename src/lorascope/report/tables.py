@@ -15,7 +15,11 @@ MAX_CONTRASTS = 12  # arms; with more, contrasts between neighbours say little a
 
 # Settings of an arm with the form of their numbers, "s" of a word.
 _SETTINGS = {
+    "kind": "s",
     "rank": "d",
+    "min_rank": "d",
+    "mask_exponent": "g",
+    "mask_when": "s",
     "alpha": "g",
     "init": "s",
     "lr": "g",
@@ -26,7 +30,8 @@ _SETTINGS = {
     "batch_size": "d",
     "epochs": "d",
 }
-_SELDOM = {"init", "lr_ratio", "max_weight_norm"}  # not told where all arms have the default
+# Not told where all arms have the default.
+_SELDOM = {"kind", "min_rank", "mask_exponent", "mask_when", "init", "lr_ratio", "max_weight_norm"}
 
 # The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
 REFERENCE: dict[str, dict[str, float]] = {

@@ -97,6 +97,7 @@ def _probe_selected(
         noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod).to(base.unet.dtype)
         target = prediction_target(latents, noise, timesteps, base.alphas_cumprod, base.prediction_type)
         noisy, timesteps = noisy.repeat(num_slices, 1, 1, 1), timesteps.repeat(num_slices)
+        bank.at(timesteps)
         predictions = tuple(
             base.unet(noisy, timesteps, text).sample.unflatten(0, (num_slices, -1)) for text in texts
         )

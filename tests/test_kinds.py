@@ -1,0 +1,122 @@
+"""Studies of several kinds of adapter: trained, resumed, exported, read back, drawn and diagnosed."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from conftest import digests, make_study, run_unreported
+from forked import run_forked
+from lorascope.adapters.files import load_adapter
+from lorascope.adapters.schedule import RankSchedule
+from lorascope.cli.app import main
+from lorascope.config import load_study
+from lorascope.store import read_json
+from lorascope.study import Study
+
+ARMS = (
+    'arms=[{rank=4, lr=1e-3}, {rank=4, lr=1e-3, kind="tlora"}, '
+    '{rank=4, lr=1e-3, kind="tlora", min_rank=1, mask_when="training"}]'
+)
+LORA, MASKED, IN_TRAINING = NAMES = ("r4", "r4-tlora-min2", "r4-tlora-min1-masked-training")
+
+
+@pytest.fixture(scope="module")
+def kinds(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("kinds") / "run"
+    make_study(study_file, run, ARMS).run()
+    return run
+
+
+def test_kinds_whose_algebra_is_one_are_trained_in_one_pass(kinds: Path) -> None:
+    facts = {name: read_json(kinds / "adapters" / name / "training.json") for name in NAMES}
+    assert all(fact["group"] == list(NAMES) and fact["failed"] is None for fact in facts.values())
+    assert [(fact["kind"], fact["min_rank"], fact["mask_when"]) for fact in facts.values()] == [
+        ("lora", None, "always"),
+        ("tlora", 2, "always"),
+        ("tlora", 1, "training"),
+    ]
+
+
+def test_an_arm_in_company_learns_what_it_learns_alone(study_file: Path, kinds: Path, tmp_path: Path) -> None:
+    study = make_study(study_file, tmp_path / "run", ARMS, "train.max_stacked_arms=1")
+    with study.working("test"):
+        for stage in (study.prepare_data, study.encode, study.train):
+            stage()
+
+    def losses(run: Path, arm: str) -> list[float]:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [record["loss"] for record in records if record["arm"] == arm and record["kind"] == "train"]
+
+    for name in NAMES:
+        # The loss hardly depends on the adapter: ten steps of AdamW may differ by 1e-4 of the norm.
+        assert losses(tmp_path / "run", name) == pytest.approx(losses(kinds, name), rel=1e-4)
+    assert losses(kinds, LORA) != losses(kinds, MASKED) != losses(kinds, IN_TRAINING)
+
+
+def test_files_hold_what_their_kind_allows(kinds: Path) -> None:
+    schedules = [load_adapter(kinds / "adapters" / name).schedule for name in NAMES]
+    assert schedules == [None, RankSchedule(4, 2), None]
+    files = [[path.name for path in (kinds / "adapters" / name).glob("tiny-*")] for name in NAMES]
+    assert files == [["tiny-r4.safetensors"], [], [f"tiny-{IN_TRAINING}.safetensors"]]
+    assert (
+        f"export   {MASKED}: no kohya file: T-LoRA: 2 to 4 components act"
+        in (kinds / "lorascope.log").read_text()
+    )
+    merges = read_json(kinds / "merge_check.json")
+    assert list(merges) == [LORA, IN_TRAINING] and all(result["ok"] for result in merges.values())
+
+
+def test_every_kind_is_diagnosed_and_reported(kinds: Path) -> None:
+    found = read_json(kinds / "diagnosis.json")["arms"]
+    assert list(found) == list(NAMES) and found[MASKED]["settings"]["kind"] == "tlora"
+    edited = {path.name.partition("-")[2] for path in (kinds / "sweep").iterdir() if "scaled" in path.name}
+    assert (kinds / "sweep").is_dir() and not any(MASKED in name for name in edited)
+    text = (kinds / "report.md").read_text()
+    assert "| kind |" in text and "tlora" in text and "min rank" in text
+
+
+def test_export_asks_before_it_writes_another_kind(
+    kinds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(kinds), "--arm", MASKED, "--out", str(tmp_path / "a.safetensors")]
+    assert main(command) == 2
+    assert "write peft, or with --as-lora what they would use" in capsys.readouterr().err
+    assert main([*command, "--as-lora"]) == 0
+    assert "T-LoRA written as LoRA: all components act at every timestep" in capsys.readouterr().err
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert adapter.schedule is None and {module.rank for module in adapter.modules.values()} == {4}
+    folder = str(kinds / "adapters" / MASKED)
+    assert main(["convert", folder, str(tmp_path / "b.safetensors"), "--as-lora"]) == 0
+    assert main(["inspect", folder]) == 4  # it is of the tiny base
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "T-LoRA: of 4 components 2 act at the last timestep" in shown
+
+
+def _killed_in_the_second_epoch(study_file: Path, run: Path, cache: Path) -> None:
+    import os
+
+    from lorascope.training.feed import Feed
+
+    original = Feed.load
+
+    def load(self: Feed, number: int) -> object:
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, number)
+
+    Feed.load = load  # type: ignore[assignment, method-assign]
+    Study(load_study(study_file, environment={}), run, cache_dir=cache).run()
+
+
+def test_a_killed_study_of_kinds_goes_on_to_the_same_bytes(
+    study_file: Path, kinds: Path, tmp_path: Path
+) -> None:
+    cache = study_file.parent / "cache"
+    killed = run_forked(_killed_in_the_second_epoch, kinds / "study.toml", tmp_path / "run", cache)
+    assert killed.exit_code == -signal.SIGKILL, killed.stderr[-2000:]
+    study = Study(load_study(kinds / "study.toml", environment={}), tmp_path / "run", cache_dir=cache)
+    run_unreported(study)
+    assert "going on from step" in (tmp_path / "run" / "lorascope.log").read_text()
+    assert digests(tmp_path / "run") == digests(kinds)
