@@ -136,6 +136,16 @@ def test_a_start_and_a_ratio_of_rates_make_arms_of_their_own() -> None:
                 "batch_size or epochs"
             ),
         ),
+        ("[{rank=4, min_rank=2}]", 'arms.0: min_rank = 2: is of T-LoRA: leave it out, or set kind = "tlora"'),
+        ('[{rank=4, mask_when="training", kind="dora"}]', 'arms.0: mask_when = "training": is of T-LoRA'),
+        (
+            '[{rank=[4, 8], min_rank=6, kind="tlora"}]',
+            "arms.0: min_rank = 6: must be at most the rank, 4: lower it",
+        ),
+        (
+            '[{kind="dora", max_weight_norm=1}]',
+            "arms.0: max_weight_norm = 1.0: bounds scale x B A, which is not all",
+        ),
         ('[{name="a", rank=4}, {name="A", rank=8}]', "arm names differ only in case: 'a' and 'A'"),
         (
             '[{name="a", rank=4, epochs=10}, {name="b", rank=4, alpha=4, epochs=10}]',

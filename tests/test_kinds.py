@@ -17,9 +17,14 @@ from lorascope.study import Study
 
 ARMS = (
     'arms=[{rank=4, lr=1e-3}, {rank=4, lr=1e-3, kind="tlora"}, '
-    '{rank=4, lr=1e-3, kind="tlora", min_rank=1, mask_when="training"}]'
+    '{rank=4, lr=1e-3, kind="tlora", min_rank=1, mask_when="training"}, {rank=4, lr=1e-3, kind="dora"}]'
 )
-LORA, MASKED, IN_TRAINING = NAMES = ("r4", "r4-tlora-min2", "r4-tlora-min1-masked-training")
+LORA, MASKED, IN_TRAINING, DORA = NAMES = (
+    "r4",
+    "r4-tlora-min2",
+    "r4-tlora-min1-masked-training",
+    "r4-dora",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +36,15 @@ def kinds(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_kinds_whose_algebra_is_one_are_trained_in_one_pass(kinds: Path) -> None:
     facts = {name: read_json(kinds / "adapters" / name / "training.json") for name in NAMES}
-    assert all(fact["group"] == list(NAMES) and fact["failed"] is None for fact in facts.values())
+    assert all(fact["failed"] is None for fact in facts.values())
+    groups = [fact["group"] for fact in facts.values()]
+    assert groups == [[LORA, MASKED, IN_TRAINING]] * 3 + [[DORA]]
+    assert facts[DORA]["parameters"] > facts[LORA]["parameters"] == facts[MASKED]["parameters"]
     assert [(fact["kind"], fact["min_rank"], fact["mask_when"]) for fact in facts.values()] == [
         ("lora", None, "always"),
         ("tlora", 2, "always"),
         ("tlora", 1, "training"),
+        ("dora", None, "always"),
     ]
 
 
@@ -52,27 +61,41 @@ def test_an_arm_in_company_learns_what_it_learns_alone(study_file: Path, kinds: 
     for name in NAMES:
         # The loss hardly depends on the adapter: ten steps of AdamW may differ by 1e-4 of the norm.
         assert losses(tmp_path / "run", name) == pytest.approx(losses(kinds, name), rel=1e-4)
-    assert losses(kinds, LORA) != losses(kinds, MASKED) != losses(kinds, IN_TRAINING)
+    assert len({tuple(losses(kinds, name)) for name in NAMES}) == 4
 
 
 def test_files_hold_what_their_kind_allows(kinds: Path) -> None:
-    schedules = [load_adapter(kinds / "adapters" / name).schedule for name in NAMES]
-    assert schedules == [None, RankSchedule(4, 2), None]
+    adapters = [load_adapter(kinds / "adapters" / name) for name in NAMES]
+    assert [adapter.schedule for adapter in adapters] == [None, RankSchedule(4, 2), None, None]
+    with_magnitudes = [
+        any(module.dora_scale is not None for module in adapter.modules.values()) for adapter in adapters
+    ]
+    assert with_magnitudes == [False, False, False, True]
     files = [[path.name for path in (kinds / "adapters" / name).glob("tiny-*")] for name in NAMES]
-    assert files == [["tiny-r4.safetensors"], [], [f"tiny-{IN_TRAINING}.safetensors"]]
+    assert files == [
+        ["tiny-r4.safetensors"],
+        [],
+        [f"tiny-{IN_TRAINING}.safetensors"],
+        ["tiny-r4-dora.safetensors"],
+    ]
     assert (
         f"export   {MASKED}: no kohya file: T-LoRA: 2 to 4 components act"
         in (kinds / "lorascope.log").read_text()
     )
     merges = read_json(kinds / "merge_check.json")
-    assert list(merges) == [LORA, IN_TRAINING] and all(result["ok"] for result in merges.values())
+    assert list(merges) == [LORA, IN_TRAINING, DORA] and all(result["ok"] for result in merges.values())
 
 
 def test_every_kind_is_diagnosed_and_reported(kinds: Path) -> None:
     found = read_json(kinds / "diagnosis.json")["arms"]
-    assert list(found) == list(NAMES) and found[MASKED]["settings"]["kind"] == "tlora"
-    edited = {path.name.partition("-")[2] for path in (kinds / "sweep").iterdir() if "scaled" in path.name}
-    assert (kinds / "sweep").is_dir() and not any(MASKED in name for name in edited)
+    assert list(found) == list(NAMES)
+    assert [item["settings"]["kind"] for item in found.values()] == ["lora", "tlora", "tlora", "dora"]
+    assert (
+        found[DORA]["signals"]["file_ok"]["value"] == 1
+        and found[DORA]["signals"]["norm_ratio"]["value"] is None
+    )
+    edited = {path.parent.name for path in (kinds / "sweep").glob("*/*") if "intruders" in path.name}
+    assert edited == {LORA, IN_TRAINING}
     text = (kinds / "report.md").read_text()
     assert "| kind |" in text and "tlora" in text and "min rank" in text
 

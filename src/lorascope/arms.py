@@ -30,7 +30,7 @@ from lorascope.sections import (
 
 Scaling = Literal["alpha/r", "rslora"]
 Init = Literal["kaiming", "gaussian", "orthogonal"]
-Kind = Literal["lora", "tlora"]
+Kind = Literal["lora", "tlora", "dora"]
 MaskWhen = Literal["always", "training"]
 
 _DEFAULT_LR = 1e-4
@@ -50,8 +50,8 @@ class ArmGrid(Section):
     kind: Kind = Field(
         default="lora",
         description=(
-            "`lora`, or `tlora`: LoRA of which all components act where there is no noise, and the first "
-            "`min_rank` where there is nothing else"
+            "`lora`; `tlora`, of which all components act where there is no noise, and the first `min_rank` "
+            "where there is nothing else; `dora`, which learns the size of each row of the weight apart"
         ),
     )
     rank: Rank | Ranks = Field(default=16, description="rank r of the adapter")
@@ -143,8 +143,13 @@ class ArmGrid(Section):
     def _fits_its_kind(self) -> Self:
         for key in ("min_rank", "mask_exponent", "mask_when"):
             value = getattr(self, key)
-            if self.kind == "lora" and value != type(self).model_fields[key].default:
+            if self.kind != "tlora" and value != type(self).model_fields[key].default:
                 raise ValueError(f'{key} = {shown(value)}: is of T-LoRA: leave it out, or set kind = "tlora"')
+        if self.kind == "dora" and self.max_weight_norm is not None:
+            raise ValueError(
+                f"max_weight_norm = {shown(self.max_weight_norm)}: bounds scale x B A, which is not all that "
+                'DoRA changes: leave it out, or set kind = "lora"'
+            )
         if self.min_rank is not None and max(_several(self.min_rank)) > min(_several(self.rank)):
             raise ValueError(
                 f"min_rank = {max(_several(self.min_rank))}: must be at most the rank, "
@@ -334,8 +339,9 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
 
 def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
     parts = [f"r{setting['rank']}"]
+    if "kind" in varying and setting["kind"] != "lora":
+        parts.append(setting["kind"])
     if setting["kind"] == "tlora":
-        parts += ["tlora"] if "kind" in varying else []
         parts += [f"min{setting['min_rank']}"] if "min_rank" in varying else []
         parts += [f"exp{setting['mask_exponent']:g}"] if "mask_exponent" in varying else []
         parts += ["masked-training"] if "mask_when" in varying and setting["mask_when"] == "training" else []

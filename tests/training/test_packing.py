@@ -203,7 +203,7 @@ def test_a_plan_of_arms_that_cannot_share_a_pass_or_without_a_key_is_refused(tmp
     arms, path = arms_of(2), tmp_path / "groups.json"
     Packing((ArmGroup(tuple(arms)),), 1).save(path, "x")
     longer = [arms[0], arms[1].model_copy(update={"epochs": arms[0].epochs + 1})]
-    with pytest.raises(StorageError, match=r"\(arms of several batch sizes .* share a group\): delete it"):
+    with pytest.raises(StorageError, match=r"\(arms of several batch sizes, .* share a group\): delete it"):
         Packing.load(path, "x", longer)
     path.write_text('{"inputs": "x", "workers": 1}')
     with pytest.raises(StorageError, match=r"\(no `groups`, or not of its type\): delete it"):

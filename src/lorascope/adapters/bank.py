@@ -57,8 +57,12 @@ class Target:
 
     @property
     def size_per_rank(self) -> int:
-        """Trainable parameters for each unit of rank."""
+        """Trainable parameters of A and B for each unit of rank."""
         return math.prod(self.down_shape) + self.out_features
+
+    def size(self, arm: Arm) -> int:
+        """Trainable parameters of this layer in an arm."""
+        return self.rank(arm) * self.size_per_rank + (self.out_features if arm.kind == "dora" else 0)
 
     def rank(self, arm: Arm) -> int:
         """Rank of this layer in an arm."""
@@ -152,8 +156,10 @@ def resolve_section(components: Mapping[str, nn.Module], section: AdapterSection
 
 
 def count_parameters(targets: Sequence[Target], arm: Arm) -> int:
-    """Trainable parameters of an adapter: r * (in + out) summed over its targets, kernels counted."""
-    return sum(target.rank(arm) * target.size_per_rank for target in targets)
+    """Trainable parameters of an adapter: r * (in + out) summed over its targets, kernels counted, and of
+    DoRA a magnitude an output.
+    """
+    return sum(target.size(arm) for target in targets)
 
 
 def initial_factors(
@@ -249,7 +255,12 @@ class AdapterBank:
         self.arms = list(arms)
         device = next(components["unet"].parameters()).device
         ranks = [max(target.rank(arm) for arm in arms) for target in self.targets]
-        size = sum(rank * target.size_per_rank for rank, target in zip(ranks, self.targets, strict=True))
+        is_dora = [arm.kind == "dora" for arm in arms]
+        self.has_magnitudes = any(is_dora)
+        size = sum(
+            rank * target.size_per_rank + self.has_magnitudes * target.out_features
+            for rank, target in zip(ranks, self.targets, strict=True)
+        )
         self.parameters = torch.zeros(len(self.arms), size, device=device)
         self.gradients = torch.zeros_like(self.parameters)
         self.layers: dict[str, StackedLinear | StackedConv] = {}
@@ -259,10 +270,15 @@ class AdapterBank:
             middle, end = start + rank * math.prod(target.down_shape), start + rank * target.size_per_rank
             down = self._leaf(slice(start, middle), (rank, *target.down_shape))
             up = self._leaf(slice(middle, end), (target.out_features, rank))
+            magnitudes = None
+            if self.has_magnitudes:
+                span = slice(end, end := end + target.out_features)
+                leaf = self._leaf(span, (target.out_features,))
+                magnitudes = Magnitudes(leaf, torch.tensor(is_dora, device=device))
             scales = torch.tensor([target.alpha(arm) / target.rank(arm) for arm in arms], device=device)
             layer: Any = components[target.component].get_submodule(target.path)
             self.layers[target.name] = (StackedLinear if isinstance(layer, nn.Linear) else StackedConv)(
-                layer, down, up, scales
+                layer, down, up, scales, magnitudes
             )
             self.spans[target.name] = slice(start, end)
             start = end
@@ -295,6 +311,7 @@ class AdapterBank:
     def initialize(self) -> None:
         """What each arm's `init` says, drawn by (arm's seed, layer)."""
         self.parameters.zero_()
+        device = self.parameters.device
         for target in self.targets:
             key = target.path if target.component == "unet" else target.name
             layer = self.layers[target.name]
@@ -303,6 +320,9 @@ class AdapterBank:
                 down, up = initial_factors(arm.init, rank, target.down_shape, target.out_features, generator)
                 layer.down[index, :rank].copy_(down)
                 layer.up[index, :, :rank].copy_(up)
+                if arm.kind == "dora":  # so that it starts as the base
+                    norms = layer.row_norms(down[None].to(device), up[None].to(device), layer.scales[[index]])
+                    layer.magnitudes_of(index).copy_(norms[0])
 
     def attach(self) -> "AdapterBank":
         """Put the adapted layers in place of the base's own."""
@@ -321,14 +341,17 @@ class AdapterBank:
         for layer in self.layers.values():
             layer.selection = None
             layer.factors = layer.scales.view(-1, 1, 1)
+            layer.strengths = None
 
     def select(self, slices: Sequence[Slice]) -> None:
         """The layout of the next batches: slice s goes through `slices[s]`."""
         selection = torch.tensor([item.adapter for item in slices], device=self.parameters.device)
         strengths = torch.tensor([item.strength for item in slices], device=self.parameters.device)
         self._selection = selection
+        is_full = all(item.strength == 1 for item in slices)
         for layer in self.layers.values():
             layer.selection, layer.factors = selection, (layer.scales[selection] * strengths).view(-1, 1, 1)
+            layer.strengths = None if is_full else strengths
 
     def at(self, timesteps: torch.Tensor, training: bool = False) -> None:
         """Let the components of T-LoRA arms act that their schedules have at `timesteps` [S * samples].
@@ -396,8 +419,10 @@ class AdapterBank:
                 own[self.spans[target.name]],
             )
             size = layer.down[0].numel()
+            end = size + layer.up[0].numel()
             columns[:size].unflatten(0, layer.down.shape[1:])[:rank] = True
-            columns[size:].unflatten(0, layer.up.shape[1:])[:, :rank] = True
+            columns[size:end].unflatten(0, layer.up.shape[1:])[:, :rank] = True
+            columns[end:] = self.arms[index].kind == "dora"
         return own
 
     def adapter(self, index: int) -> Adapter:
@@ -409,10 +434,14 @@ class AdapterBank:
             up = layer.up.detach()[index, :, :rank]
             up = up if len(target.down_shape) == 1 else up[:, :, None, None]
             down = layer.down.detach()[index, :rank]
+            magnitude = None
+            if arm.kind == "dora":
+                magnitude = layer.magnitudes_of(index).cpu().clone().view(-1, *[1] * len(target.down_shape))
             modules[target.name_in_files] = LoraModule(
                 down.cpu().clone(memory_format=torch.contiguous_format),
                 up.cpu().clone(memory_format=torch.contiguous_format),
                 target.alpha(arm),
+                dora_scale=magnitude,
             )
         return Adapter(modules, "bank", {}, schedule=schedule_of(arm))
 
@@ -453,36 +482,103 @@ class AdapterBank:
             layer = self.layers[target.name]
             layer.down[index, :rank].copy_(module.down)
             layer.up[index, :, :rank].copy_(module.up.flatten(1))
+            num_found = 0 if module.dora_scale is None else module.dora_scale.numel()
+            num_own = target.out_features if arm.kind == "dora" else 0
+            if num_found != num_own:
+                raise AdapterError(
+                    f"adapter {arm.name!r}: {name} has {num_found} magnitudes of DoRA, the arm {num_own}: it "
+                    "belongs to another arm"
+                )
+            if module.dora_scale is not None:
+                layer.magnitudes_of(index).copy_(module.dora_scale.flatten())
 
 
-class StackedLinear(nn.Module):
-    """A frozen Linear with the bank's adapters beside it."""
+@dataclass(frozen=True)
+class Magnitudes:
+    """What DoRA learns of a layer besides A and B: the norm of each row of its weight (Liu et al. 2024)."""
+
+    values: torch.Tensor  # m, [N, out]
+    is_dora: torch.Tensor  # bool [N]: of the others nothing is scaled
+
+
+class _Stacked(nn.Module):
+    """What the bank's adapters beside a frozen layer have in common."""
 
     selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
     factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice
+    strengths: torch.Tensor | None  # float32 [S]; None where all are 1
     mask: torch.Tensor | None = None  # [S, samples, r]: 1 for the components that act; None is all
 
-    def __init__(self, layer: nn.Linear, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scales: torch.Tensor,
+        magnitudes: Magnitudes | None = None,
+    ) -> None:
         super().__init__()
-        self.layer = layer
-        self.down = down  # A, [N, r, in]
+        self.layer: Any = layer
+        self.down = down  # A, [N, r, in], of a convolution [N, r, in, kernel height, kernel width]
         self.up = up  # B, [N, out, r]
         self.scales = scales  # [N], alpha / rank
+        self.magnitudes = magnitudes
+
+    def magnitudes_of(self, index: int) -> torch.Tensor:
+        """Those of adapter `index`, which is DoRA, to read or write: [out]."""
+        assert self.magnitudes is not None
+        return self.magnitudes.values.detach()[index]
+
+    def _selected(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return parts if self.selection is None else tuple(part[self.selection] for part in parts)
+
+    @torch.no_grad()
+    def row_norms(self, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The l2 norm of each row of W + scale B A: float32 [S, out], by products of W, A and B alone."""
+        weight, down = self.layer.weight.flatten(1), down.flatten(2)
+        across = torch.matmul(weight, down.mT.to(weight.dtype)).float()  # (S, out, r)
+        own = torch.linalg.vector_norm(weight.float(), dim=1).square()  # (out)
+        mixed = (across * up).sum(dim=2) * scales[:, None]
+        update = ((up @ (down @ down.mT)) * up).sum(dim=2) * scales[:, None].square()
+        return (own + 2 * mixed + update).clamp(min=0).sqrt()
+
+    def _gains(self) -> torch.Tensor:
+        """What DoRA multiplies each output of W + scale B A by: m over the norm of its row, which is held for
+        constant in the gradient as the paper has it; 1 of other adapters. [S, out]
+        """
+        assert self.magnitudes is not None
+        down, up, scales, values, is_dora = self._selected(
+            self.down, self.up, self.scales, self.magnitudes.values, self.magnitudes.is_dora
+        )
+        norms = self.row_norms(down, up, scales)
+        return torch.where(is_dora[:, None], values / norms, 1.0)
+
+
+class StackedLinear(_Stacked):
+    """A frozen Linear with the bank's adapters beside it."""
+
+    def __init__(self, layer: nn.Linear, *parts: Any) -> None:
+        super().__init__(layer, *parts)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [S * samples, ..., in] -> [S * samples, ..., out]."""
-        down, up = (
-            (self.down, self.up)
-            if self.selection is None
-            else (self.down[self.selection], self.up[self.selection])
-        )
+        down, up = self._selected(self.down, self.up)
         num_slices = len(self.factors)
-        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
         rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
-        y: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-            rows, self.layer.weight, self.layer.bias, down, up, self.mask
-        )
+        weight, bias = self.layer.weight, self.layer.bias
+        if self.magnitudes is None:
+            factors = self.factors
+        else:
+            bias, factors = None, self._selected(self.scales)[0].view(-1, 1, 1)
+        down, up = down.to(x.dtype), (up * factors).to(x.dtype)
+        y: torch.Tensor = _AdaptedLinear.apply(rows, weight, bias, down, up, self.mask)  # type: ignore[no-untyped-call]
+        if self.magnitudes is not None:
+            y = y * self._gains()[:, None].to(y.dtype)
+            if self.strengths is not None:  # W + strength (W' - W)
+                strengths = self.strengths[:, None, None].to(y.dtype)
+                y = y * strengths + functional.linear(rows, weight) * (1 - strengths)
+            y = y if self.layer.bias is None else y + self.layer.bias
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -529,32 +625,20 @@ def _masked(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return hidden
 
 
-class StackedConv(nn.Module):
+class StackedConv(_Stacked):
     """A frozen convolution with the bank's adapters beside it."""
-
-    selection: torch.Tensor | None  # as StackedLinear's
-    factors: torch.Tensor
-    mask: torch.Tensor | None = None
-
-    def __init__(self, layer: nn.Conv2d, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> None:
-        super().__init__()
-        self.layer = layer
-        self.down = down  # A, [N, r, in, kernel height, kernel width]
-        self.up = up  # B, [N, out, r]
-        self.scales = scales  # [N], alpha / rank
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [S * samples, in, H, W] -> [S * samples, out, H', W']."""
-        y = self.layer(x)
-        down, up = (
-            (self.down, self.up)
-            if self.selection is None
-            else (self.down[self.selection], self.up[self.selection])
-        )
-        num_slices = len(self.factors)
-        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
+        down, up = self._selected(self.down, self.up)
+        num_slices, layer = len(self.factors), self.layer
+        if self.magnitudes is None:
+            y, factors = layer(x), self.factors
+        else:
+            y = functional.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation)
+            factors = self._selected(self.scales)[0].view(-1, 1, 1)
+        down, up = down.to(x.dtype), (up * factors).to(x.dtype)
         grouped = x.unflatten(0, (num_slices, -1)).transpose(0, 1).flatten(1, 2)  # (samples, S * in, H, W)
-        layer = self.layer
         hidden = functional.conv2d(
             grouped, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, num_slices
         )
@@ -562,4 +646,14 @@ class StackedConv(nn.Module):
         if self.mask is not None:
             hidden = hidden * self.mask.mT[..., None, None]
         update = torch.bmm(up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])  # (S, out, samples, H', W')
-        return y + update.transpose(1, 2).flatten(0, 1)
+        update = update.transpose(1, 2).flatten(0, 1)
+        if self.magnitudes is None:
+            return y + update
+        gains = self._gains().to(y.dtype).repeat_interleave(len(x) // num_slices, 0)[..., None, None]
+        adapted = (y + update) * gains
+        if self.strengths is not None:
+            strengths = self.strengths.to(y.dtype).repeat_interleave(len(x) // num_slices)[
+                :, None, None, None
+            ]
+            adapted = adapted * strengths + y * (1 - strengths)
+        return adapted if layer.bias is None else adapted + layer.bias[:, None, None]

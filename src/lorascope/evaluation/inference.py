@@ -40,7 +40,7 @@ def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
     One product takes the place of three, for a weight a slice in memory. That pays on a CPU in fp32; a weight
     in bf16 would lose much of a small update, and a GPU is hardly slowed by the adapters. So elsewhere, and
     where the weights would take more than a quarter of the free memory, all stays as it is. So it does where
-    components act by timestep: there is no single weight then.
+    components act by timestep, since there is no single weight then, and with DoRA.
     """
     unet = bank.components["unet"]
     layers = {
@@ -51,7 +51,7 @@ def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
     weights = [layer.layer.weight for layer in layers.values()]
     num_bytes = len(slices) * sum(weight.nbytes for weight in weights)
     pays = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
-    if bank.is_masked or not pays or num_bytes > free_bytes(torch.device("cpu")) // 4:
+    if bank.is_masked or bank.has_magnitudes or not pays or num_bytes > free_bytes(torch.device("cpu")) // 4:
         yield
         return
     with _in_place(unet, {path: _Folded(layer, slices) for path, layer in layers.items()}):

@@ -64,11 +64,12 @@ class Part:
 
 def plan_edits(arms: Sequence[Arm], section: DiagnoseSection) -> dict[str, tuple[str, ...]]:
     """The edits that an arm's adapter is drawn with, by arm: `arms` are all of the study, of which those
-    above the lowest rank are cut to it. T-LoRA, whose components are in an order, is not edited.
+    above the lowest rank are cut to it. T-LoRA, whose components are in an order, and DoRA, whose magnitudes
+    belong to the whole update, are not edited.
     """
     lowest = min((arm.rank for arm in arms), default=0)
     scaled = (SCALED_INTRUDERS,) if section.scale_intruders else ()
-    plain = [arm for arm in arms if schedule_of(arm) is None]
+    plain = [arm for arm in arms if schedule_of(arm) is None and arm.kind != "dora"]
     return {
         arm.name: (*scaled, cut_to(lowest)) if section.cut_rank and arm.rank > lowest else scaled
         for arm in plain

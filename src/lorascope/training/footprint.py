@@ -98,7 +98,7 @@ def estimate_training(
     """
     widest = max(arms, key=lambda arm: arm.rank)
     kept, peak = _step_bytes(components, tuple(targets), widest, batch_size, latent_shape, checkpointing)
-    parameters = sum(max(target.rank(arm) for arm in arms) * target.size_per_rank for target in targets)
+    parameters = sum(max(target.size(arm) for arm in arms) for target in targets)
     return Estimate(
         num_arms=len(arms),
         checkpointing=checkpointing,

@@ -124,16 +124,20 @@ class TorchOptimizer:
             groups: dict[float, list[torch.Tensor]] = {}
             for target in bank.targets:
                 layer, rank = bank.layers[target.name], target.rank(arm)
-                assert layer.down.grad is not None and layer.up.grad is not None
                 factor = target.lr(arm) / arm.lr
-                for leaf, gradient, part, own in (
-                    (layer.down, layer.down.grad, (index, slice(rank)), factor),
-                    (layer.up, layer.up.grad, (index, slice(None), slice(rank)), factor * arm.lr_ratio),
-                ):
+                leaves: list[tuple[torch.Tensor, Any, float]] = [
+                    (layer.down, (index, slice(rank)), factor),
+                    (layer.up, (index, slice(None), slice(rank)), factor * arm.lr_ratio),
+                ]
+                if arm.kind == "dora":
+                    assert layer.magnitudes is not None
+                    leaves.append((layer.magnitudes.values, (index,), factor))
+                for leaf, part, own in leaves:
+                    assert leaf.grad is not None
                     weight = leaf.detach()[
                         part
                     ].requires_grad_()  # shares the bank's memory, and so does its gradient
-                    weight.grad = gradient[part]
+                    weight.grad = leaf.grad[part]
                     groups.setdefault(own, []).append(weight)
             self._optimizers.append(_start(kind, groups, arm.lr, section))
 
@@ -273,8 +277,17 @@ def _columns_by_lr_factor(bank: AdapterBank, arm: Arm) -> dict[float, list[slice
     columns: dict[float, list[slice]] = {}
     for target in bank.targets:
         factor, span = target.lr(arm) / arm.lr, bank.spans[target.name]
-        middle = span.start + bank.layers[target.name].down[0].numel()
-        for start, end, own in ((span.start, middle, factor), (middle, span.stop, factor * arm.lr_ratio)):
+        layer = bank.layers[target.name]
+        middle = span.start + layer.down[0].numel()
+        last = middle + layer.up[0].numel()  # then come magnitudes, where there are any
+        parts = (
+            (span.start, middle, factor),
+            (middle, last, factor * arm.lr_ratio),
+            (last, span.stop, factor),
+        )
+        for start, end, own in parts:
+            if start == end:
+                continue
             known = columns.setdefault(own, [])
             if known and known[-1].stop == start:
                 known[-1] = slice(known[-1].start, end)

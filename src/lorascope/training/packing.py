@@ -113,10 +113,15 @@ def _fault(known: Mapping[str, Any], arms: Sequence[Arm]) -> str | None:
     names = [name for group in groups for name in group["arms"]]
     if sorted(names) != sorted(arm.name for arm in arms) or not all(group["arms"] for group in groups):
         return "it does not hold every arm of this study once"
-    kinds = {arm.name: (arm.batch_size, arm.epochs) for arm in arms}
+    kinds = {arm.name: _alike(arm) for arm in arms}
     if any(len({kinds[name] for name in group["arms"]}) > 1 for group in groups):
-        return "arms of several batch sizes or numbers of epochs share a group"
+        return "arms of several batch sizes, numbers of epochs or kinds share a group"
     return None
+
+
+def _alike(arm: Arm) -> tuple[int, int, bool]:
+    """What arms of a group have in common; magnitudes would cost those beside DoRA that have none."""
+    return arm.batch_size, arm.epochs, arm.kind == "dora"
 
 
 def describe_passes(passes: Sequence[Sequence[str]], num_workers: int) -> list[str]:
@@ -178,16 +183,16 @@ def pack_arms(
 def plan_groups(
     arms: Sequence[Arm], num_workers: int, max_stacked: int, fits: Callable[[Sequence[Arm]], bool]
 ) -> list[tuple[Arm, ...]]:
-    """Arms in groups of one batch size and number of epochs, for the shortest time on so many workers; the
-    longest group first.
+    """Arms in groups of one batch size and number of epochs, DoRA apart from others, for the shortest time on
+    so many workers; the longest group first.
 
     Arms next to each other in rank stand together, so that little is padded, and groups of one kind are of
     equal size. Of several ways that take the same time the one with the fewest groups is taken. A group holds
     at most `max_stacked` arms and fits; an arm that fits nowhere is a group of its own.
     """
-    kinds: dict[tuple[int, int], list[Arm]] = {}
+    kinds: dict[tuple[int, int, bool], list[Arm]] = {}
     for arm in sorted(arms, key=lambda arm: arm.rank):
-        kinds.setdefault((arm.batch_size, arm.epochs), []).append(arm)
+        kinds.setdefault(_alike(arm), []).append(arm)
     cuts = [
         [(_mean_cost(cut), cut) for cut in _possible_cuts(kind, max_stacked, fits)] for kind in kinds.values()
     ]
