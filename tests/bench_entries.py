@@ -28,4 +28,7 @@ RIGHT = [
     Entry("O1", "ours", "ours", (4,)),
     Entry("O1b", "ours", "ours", (4,), "bf16", tolerance="bf16"),
     Entry("O6", "ours, stacked", "ours", (4, 8, 4)),
+    Entry("K1", "T-LoRA, ours", "ours", (4,), adapter="tlora"),
+    Entry("K2", "DoRA, ours", "ours", (4,), adapter="dora"),
+    Entry("K3", "DoRA, PEFT", "peft", (4,), recipe=CACHED, adapter="dora"),
 ]

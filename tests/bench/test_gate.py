@@ -10,6 +10,7 @@ import torch
 
 from bench_entries import PEERS_DIR, REFERENCE, RIGHT
 from conftest import needs_bf16_attention
+from lorascope.arms import Kind
 from lorascope.bench.entries import Conditions, Entry
 from lorascope.bench.entry import Runner, Trajectory, build_runner
 from lorascope.bench.gate import compare, verdict
@@ -19,12 +20,14 @@ from lorascope.bench.peers import missing_for
 @pytest.fixture(scope="module")
 def references(
     conditions: Conditions, workload: Path
-) -> dict[tuple[int, float], tuple[dict[str, torch.Tensor], Trajectory]]:
+) -> dict[tuple[int, float, Kind], tuple[dict[str, torch.Tensor], Trajectory]]:
     """The weights before the first step and the first 20 steps, by rank and clipping."""
     found = {}
-    for key in ((4, 0.0), (4, 1.0), (8, 1.0)):
-        runner = build_runner(replace(REFERENCE, ranks=key[:1], max_grad_norm=key[1]), conditions, workload)
-        found[key] = (runner.weights(), take(runner))
+    keys: list[tuple[int, float, Kind]] = [(4, 0.0, "lora"), (4, 1.0, "lora"), (8, 1.0, "lora")]
+    for rank, norm, kind in [*keys, (4, 1.0, "tlora"), (4, 1.0, "dora")]:
+        entry = replace(REFERENCE, ranks=(rank,), max_grad_norm=norm, adapter=kind)
+        runner = build_runner(entry, conditions, workload)
+        found[rank, norm, kind] = (runner.weights(), take(runner))
     return found
 
 
@@ -34,7 +37,7 @@ def take(runner: Runner) -> Trajectory:
 
 
 def errors_of(entry: Entry, runner: Runner, references: Any) -> dict[str, float]:
-    known = [references[rank, entry.max_grad_norm] for rank in entry.ranks]
+    known = [references[rank, entry.max_grad_norm, entry.adapter] for rank in entry.ranks]
     return compare([steps for _, steps in known], [start for start, _ in known], take(runner))
 
 
@@ -85,7 +88,7 @@ def test_the_gate_stops_an_arm_that_sees_other_noise(
 def test_the_gate_stops_one_wrong_adapter_among_stacked_ones(
     conditions: Conditions, workload: Path, references: Any
 ) -> None:
-    entry = RIGHT[-1]
+    entry = next(entry for entry in RIGHT if entry.name == "O6")
     runner: Any = build_runner(entry, conditions, workload)
     for layer in runner.bank.layers.values():
         layer.down.data[1] *= 1.1

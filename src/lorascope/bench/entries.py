@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from lorascope.arms import Kind
 from lorascope.base.attention import KERNELS
 from lorascope.bench.peers import Recipe
 from lorascope.errors import ConfigError
@@ -35,6 +36,7 @@ class Entry:
     cuda_graph: bool = False
     compiled: bool = False
     max_grad_norm: float = 1.0
+    adapter: Kind = "lora"
     barred: tuple[str, ...] = ()  # what it would use if that were right on this device
 
     @property
@@ -92,7 +94,9 @@ def threads_of(entry: Entry, conditions: Conditions) -> int:
 
 
 def plan_entries(base: str, device: torch.device, quick: bool) -> list[Entry]:
-    """The entries of the table: peers P1 to P4 and ours O1 to O7, at rank 16 and, unless `quick`, rank 64."""
+    """The entries of the table: peers P1 to P4, ours O1 to O7 and kinds of adapter K1 to K3 at ranks 16 and
+    64; the quick ones are at rank 16, without kinds on a CPU.
+    """
     ranks = _RANKS[:1] if quick else _RANKS
     return [
         entry
@@ -124,6 +128,8 @@ def _cpu_entries(rank: int, quick: bool) -> list[Entry]:
     tuned = entries[-1]
     entries += [_stacked(tuned, count) for count in ((2, 4) if quick else (2, 4, 8))]
     entries.append(replace(tuned, name="O7", label="ours, 2 processes side by side", num_processes=2))
+    if not quick:
+        entries += _kinds(next(entry for entry in entries if entry.name == "O1"), cached)
     return [entry for entry in entries if not quick or entry.name not in ("P2", "P3", "P4c")]
 
 
@@ -157,6 +163,25 @@ def _gpu_entries(rank: int) -> list[Entry]:
         graph,
         replace(graph, name="O5", label="+ compile", compiled=True),
         *(_stacked(graph, count) for count in (2, 4, 8)),
+        *_kinds(graph, cached),
+    ]
+
+
+def _kinds(lora: Entry, recipe: Recipe) -> list[Entry]:
+    """Other kinds of adapter under the conditions of `lora`, and PEFT's DoRA."""
+    return [
+        replace(lora, name="K1", label="T-LoRA, ours", adapter="tlora"),
+        replace(lora, name="K2", label="DoRA, ours", adapter="dora"),
+        Entry(
+            "K3",
+            "DoRA, PEFT, cached",
+            "peft",
+            lora.ranks,
+            lora.precision,
+            recipe,
+            lora.tolerance,
+            adapter="dora",
+        ),
     ]
 
 

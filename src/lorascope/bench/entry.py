@@ -47,7 +47,8 @@ class Trajectory(NamedTuple):
 
     losses: np.ndarray  # [steps, N]
     norms: np.ndarray  # [steps, N]: gradients before clipping
-    # `<layer>.down` [N, r, in] and `<layer>.up` [N, out, r] afterwards, fp32
+    # `<layer>.down` [N, r, in], `<layer>.up` [N, out, r] and of DoRA `<layer>.magnitude` [N, out] afterwards,
+    # fp32
     weights: dict[str, torch.Tensor]
 
 
@@ -141,7 +142,15 @@ def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
     workload = load_workload(folder, base.device)
     section = entry.section(conditions.batch_size)
     arms = [
-        Arm(name=f"{index}", rank=rank, alpha=SCALE * rank, lr=LR, seed=SEED)
+        Arm(
+            name=f"{index}",
+            rank=rank,
+            alpha=SCALE * rank,
+            lr=LR,
+            seed=SEED,
+            kind=entry.adapter,
+            min_rank=rank // 2 if entry.adapter == "tlora" else None,
+        )
         for index, rank in enumerate(entry.ranks)
     ]
     bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms)
@@ -202,7 +211,7 @@ class _Peer:
         parts = {
             f"{name}.{part}": weight
             for name, pair in self.step.weights.items()
-            for part, weight in zip(_PARTS, pair, strict=True)
+            for part, weight in zip(_PARTS, pair, strict=False)
         }
         return {name: weight.detach().float().cpu().clone()[None] for name, weight in parts.items()}
 
@@ -229,12 +238,15 @@ class _Ours:
         return timed(lambda: next(self.records), count, self.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        layers = self.bank.layers.items()
-        parts = {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in _PARTS}
+        parts: dict[str, torch.Tensor] = {}
+        for name, layer in self.bank.layers.items():
+            parts |= {f"{name}.down": layer.down, f"{name}.up": layer.up}
+            if layer.magnitudes is not None:
+                parts[f"{name}.magnitude"] = layer.magnitudes.values
         return {name: weight.detach().cpu().clone() for name, weight in parts.items()}
 
 
-_PARTS = ("down", "up")
+_PARTS = ("down", "up", "magnitude")  # the last of DoRA
 
 
 def _name_of(dtype: torch.dtype) -> str:

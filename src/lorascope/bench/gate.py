@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lorascope.arms import Kind
 from lorascope.bench.entries import Conditions, Entry
 from lorascope.bench.entry import Lane, Trajectory
 
@@ -41,7 +42,10 @@ def compare(
         astray = way = 0.0
         for name, end in true.weights.items():
             rank_cut = seen.weights[name][index]
-            rank_cut = rank_cut[: end.shape[1]] if name.endswith(".down") else rank_cut[:, : end.shape[2]]
+            if name.endswith(".down"):
+                rank_cut = rank_cut[: end.shape[1]]
+            elif name.endswith(".up"):
+                rank_cut = rank_cut[:, : end.shape[2]]
             astray += float((rank_cut - end[0]).square().sum())
             way += float((end[0] - before[name][0]).square().sum())
         errors.append((float(loss), float(norm), float((astray / way) ** 0.5)))
@@ -62,35 +66,38 @@ def verdict(errors: Mapping[str, float], tolerance: str) -> str | None:
 
 @dataclass
 class References:
-    """The reference's first steps by (rank, clipping), FLOPs of a step by rank, and the device's FLOP/s by
-    dtype.
+    """The reference's first steps by (rank, clipping, kind of adapter), FLOPs of a step of LoRA by rank, and
+    the device's FLOP/s by dtype.
     """
 
-    steps: dict[tuple[int, float], Trajectory] = field(default_factory=dict)
-    start: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    steps: dict[tuple[int, float, Kind], Trajectory] = field(default_factory=dict)
+    start: dict[tuple[int, Kind], dict[str, torch.Tensor]] = field(default_factory=dict)
     flops: dict[int, int] = field(default_factory=dict)
     limit: dict[str, float] = field(default_factory=dict)
 
     def run(self, entries: Iterable[Entry], conditions: Conditions, folder: Path) -> None:
         """Take the steps that `entries` will be held against."""
-        wanted = dict.fromkeys((rank, entry.max_grad_norm) for entry in entries for rank in entry.ranks)
+        wanted = dict.fromkeys(
+            (rank, entry.max_grad_norm, entry.adapter) for entry in entries for rank in entry.ranks
+        )
         plain = Entry("R", "plain reference", "reference", ())
-        for rank, norm in wanted:  # one after another: each holds the base in fp32
-            lane = Lane(replace(plain, ranks=(rank,), max_grad_norm=norm), conditions, folder)
+        for rank, norm, kind in wanted:  # one after another: each holds the base in fp32
+            reference = replace(plain, ranks=(rank,), max_grad_norm=norm, adapter=kind)
+            lane = Lane(reference, conditions, folder)
             with closing(lane):
                 if not self.limit:
                     self.limit = {dtype: lane.ask("matmul", dtype) for dtype in ("float32", "bfloat16")}
                 lane.ask("build")
-                if rank not in self.start:
-                    self.start[rank] = lane.trajectory(0).weights
-                self.steps[rank, norm] = lane.trajectory(NUM_GATE_STEPS)
-                if rank not in self.flops:
+                if (rank, kind) not in self.start:
+                    self.start[rank, kind] = lane.trajectory(0).weights
+                self.steps[rank, norm, kind] = lane.trajectory(NUM_GATE_STEPS)
+                if rank not in self.flops and kind == "lora":
                     self.flops[rank] = lane.ask("flops")
 
     def check(self, entry: Entry, seen: Trajectory) -> dict[str, float]:
         """The entry's errors."""
         return compare(
-            [self.steps[rank, entry.max_grad_norm] for rank in entry.ranks],
-            [self.start[rank] for rank in entry.ranks],
+            [self.steps[rank, entry.max_grad_norm, entry.adapter] for rank in entry.ranks],
+            [self.start[rank, entry.adapter] for rank in entry.ranks],
             seen,
         )

@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch.nn import functional
 
-from lorascope.adapters.bank import AdapterBank, Target
+from lorascope.adapters.bank import AdapterBank, Target, schedule_of
 from lorascope.base.loading import Base, is_sd15
 from lorascope.data.encoding import Encoded
 from lorascope.sections import TrainSection
@@ -84,9 +84,11 @@ class Workload:
 
 
 class Step(Protocol):
-    """One adapter under training: `weights` are its A and B by the name of their layer."""
+    """One adapter under training: `weights` are its A, B and, of DoRA, magnitudes by the name of their
+    layer.
+    """
 
-    weights: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    weights: dict[str, tuple[nn.Parameter, ...]]
     norm: torch.Tensor | None  # of the last step's gradient before clipping; None where nothing is clipped
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -108,7 +110,9 @@ def gradient_norm(step: Step) -> float:
 
 
 class PlainLinear(nn.Module):
-    """LoRA as Hu et al. 2021 write it: W x + scale * B A x."""
+    """LoRA as Hu et al. 2021 write it, W x + scale * B A x, with T-LoRA's mask where `kept` is set."""
+
+    kept: torch.Tensor | None = None  # [B, 1, r], of the samples of a batch
 
     def __init__(self, layer: nn.Linear, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
         super().__init__()
@@ -118,7 +122,24 @@ class PlainLinear(nn.Module):
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
         y: torch.Tensor = self.layer(x)
-        return y + self.scale * ((x @ self.down.T) @ self.up.T)
+        hidden = x @ self.down.T
+        return y + self.scale * ((hidden if self.kept is None else hidden * self.kept) @ self.up.T)
+
+
+class PlainDora(PlainLinear):
+    """DoRA as Liu et al. 2024 write it: m (W + scale * B A) / |W + scale * B A| x, the norm held for
+    constant.
+    """
+
+    def __init__(self, layer: nn.Linear, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+        super().__init__(layer, down, up, scale)
+        self.magnitude = nn.Parameter(layer.weight.detach().norm(dim=1))
+
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        weight = self.layer.weight + self.scale * (self.up @ self.down)
+        weight = (self.magnitude / weight.detach().norm(dim=1))[:, None] * weight
+        return functional.linear(x, weight, self.layer.bias)
 
 
 class ReferenceStep:
@@ -129,13 +150,17 @@ class ReferenceStep:
     def __init__(self, base: Base, bank: AdapterBank, section: TrainSection) -> None:
         self.base, self.section = base, section
         base.unet.set_attn_processor(AttnProcessor())
-        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.weights: dict[str, tuple[nn.Parameter, ...]] = {}
         self.norm: torch.Tensor | None = None
+        self.modules: list[PlainLinear] = []
+        self.schedule = schedule_of(bank.arms[0], training=True)
+        kind = PlainDora if bank.arms[0].kind == "dora" else PlainLinear
         for target, down, up, scale in initial_weights(bank):
             layer: Any = base.unet.get_submodule(target.path)
-            module = PlainLinear(layer, down, up, scale)
+            module = kind(layer, down, up, scale)
             base.unet.set_submodule(target.path, module)
-            self.weights[target.name] = (module.down, module.up)
+            self.modules.append(module)
+            self.weights[target.name] = tuple(module.parameters(recurse=False))
         parameters = [weight for pair in self.weights.values() for weight in pair]
         self.optimizer = build_adamw(parameters, bank.arms[0].lr, section, foreach=False)
 
@@ -151,6 +176,11 @@ class ReferenceStep:
             if base.prediction_type == "epsilon"
             else alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * latents
         )
+        if self.schedule is not None:
+            acting = self.schedule.table(self.schedule.rank).to(base.device)[batch.timesteps]
+            ranks = torch.arange(self.schedule.rank, device=base.device)
+            for module in self.modules:
+                module.kept = (ranks < acting[:, None])[:, None].float()
         loss = (base.unet(noisy, batch.timesteps, batch.text).sample - target).square().mean()
         loss.backward()
         if self.section.max_grad_norm:
@@ -222,9 +252,15 @@ class PeftStep:
         arm = bank.arms[0]
         targets = [target.path for target in bank.targets]
         unet.add_adapter(
-            LoraConfig(r=arm.rank, lora_alpha=arm.alpha, init_lora_weights="gaussian", target_modules=targets)
+            LoraConfig(
+                r=arm.rank,
+                lora_alpha=arm.alpha,
+                init_lora_weights="gaussian",
+                target_modules=targets,
+                use_dora=arm.kind == "dora",
+            )
         )
-        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.weights: dict[str, tuple[nn.Parameter, ...]] = {}
         self.norm: torch.Tensor | None = None
         for target, down, up, _ in initial_weights(bank):
             layer: Any = unet.get_submodule(target.path)
@@ -233,6 +269,10 @@ class PeftStep:
                 module.to(torch.float32 if recipe.fp32_adapters else dtype)
                 module.weight.data.copy_(value)
             self.weights[target.name] = (pair[0].weight, pair[1].weight)
+            if arm.kind == "dora":
+                magnitude = layer.lora_magnitude_vector["default"]
+                magnitude.to(torch.float32 if recipe.fp32_adapters else dtype)
+                self.weights[target.name] += (magnitude.weight,)
         self.parameters = [weight for pair in self.weights.values() for weight in pair]
         how = {"fused": True} if recipe.fused else {}
         self.optimizer = build_adamw(self.parameters, arm.lr, section, **how)
@@ -321,7 +361,7 @@ class KohyaStep:
         network.apply_to([], self.unet, apply_text_encoder=False)
         network.to(base.device)
         network.prepare_grad_etc(None, self.unet)
-        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.weights: dict[str, tuple[nn.Parameter, ...]] = {}
         self.norm: torch.Tensor | None = None
         for target, down, up, _ in initial_weights(bank):
             module = owners[target.path]
