@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import lorascope
-from lorascope.adapters.bank import resolve_section
+from lorascope.adapters.targets import resolve_section
 from lorascope.arms import Arm
 from lorascope.base.configs import read_configs
 from lorascope.cli.app import app

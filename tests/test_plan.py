@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.adapters.bank import count_parameters, resolve_targets
+from lorascope.adapters.targets import count_parameters, resolve_targets
 from lorascope.base.loading import load_base
 from lorascope.config import load_study
 from lorascope.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorascope.adapters.bank import count_parameters
+from lorascope.adapters.targets import count_parameters
 from lorascope.console import duration, size
 from lorascope.data.captions import check_additions
 from lorascope.data.sources import count_repeats

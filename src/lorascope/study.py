@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from lorascope import __version__
-from lorascope.adapters.bank import AdapterBank, Slice, Target, resolve_section, schedule_of
+from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.schedule import schedule_of
+from lorascope.adapters.targets import Target, resolve_section
 from lorascope.arms import Arm
 from lorascope.base.configs import count_tokens, load_tokenizer, read_configs
 from lorascope.base.loading import Base, load_base

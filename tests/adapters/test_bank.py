@@ -14,15 +14,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorascope.adapters.adapter import Adapter, LoraModule
-from lorascope.adapters.bank import (
-    AdapterBank,
-    Slice,
-    count_parameters,
-    initial_factors,
-    resolve_section,
-    resolve_targets,
-)
+from lorascope.adapters.bank import AdapterBank, Slice, initial_factors
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
+from lorascope.adapters.targets import count_parameters, resolve_section, resolve_targets
 from lorascope.arms import Arm, ArmGrid, Init
 from lorascope.base.configs import SD15_DIR
 from lorascope.base.loading import Base

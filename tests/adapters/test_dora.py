@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.bank import AdapterBank, Slice, count_parameters, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.adapters.merge import merged_into
+from lorascope.adapters.targets import count_parameters, resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError

@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 
 from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_section, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
 from lorascope.adapters.merge import merge_weights
 from lorascope.adapters.schedule import SCHEDULE_KEY, RankSchedule, read_schedule
+from lorascope.adapters.targets import resolve_section, resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.random_base import _random_weights, build_random_base
 from lorascope.data.encoding import Encoded

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.bank import AdapterBank, Target, resolve_section
+from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
+from lorascope.adapters.targets import Target, resolve_section
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.diagnosis.edits import arm_of, edit_adapters

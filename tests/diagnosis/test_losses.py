@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.console import track

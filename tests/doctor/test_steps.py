@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorascope.adapters.bank import AdapterBank, StackedLinear
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.stacked import StackedLinear
 from lorascope.base.loading import Base
 from lorascope.doctor.steps import check_channels_last, check_recorded_step, check_resume, check_stacked_arms
 from lorascope.sections import TrainSection

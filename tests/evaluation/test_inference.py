@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.evaluation.inference import folded, text_projected_once

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.files import save_adapter
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.evaluation.merging import MERGE_TOLERANCE, compare_merged

@@ -13,7 +13,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import RunError, StorageError

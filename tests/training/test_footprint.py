@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import needs_bf16_attention
-from lorascope.adapters.bank import AdapterBank, Target, resolve_section
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import Target, resolve_section
 from lorascope.arms import Arm
 from lorascope.base.attention import Kernel, Shape, set_kernels
 from lorascope.base.configs import SD15_DIR, read_configs

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from lorascope.adapters.bank import AdapterBank, resolve_section, resolve_targets
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import resolve_section, resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import ConfigError

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.attention import Kernel, set_kernels
 from lorascope.base.loading import load_base

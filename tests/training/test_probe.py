@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base, load_base
 from lorascope.data.encoding import Encoded

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_section, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_section, resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base, load_base
 from lorascope.data.encoding import Encoded

@@ -7,159 +7,26 @@ target, scale = alpha / rank (Hu et al. 2021); for a convolution A has its kerne
 and the reverse, so both keep exactly zero gradients and need no mask.
 """
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lorascope.adapters.adapter import Adapter, LoraModule
-from lorascope.adapters.schedule import RankSchedule
-from lorascope.arms import Arm, Init, alpha_in_files
+from lorascope.adapters.schedule import schedule_of
+from lorascope.adapters.stacked import Magnitudes, StackedConv, StackedLinear
+from lorascope.adapters.targets import Target
+from lorascope.arms import Arm, Init
 from lorascope.errors import AdapterError
-from lorascope.sections import AdapterSection, TargetGroup
 from lorascope.seeding import seeded
 
 # The bank's gradients are rows of one buffer, so their strides span it; autograd calls that layout unusual,
 # and it is meant.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer to adapt, Linear or convolution, and the rank, alpha and learning rate it has in place of the
-    arm's.
-    """
-
-    component: str  # `unet` or `text_encoder`
-    path: str  # in the component
-    down_shape: tuple[int, ...]  # of a row of A: (in,) or (in, kernel height, kernel width)
-    out_features: int
-    group: TargetGroup | None = None
-
-    @property
-    def name(self) -> str:
-        """Component and path."""
-        return f"{self.component}.{self.path}"
-
-    @property
-    def name_in_files(self) -> str:
-        """Component and path as files have them: transformers 5 dropped `text_model` from its modules' names,
-        files keep it.
-        """
-        dropped = self.component == "text_encoder" and not self.path.startswith("text_model.")
-        return f"{self.component}.{'text_model.' if dropped else ''}{self.path}"
-
-    @property
-    def size_per_rank(self) -> int:
-        """Trainable parameters of A and B for each unit of rank."""
-        return math.prod(self.down_shape) + self.out_features
-
-    def size(self, arm: Arm) -> int:
-        """Trainable parameters of this layer in an arm."""
-        return self.rank(arm) * self.size_per_rank + (self.out_features if arm.kind == "dora" else 0)
-
-    def rank(self, arm: Arm) -> int:
-        """Rank of this layer in an arm."""
-        return (self.group and self.group.rank) or arm.rank
-
-    def alpha(self, arm: Arm) -> float:
-        """Alpha of this layer in an arm as files have it, so that alpha / rank is its scale; what gives the
-        arm's own scale where the layer's group says nothing.
-        """
-        if self.group is not None and self.group.alpha is not None:
-            return alpha_in_files(self.group.alpha, self.rank(arm), arm.scaling)
-        return arm.alpha if self.rank(arm) == arm.rank else arm.scale * self.rank(arm)
-
-    def lr(self, arm: Arm) -> float:
-        """Learning rate of this layer in an arm."""
-        return (self.group and self.group.lr) or arm.lr
-
-
-def resolve_targets(module: nn.Module, names: Sequence[str], component: str = "unet") -> list[Target]:
-    """The Linear and Conv2d layers whose path is or ends with one of `names`, or matches it as a pattern, in
-    the module's order.
-
-    A pattern has `*`, `?` or `[` in it and is matched against the whole path. Raises `AdapterError` for a
-    name that matches nothing, or only modules that are neither.
-    """
-    modules = dict(module.named_modules())
-    found: dict[str, Target] = {}
-    for name in names:
-        paths = [path for path in modules if _matches(path, name)]
-        if not paths:
-            raise AdapterError(
-                f"adapter.targets: {name!r} matches no module of the {component}: use name endings such "
-                "as to_q or ff.net.2, or a pattern such as *.resnets.*.conv1"
-            )
-        layers = {path: modules[path] for path in paths if isinstance(modules[path], nn.Linear | nn.Conv2d)}
-        if not layers or (len(layers) < len(paths) and not _is_pattern(name)):
-            path = next(path for path in paths if path not in layers)
-            below = [
-                f"{name}.{child}"
-                for child, inner in modules[path].named_modules()
-                if isinstance(inner, nn.Linear)
-            ]
-            remedy = (
-                f": use {' or '.join(repr(item) for item in below[:3])}"
-                if below
-                else ": name a Linear or Conv2d layer"
-            )
-            raise AdapterError(
-                f"adapter.targets: {name!r} is a {type(modules[path]).__name__} ({path}), not a Linear "
-                f"or Conv2d{remedy}"
-            )
-        found |= {path: _target(component, path, layer) for path, layer in layers.items()}
-    return [found[path] for path in modules if path in found]
-
-
-def _is_pattern(name: str) -> bool:
-    return any(character in name for character in "*?[")
-
-
-def _matches(path: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(path, name) if _is_pattern(name) else path == name or path.endswith("." + name)
-
-
-def _target(component: str, path: str, layer: nn.Module) -> Target:
-    if isinstance(layer, nn.Linear):
-        return Target(component, path, (layer.in_features,), layer.out_features)
-    assert isinstance(layer, nn.Conv2d)
-    if layer.groups != 1 or layer.padding_mode != "zeros":
-        raise AdapterError(
-            f"adapter.targets: {path} is a convolution in groups or with padding other than zeros: "
-            "leave it out"
-        )
-    return Target(component, path, (layer.in_channels, *layer.kernel_size), layer.out_channels)
-
-
-def resolve_section(components: Mapping[str, nn.Module], section: AdapterSection) -> list[Target]:
-    """All layers that `adapter.targets` and `adapter.groups` name; a group takes a layer over from
-    `adapter.targets`.
-
-    Raises `AdapterError` as `resolve_targets` does, and for a layer named by two groups.
-    """
-    targets = {target.name: target for target in resolve_targets(components["unet"], section.targets)}
-    for group in section.groups:
-        for target in resolve_targets(components[group.component], group.targets, group.component):
-            if target.name in targets and targets[target.name].group is not None:
-                raise AdapterError(
-                    f"adapter.groups: {target.name} is named by two groups: leave it out of one"
-                )
-            targets[target.name] = replace(target, group=group)
-    return list(targets.values())
-
-
-def count_parameters(targets: Sequence[Target], arm: Arm) -> int:
-    """Trainable parameters of an adapter: r * (in + out) summed over its targets, kernels counted, and of
-    DoRA a magnitude an output.
-    """
-    return sum(target.size(arm) for target in targets)
 
 
 def initial_factors(
@@ -183,14 +50,6 @@ def initial_factors(
     down = torch.randn(math.prod(down_shape), len(odd), generator=generator) / 10
     up = torch.randn(out_features, len(even), generator=generator) / 10
     return (down @ odd).T.reshape(shape), up @ even
-
-
-def schedule_of(arm: Arm, training: bool = False) -> RankSchedule | None:
-    """The schedule by which an arm's components act in drawing, or in `training`; None where all do."""
-    if arm.kind != "tlora" or (arm.mask_when == "training" and not training):
-        return None
-    assert arm.min_rank is not None
-    return RankSchedule(arm.rank, arm.min_rank, arm.mask_exponent)
 
 
 @dataclass(frozen=True)
@@ -491,169 +350,3 @@ class AdapterBank:
                 )
             if module.dora_scale is not None:
                 layer.magnitudes_of(index).copy_(module.dora_scale.flatten())
-
-
-@dataclass(frozen=True)
-class Magnitudes:
-    """What DoRA learns of a layer besides A and B: the norm of each row of its weight (Liu et al. 2024)."""
-
-    values: torch.Tensor  # m, [N, out]
-    is_dora: torch.Tensor  # bool [N]: of the others nothing is scaled
-
-
-class _Stacked(nn.Module):
-    """What the bank's adapters beside a frozen layer have in common."""
-
-    selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
-    factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice
-    strengths: torch.Tensor | None  # float32 [S]; None where all are 1
-    mask: torch.Tensor | None = None  # [S, samples, r]: 1 for the components that act; None is all
-
-    def __init__(
-        self,
-        layer: nn.Linear | nn.Conv2d,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        scales: torch.Tensor,
-        magnitudes: Magnitudes | None = None,
-    ) -> None:
-        super().__init__()
-        self.layer: Any = layer
-        self.down = down  # A, [N, r, in], of a convolution [N, r, in, kernel height, kernel width]
-        self.up = up  # B, [N, out, r]
-        self.scales = scales  # [N], alpha / rank
-        self.magnitudes = magnitudes
-
-    def magnitudes_of(self, index: int) -> torch.Tensor:
-        """Those of adapter `index`, which is DoRA, to read or write: [out]."""
-        assert self.magnitudes is not None
-        return self.magnitudes.values.detach()[index]
-
-    def _selected(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return parts if self.selection is None else tuple(part[self.selection] for part in parts)
-
-    @torch.no_grad()
-    def row_norms(self, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The l2 norm of each row of W + scale B A: float32 [S, out], by products of W, A and B alone."""
-        weight, down = self.layer.weight.flatten(1), down.flatten(2)
-        across = torch.matmul(weight, down.mT.to(weight.dtype)).float()  # (S, out, r)
-        own = torch.linalg.vector_norm(weight.float(), dim=1).square()  # (out)
-        mixed = (across * up).sum(dim=2) * scales[:, None]
-        update = ((up @ (down @ down.mT)) * up).sum(dim=2) * scales[:, None].square()
-        return (own + 2 * mixed + update).clamp(min=0).sqrt()
-
-    def _gains(self) -> torch.Tensor:
-        """What DoRA multiplies each output of W + scale B A by: m over the norm of its row, which is held for
-        constant in the gradient as the paper has it; 1 of other adapters. [S, out]
-        """
-        assert self.magnitudes is not None
-        down, up, scales, values, is_dora = self._selected(
-            self.down, self.up, self.scales, self.magnitudes.values, self.magnitudes.is_dora
-        )
-        norms = self.row_norms(down, up, scales)
-        return torch.where(is_dora[:, None], values / norms, 1.0)
-
-
-class StackedLinear(_Stacked):
-    """A frozen Linear with the bank's adapters beside it."""
-
-    def __init__(self, layer: nn.Linear, *parts: Any) -> None:
-        super().__init__(layer, *parts)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
-        """x [S * samples, ..., in] -> [S * samples, ..., out]."""
-        down, up = self._selected(self.down, self.up)
-        num_slices = len(self.factors)
-        rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
-        weight, bias = self.layer.weight, self.layer.bias
-        if self.magnitudes is None:
-            factors = self.factors
-        else:
-            bias, factors = None, self._selected(self.scales)[0].view(-1, 1, 1)
-        down, up = down.to(x.dtype), (up * factors).to(x.dtype)
-        y: torch.Tensor = _AdaptedLinear.apply(rows, weight, bias, down, up, self.mask)  # type: ignore[no-untyped-call]
-        if self.magnitudes is not None:
-            y = y * self._gains()[:, None].to(y.dtype)
-            if self.strengths is not None:  # W + strength (W' - W)
-                strengths = self.strengths[:, None, None].to(y.dtype)
-                y = y * strengths + functional.linear(rows, weight) * (1 - strengths)
-            y = y if self.layer.bias is None else y + self.layer.bias
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) M B^T for each slice, and its gradients with respect to x, A and B; M leaves
-    out the components that do not act on a sample.
-
-    Written out because both branches meet in one buffer each way: autograd would copy y, and add two
-    gradients of x.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x [S, T, in], weight [out, in], bias [out], down [S, r, in], up [S, out, r], mask [S, samples, r]
-        or None, of one dtype -> [S, T, out].
-        """
-        hidden = _masked(torch.bmm(x, down.mT), mask)  # (S, T, r)
-        y = functional.linear(x, weight, bias).baddbmm_(hidden, up.mT)
-        ctx.save_for_backward(x, weight, down, up, hidden, mask)
-        return y
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_y: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor, torch.Tensor, None]:
-        x, weight, down, up, hidden, mask = ctx.saved_tensors
-        grad_hidden = _masked(torch.bmm(grad_y, up), mask)  # (S, T, r)
-        grad_x = torch.matmul(grad_y, weight).baddbmm_(grad_hidden, down) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, torch.bmm(grad_hidden.mT, x), torch.bmm(grad_y.mT, hidden), None
-
-
-def _masked(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """`hidden` [S, T, r], in place where there is a `mask` [S, samples, r]; T is samples * tokens."""
-    if mask is not None:
-        hidden.unflatten(1, (mask.shape[1], -1)).mul_(mask[:, :, None])
-    return hidden
-
-
-class StackedConv(_Stacked):
-    """A frozen convolution with the bank's adapters beside it."""
-
-    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
-        """x [S * samples, in, H, W] -> [S * samples, out, H', W']."""
-        down, up = self._selected(self.down, self.up)
-        num_slices, layer = len(self.factors), self.layer
-        if self.magnitudes is None:
-            y, factors = layer(x), self.factors
-        else:
-            y = functional.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation)
-            factors = self._selected(self.scales)[0].view(-1, 1, 1)
-        down, up = down.to(x.dtype), (up * factors).to(x.dtype)
-        grouped = x.unflatten(0, (num_slices, -1)).transpose(0, 1).flatten(1, 2)  # (samples, S * in, H, W)
-        hidden = functional.conv2d(
-            grouped, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, num_slices
-        )
-        hidden = hidden.unflatten(1, (num_slices, -1)).permute(1, 2, 0, 3, 4)  # (S, r, samples, H', W')
-        if self.mask is not None:
-            hidden = hidden * self.mask.mT[..., None, None]
-        update = torch.bmm(up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])  # (S, out, samples, H', W')
-        update = update.transpose(1, 2).flatten(0, 1)
-        if self.magnitudes is None:
-            return y + update
-        gains = self._gains().to(y.dtype).repeat_interleave(len(x) // num_slices, 0)[..., None, None]
-        adapted = (y + update) * gains
-        if self.strengths is not None:
-            strengths = self.strengths.to(y.dtype).repeat_interleave(len(x) // num_slices)[
-                :, None, None, None
-            ]
-            adapted = adapted * strengths + y * (1 - strengths)
-        return adapted if layer.bias is None else adapted + layer.bias[:, None, None]

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from lorascope.arms import Arm
 from lorascope.errors import AdapterError
 
 SCHEDULE_KEY = "lorascope_tlora"  # of a file's header
@@ -59,3 +60,11 @@ def read_schedule(metadata: Mapping[str, str]) -> RankSchedule | None:
             "that, exponent above 0 and num_timesteps: export it again"
         )
     return schedule
+
+
+def schedule_of(arm: Arm, training: bool = False) -> RankSchedule | None:
+    """The schedule by which an arm's components act in drawing, or in `training`; None where all do."""
+    if arm.kind != "tlora" or (arm.mask_when == "training" and not training):
+        return None
+    assert arm.min_rank is not None
+    return RankSchedule(arm.rank, arm.min_rank, arm.mask_exponent)

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.attention import set_kernels
 from lorascope.base.configs import read_configs

@@ -21,7 +21,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch.nn import functional
 
-from lorascope.adapters.bank import AdapterBank, Target, schedule_of
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.schedule import schedule_of
+from lorascope.adapters.targets import Target
 from lorascope.base.loading import Base, is_sd15
 from lorascope.data.encoding import Encoded
 from lorascope.sections import TrainSection

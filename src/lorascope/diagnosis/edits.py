@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lorascope.adapters.adapter import Adapter, LoraModule
-from lorascope.adapters.bank import Target
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
+from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.diagnosis.weights import scale_intruders
 from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, rank_of_cut

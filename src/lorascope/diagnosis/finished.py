@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.bank import AdapterBank, Target
+from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded

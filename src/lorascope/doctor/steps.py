@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice, resolve_targets
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded

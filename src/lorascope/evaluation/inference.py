@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.adapters.bank import AdapterBank, Slice, StackedLinear
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.stacked import StackedLinear
 from lorascope.machine.memory import free_bytes
 
 _TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")

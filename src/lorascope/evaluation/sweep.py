@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.adapters.bank import AdapterBank, Slice, schedule_of
+from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.schedule import schedule_of
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import StorageError

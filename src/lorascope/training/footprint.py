@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lorascope.adapters.bank import AdapterBank, Target
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.base.attention import AttentionProcessor, Kernel, Shape, attention_layers
 from lorascope.base.loading import Base

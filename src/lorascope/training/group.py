@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice, Target, count_parameters
+from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import save_adapter
+from lorascope.adapters.targets import Target, count_parameters
 from lorascope.base.loading import Base
 from lorascope.base.weights import load_sealed, save_sealed
 from lorascope.console import Tally, duration, log, size

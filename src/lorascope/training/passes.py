@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorascope.adapters.bank import Target, resolve_section
+from lorascope.adapters.targets import Target, resolve_section
 from lorascope.arms import Arm
 from lorascope.base.configs import SD15_DIR, read_configs
 from lorascope.base.ldm import build_component

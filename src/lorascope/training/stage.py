@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lorascope.adapters.bank import Target
 from lorascope.adapters.export import write_study_files
+from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.console import Tally, log, track

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorascope.adapters.bank import AdapterBank, resolve_targets
+from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.attention import (
     Kernel,
