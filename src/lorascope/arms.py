@@ -243,6 +243,23 @@ class Arm(Section):
         return self.lr * self.lr_ratio * self.scale * math.sqrt(self.rank)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Its choices that are not the default, by key, but for those of any LoRA: rank, alpha, lr, epochs,
+        batch size and seed.
+        """
+        keys = ("kind", "min_rank", "mask_exponent", "mask_when", "init", "lr_ratio", "max_weight_norm")
+        fields = type(self).model_fields
+        return {key: value for key in keys if (value := getattr(self, key)) != fields[key].default}
+
+    @property
+    def manner(self) -> tuple[Any, ...]:
+        """What arms have in common that differ in rank and in how strongly they are driven alone: their
+        options, of T-LoRA the least rank as a share.
+        """
+        share = None if self.min_rank is None else self.min_rank / self.rank
+        return share, *sorted(item for item in self.options.items() if item[0] != "min_rank")
+
+    @property
     def but_seed(self) -> str:
         """All choices that change its training but the seed, as text: what the seeds of a setting share."""
         return self.model_dump_json(exclude={"name", "seed", "match_gain"})

@@ -153,6 +153,8 @@ class Plan:
             )
             choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
             choices += f"  gain {arm['gain']:<8.3g}" if matched else ""
+            choices += "" if arm["kind"] == "lora" else f"  {arm['kind']}"
+            choices += "" if arm["min_rank"] is None else f" from rank {arm['min_rank']}"
             choices += "  rslora" if arm["scaling"] == "rslora" else ""
             choices += f"  {arm['init']}" if arm["init"] != "kaiming" else ""
             choices += f"  lr ratio {arm['lr_ratio']:g}" if arm["lr_ratio"] != 1 else ""

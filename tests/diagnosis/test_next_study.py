@@ -91,6 +91,23 @@ def test_what_is_kept_at_a_lower_strength_is_tried_at_that_gain(tmp_path: Path) 
     assert [arm.lr for arm in unkept] == [5e-4, 2.5e-4]
 
 
+def test_arms_keep_their_kind_and_options(tmp_path: Path) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"kind": "dora", "init": "gaussian"},
+        {"kind": "tlora", "min_rank": 4, "mask_when": "training", "lr_ratio": 4.0},
+        {},
+    ]
+    arms = []
+    for index, update in enumerate(kinds):
+        signals = healthy_arm()
+        name = f"arm{index}"
+        arms.append(replace(signals, arm=signals.arm.model_copy(update={**update, "name": name})))
+    _, found = loaded(proposal_of(*arms, keep=Keep("arm0", "last", 1.0, 0.3, 0.97)), tmp_path)
+    assert [arm.options for arm in found[:2]] == [kinds[0]] * 2
+    assert [arm.options for arm in found[2:4]] == kinds[1:]
+    assert {round(arm.gain / found[0].gain, 2) for arm in found[2:4]} == {1.0}
+
+
 def test_the_study_keeps_its_own_keys(tmp_path: Path) -> None:
     own = pocket("train.epochs=7", "workers=2", "trackers=['wandb']", "data.num_train=40")
     arms = [healthy_arm(), replace(default_arm(), finite_training=make_signal("finite_training", NO))]

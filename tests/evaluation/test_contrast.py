@@ -98,4 +98,16 @@ def test_nothing_is_said_without_a_matched_gain_or_with_few_prompts_or_unequal_s
     kept = {"r16": 0.5, "r64": 0.2, "r64-gain-r16": 0.6}
     assert contrast_of(kept, (R16, R64)) is None
     assert contrast_of(kept, num_prompts=4) is None
-    assert contrast_of(kept, (R16, R64, MATCHED.model_copy(update={"seed": 1}))) is None
+    for other in ({"seed": 1}, {"epochs": 7}, {"kind": "dora"}, {"init": "orthogonal"}):
+        assert contrast_of(kept, (R16, R64, MATCHED.model_copy(update=other))) is None
+
+
+def test_arms_of_one_kind_are_compared_whatever_kind_it_is() -> None:
+    kept = {"r16": 0.5, "r64": 0.2, "r64-gain-r16": 0.6}
+    arms = [
+        arm.model_copy(update={"kind": "tlora", "min_rank": arm.rank // 4}) for arm in (R16, R64, MATCHED)
+    ]
+    found = contrast_of(kept, (arms[0], arms[1], arms[2]))
+    assert found is not None and found.finding == "strength"
+    of_another_share = arms[0].model_copy(update={"min_rank": 8})
+    assert contrast_of(kept, (of_another_share, arms[1], arms[2])) is None

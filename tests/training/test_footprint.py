@@ -245,3 +245,16 @@ def test_what_is_decided_is_said(
     assert "memory   training adds about " in caplog.text and "are free" in caplog.text
     assert all(words in caplog.text for words in said)
     assert ("will probably not fit" in caplog.text) == any("will probably not fit" in words for words in said)
+
+
+def test_dora_counts_what_it_keeps_beside_lora(base: Base) -> None:
+    targets = own_section(base)
+    found = {}
+    for kind in ("lora", "dora"):
+        arm = R8.model_copy(update={"kind": kind})
+        estimate = estimate_training(base.components, targets, [arm], 2, SHAPE)
+        expected = kept_bytes(base, targets, [arm], 2, SHAPE)
+        assert estimate.activations_bytes == pytest.approx(expected, rel=TOLERANCE["tiny"])
+        found[kind] = estimate
+    assert found["dora"].activations_bytes > found["lora"].activations_bytes
+    assert found["dora"].adapters_bytes > found["lora"].adapters_bytes

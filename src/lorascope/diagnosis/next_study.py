@@ -55,9 +55,10 @@ class _Plan:
             "lr": arm.lr if lr is None else float(f"{lr:.3g}"),
             "epochs": arm.epochs if epochs is None else epochs,
             "batch_size": arm.batch_size,
+            **arm.options,
         }
         for other, _ in self.arms:
-            same = all(other[key] == table[key] for key in ("rank", "alpha", "epochs", "batch_size"))
+            same = {**other, "lr": None} == {**table, "lr": None}
             if same and abs(math.log(other["lr"] / table["lr"])) < math.log1p(_ALIKE):
                 return
         if len(self.arms) == _MAX_TABLES:
@@ -119,7 +120,7 @@ def _runs(diagnoses: Mapping[str, Diagnosis]) -> list[list[Diagnosis]]:
     runs: dict[Any, list[Diagnosis]] = {}
     for found in diagnoses.values():
         arm = found.signals.arm
-        setting = (arm.rank, arm.alpha, arm.lr, arm.batch_size, arm.epochs)
+        setting = (arm.rank, arm.alpha, arm.lr, arm.batch_size, arm.epochs, arm.manner)
         runs.setdefault(setting, []).append(found)
     return list(runs.values())
 
@@ -156,12 +157,12 @@ def _add_around(plan: _Plan, anchor: Diagnosis, keep: Keep | None, first: Sequen
         else f"Its learning rate times {factor:g}: is less enough?"
     )
     plan.add(arm, reason, arm.lr * factor)
-    scales = {(arm.rank, arm.alpha)}
+    scales = {(arm.rank, arm.alpha, arm.manner)}
     for found in first:
         other = found.signals.arm
-        if (other.rank, other.alpha) in scales:
+        if (other.rank, other.alpha, other.manner) in scales:
             continue
-        scales.add((other.rank, other.alpha))
+        scales.add((other.rank, other.alpha, other.manner))
         plan.add(
             other,
             f"Rank {other.rank} at the gain of {arm.name}, {arm.gain:.2g} (lr x alpha / rank x sqrt(rank)): "

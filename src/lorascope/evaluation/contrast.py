@@ -7,7 +7,7 @@ the two go together. They come apart where a study has the higher rank at the ga
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,11 +103,17 @@ def _triples(settings: Sequence[_Setting]) -> Iterator[tuple[_Setting, _Setting,
                 ours, lower, other = (item.arms[0] for item in (failing, matched, reference))
                 if (
                     ours.rank == lower.rank != other.rank
+                    and _company(ours) == _company(lower) == _company(other)
                     and lower.gain < (1 - _SAME) * ours.gain
                     and abs(other.gain / lower.gain - 1) < _SAME
                     and failing.seeds == matched.seeds == reference.seeds
                 ):
                     yield failing, matched, reference
+
+
+def _company(arm: Arm) -> tuple[Any, ...]:
+    """What arms must share for rank and gain to be all that tells them apart."""
+    return arm.manner, arm.batch_size, arm.epochs
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ def _step_bytes(
         unet.dtype,
         targets,
         arm.rank,
+        arm.kind,
         batch_size,
         latent_shape,
         checkpointing,

@@ -136,7 +136,8 @@ def pass_memory(
         budget -= weights_bytes(components)
     # All arms of a pass cost as much as the widest: of hundreds of arms most passes cost the same.
     batch_size = arms[0].batch_size
-    key = (max(arm.rank for arm in arms), len(arms), batch_size, checkpointing, budget, loaded is None)
+    widest = max(arm.rank for arm in arms), arms[0].kind == "dora"
+    key = (*widest, len(arms), batch_size, checkpointing, budget, loaded is None)
     if (estimate := counts.passes.get(key)) is None:
         estimate = counts.passes[key] = estimate_pass(
             components, counts.targets, arms, batch_size, counts.latent_shape, checkpointing, budget
