@@ -49,6 +49,25 @@ def test_folded_weights_give_what_the_adapters_beside_them_give(base: Base, bank
     assert dict(base.unet.named_modules()) == modules and torch.equal(predict(base, text), expected)
 
 
+def test_dora_is_folded_too_and_t_lora_is_not(base: Base) -> None:
+    dora = [arm.model_copy(update={"kind": "dora"}) for arm in ARMS]
+    tlora = [arm.model_copy(update={"kind": "tlora", "min_rank": 2}) for arm in ARMS]
+    for arms in ([ARMS[0], dora[1]], [tlora[0], ARMS[1]]):
+        bank = AdapterBank(base.components, resolve_targets(base.unet, [*REFERENCE_TARGETS, "conv1"]), arms)
+        for layer in bank.layers.values():
+            layer.up.detach().normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+            if layer.magnitudes is not None:
+                layer.magnitudes_of(1).mul_(1.2)
+        bank.attach().select(SLICES)
+        modules, expected = dict(base.unet.named_modules()), predict(base, text_of(base))
+        with folded(bank, SLICES):
+            is_folded = dict(base.unet.named_modules()) != modules
+            found = predict(base, text_of(base))
+        assert is_folded is not bank.is_masked
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # as above
+        bank.detach()
+
+
 def test_a_slice_of_strength_zero_keeps_the_bases_own_weights(base: Base, bank: AdapterBank) -> None:
     path = next(target.path for target in bank.targets if target.path.endswith("attn1.to_q"))
     weight = bank.layers[f"unet.{path}"].layer.weight

@@ -50,7 +50,7 @@ class _Stacked(nn.Module):
         return self.magnitudes.values.detach()[index]
 
     def _selected(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return parts if self.selection is None else tuple(part[self.selection] for part in parts)
+        return _at(self.selection, *parts)
 
     @torch.no_grad()
     def row_norms(self, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -62,13 +62,13 @@ class _Stacked(nn.Module):
         update = ((up @ (down @ down.mT)) * up).sum(dim=2) * scales[:, None].square()
         return (own + 2 * mixed + update).clamp(min=0).sqrt()
 
-    def _gains(self) -> torch.Tensor:
+    def _gains(self, selection: torch.Tensor | None) -> torch.Tensor:
         """What DoRA multiplies each output of W + scale B A by: m over the norm of its row, which is held for
         constant in the gradient as the paper has it; 1 of other adapters. [S, out]
         """
         assert self.magnitudes is not None
-        down, up, scales, values, is_dora = self._selected(
-            self.down, self.up, self.scales, self.magnitudes.values, self.magnitudes.is_dora
+        down, up, scales, values, is_dora = _at(
+            selection, self.down, self.up, self.scales, self.magnitudes.values, self.magnitudes.is_dora
         )
         norms = self.row_norms(down, up, scales)
         return torch.where(is_dora[:, None], values / norms, 1.0)
@@ -94,12 +94,28 @@ class StackedLinear(_Stacked):
         down, up = down.to(x.dtype), (up * factors).to(x.dtype)
         y: torch.Tensor = _AdaptedLinear.apply(rows, weight, bias, down, up, self.mask)  # type: ignore[no-untyped-call]
         if self.magnitudes is not None:
-            y = y * self._gains()[:, None].to(y.dtype)
+            y = y * self._gains(self.selection)[:, None].to(y.dtype)
             if self.strengths is not None:  # W + strength (W' - W)
                 strengths = self.strengths[:, None, None].to(y.dtype)
                 y = y * strengths + functional.linear(rows, weight) * (1 - strengths)
             y = y if self.layer.bias is None else y + self.layer.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def merged(self, adapters: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
+        """The weight with each of these `adapters`, int64 [S], added at its strength: [S, out, in]."""
+        scales = self.scales[adapters]
+        factors = scales * strengths if self.magnitudes is None else scales
+        update = torch.bmm(self.up[adapters] * factors.view(-1, 1, 1), self.down[adapters])
+        weight: torch.Tensor = self.layer.weight
+        if self.magnitudes is None:
+            return weight + update
+        adapted = (weight + update) * self._gains(adapters)[..., None]
+        return weight + (adapted - weight) * strengths.view(-1, 1, 1)
+
+
+def _at(selection: torch.Tensor | None, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return parts if selection is None else tuple(part[selection] for part in parts)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -169,7 +185,11 @@ class StackedConv(_Stacked):
         update = update.transpose(1, 2).flatten(0, 1)
         if self.magnitudes is None:
             return y + update
-        gains = self._gains().to(y.dtype).repeat_interleave(len(x) // num_slices, 0)[..., None, None]
+        gains = (
+            self._gains(self.selection)
+            .to(y.dtype)
+            .repeat_interleave(len(x) // num_slices, 0)[..., None, None]
+        )
         adapted = (y + update) * gains
         if self.strengths is not None:
             strengths = self.strengths.to(y.dtype).repeat_interleave(len(x) // num_slices)[

@@ -41,7 +41,7 @@ def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
     One product takes the place of three, for a weight a slice in memory. That pays on a CPU in fp32; a weight
     in bf16 would lose much of a small update, and a GPU is hardly slowed by the adapters. So elsewhere, and
     where the weights would take more than a quarter of the free memory, all stays as it is. So it does where
-    components act by timestep, since there is no single weight then, and with DoRA.
+    components act by timestep: there is no single weight then.
     """
     unet = bank.components["unet"]
     layers = {
@@ -52,7 +52,7 @@ def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
     weights = [layer.layer.weight for layer in layers.values()]
     num_bytes = len(slices) * sum(weight.nbytes for weight in weights)
     pays = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
-    if bank.is_masked or bank.has_magnitudes or not pays or num_bytes > free_bytes(torch.device("cpu")) // 4:
+    if bank.is_masked or not pays or num_bytes > free_bytes(torch.device("cpu")) // 4:
         yield
         return
     with _in_place(unet, {path: _Folded(layer, slices) for path, layer in layers.items()}):
@@ -94,10 +94,8 @@ class _Folded(nn.Module):
     def __init__(self, stacked: StackedLinear, slices: Sequence[Slice]) -> None:
         super().__init__()
         chosen = torch.tensor([item.adapter for item in slices])
-        factors = (stacked.scales[chosen] * torch.tensor([item.strength for item in slices])).view(-1, 1, 1)
-        with torch.no_grad():
-            update = torch.bmm(stacked.up[chosen] * factors, stacked.down[chosen])  # (S, out, in)
-            self.weights = (stacked.layer.weight + update).mT.contiguous()  # (S, in, out)
+        strengths = torch.tensor([item.strength for item in slices])
+        self.weights = stacked.merged(chosen, strengths).mT.contiguous()  # (S, in, out)
         self.bias = stacked.layer.bias
         self.in_features, self.out_features = stacked.in_features, stacked.out_features
 
