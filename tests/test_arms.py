@@ -116,9 +116,9 @@ def test_a_start_and_a_ratio_of_rates_make_arms_of_their_own() -> None:
         ArmGrid(rank=32, lr_ratio=4.0, match_gain="r8-ratio16"),
     )
     assert [arm.name for arm in arms] == [
-        "r8-ratio1",
+        "r8",
         "r8-ratio16",
-        "r8-orthogonal-ratio1",
+        "r8-orthogonal",
         "r8-ratio16-norm0.5",
         "r32-gain-r8-ratio16-ratio4",
     ]

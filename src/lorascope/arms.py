@@ -372,7 +372,7 @@ def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
         parts.append(f"gain-{setting['match_gain']}")
     elif "lr" in varying:
         parts.append(f"lr{setting['lr']:g}")
-    if "lr_ratio" in varying:
+    if "lr_ratio" in varying and setting["lr_ratio"] != 1:
         parts.append(f"ratio{setting['lr_ratio']:g}")
     if "max_weight_norm" in varying and setting["max_weight_norm"] is not None:
         parts.append(f"norm{setting['max_weight_norm']:g}")
