@@ -3,7 +3,8 @@
 Command:  python -m benchmarks.faults --out build/faults
 Time:     about 3 h on 2 CPU cores by its own estimate, never run as a whole; `--quick` about 5
           minutes. `--dry-run` says what it would do.
-Result:   build/faults/full/matrix.md and matrix.json; of `--quick` in build/faults/quick.
+Result:   build/faults/full/matrix.md, matrix.json and causes.png; of `--quick`, without pictures, in
+          build/faults/quick.
 
 Each study is a run folder of its own. Interrupted, the same command goes on; what is finished is skipped.
 """
@@ -26,6 +27,7 @@ from benchmarks.faults.learn import (
     learnt,
     split_seeds,
 )
+from benchmarks.faults.pictures import draw_causes
 from benchmarks.faults.scrambled import ScrambledStudy
 from benchmarks.faults.table import Result, as_markdown
 
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     write_json(out / "matrix.json", result.as_json())
     write_text(out / "matrix.md", as_markdown(result))
+    if not args.quick:  # which lacks some of the arms
+        draw_causes(out, result.judging_seeds[0], out / "causes.png")
     say(as_markdown(result), out / "matrix.md")
     return 0
 
