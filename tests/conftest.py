@@ -101,6 +101,13 @@ def _no_waiting_for_disks() -> Iterator[None]:
     os.fsync = sync
 
 
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    """What a test made of the number of threads is of no concern to the next one."""
+    yield
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 def _has_bf16_attention() -> bool:
     """Whether torch's own attention takes bf16 here, at lengths of images.
 

@@ -248,7 +248,7 @@ def test_a_wrong_value_is_named_with_its_place_and_constraint(override: str, mes
             "train.epocs: unknown key; known here: epochs, batch_size,",
             " - did you mean 'epochs'?",
         ),
-        ("arms.0.ranks=3", "arms.0.ranks: unknown key; known here: name, rank,", " - did you mean 'rank'?"),
+        ("arms.0.ranks=3", "arms.0.ranks: unknown key; known here: name, kind,", " - did you mean 'rank'?"),
         (
             "trian.epochs=2",
             "trian: unknown key; known here: name, device, workers, trackers, base,",

@@ -97,6 +97,7 @@ def test_every_kind_is_diagnosed_and_reported(kinds: Path) -> None:
     edited = {path.parent.name for path in (kinds / "sweep").glob("*/*") if "intruders" in path.name}
     assert edited == {LORA, IN_TRAINING}
     text = (kinds / "report.md").read_text()
+    assert f"{MASKED}: T-LoRA, which has no merged weights." in text
     assert "| kind |" in text and "tlora" in text and "min rank" in text
 
 

@@ -32,6 +32,7 @@ from lorascope.evaluation.sampling import (
     plan_jobs,
     save_picture,
 )
+from lorascope.machine.threads import limited_threads
 from lorascope.sections import REFERENCE_TARGETS, SampleSection
 
 PROMPTS = [Prompt("normal", 0, "a rocket"), Prompt("abstract", 0, "luck, 幸運")]
@@ -302,7 +303,10 @@ def test_out_of_memory_halves_the_pictures_at_once_and_goes_on(
         return draw(self, num_slices, jobs, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Painter, "draw", limited)
-    with caplog.at_level("WARNING", logger="lorascope"):
+    with (
+        caplog.at_level("WARNING", logger="lorascope"),
+        limited_threads(1),
+    ):  # a thread draws a part of a batch
         drawn = draw_into(tmp_path, base, bank)
     assert len(drawn) == 8 and sizes == [4, 2, *[1] * 8]
     assert [record.message for record in caplog.records] == [
@@ -330,7 +334,7 @@ def test_an_interruption_leaves_what_was_drawn(
 
     with monkeypatch.context() as patch:
         patch.setattr(Painter, "draw", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), limited_threads(1):
             draw_into(tmp_path / "parts", base, bank)
     assert len(list((tmp_path / "parts").rglob("*.png"))) == 4
     assert draw_into(tmp_path / "parts", base, bank) == whole

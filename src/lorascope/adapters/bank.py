@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorascope.adapters.adapter import Adapter, LoraModule
-from lorascope.adapters.schedule import schedule_of
+from lorascope.adapters.schedule import NUM_TIMESTEPS, schedule_of
 from lorascope.adapters.stacked import Magnitudes, StackedConv, StackedLinear
 from lorascope.adapters.targets import Target
 from lorascope.arms import Arm, Init
@@ -73,10 +73,10 @@ def _plan_masks(
     def table(ranks: Sequence[int], training: bool) -> torch.Tensor:
         schedules = [schedule_of(arm, training) for arm in arms]
         rows = [
-            torch.full((1000,), rank) if schedule is None else schedule.table(rank)
+            [rank] * NUM_TIMESTEPS if schedule is None else schedule.table(rank)
             for rank, schedule in zip(ranks, schedules, strict=True)
         ]
-        return torch.stack(rows).to(device)
+        return torch.tensor(rows, device=device)
 
     alike: dict[tuple[Any, ...], list[Any]] = {}
     for target in targets:

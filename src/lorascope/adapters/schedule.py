@@ -4,13 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
-
 from lorascope.arms import Arm
 from lorascope.errors import AdapterError
 
 SCHEDULE_KEY = "lorascope_tlora"  # of a file's header
-_NUM_TIMESTEPS = 1000  # of Stable Diffusion
+NUM_TIMESTEPS = 1000  # of Stable Diffusion
 
 
 @dataclass(frozen=True)
@@ -22,18 +20,19 @@ class RankSchedule:
     rank: int
     min_rank: int
     exponent: float = 1.0
-    num_timesteps: int = _NUM_TIMESTEPS
+    num_timesteps: int = NUM_TIMESTEPS
 
-    def table(self, rank: int) -> torch.Tensor:
-        """r(t) of a layer of `rank`, whose least is the same share of it as `min_rank` is of the adapter's:
-        int64 [T].
+    def table(self, rank: int) -> list[int]:
+        """r(t) of a layer of `rank`, whose least is the same share of it as `min_rank` is of the adapter's.
+
+        An entry a timestep.
         """
         least = self.min_rank if rank == self.rank else max(1, round(self.min_rank * rank / self.rank))
         # By Python's numbers, as published: float32 would cut whole numbers to those below.
         shares = (
             (self.num_timesteps - timestep) / self.num_timesteps for timestep in range(self.num_timesteps)
         )
-        return torch.tensor([int(share**self.exponent * (rank - least)) + least for share in shares])
+        return [int(share**self.exponent * (rank - least)) + least for share in shares]
 
     def as_text(self) -> str:
         """What a file's header holds of it."""

@@ -179,7 +179,8 @@ class ReferenceStep:
             else alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * latents
         )
         if self.schedule is not None:
-            acting = self.schedule.table(self.schedule.rank).to(base.device)[batch.timesteps]
+            table = torch.tensor(self.schedule.table(self.schedule.rank), device=base.device)
+            acting = table[batch.timesteps]
             ranks = torch.arange(self.schedule.rank, device=base.device)
             for module in self.modules:
                 module.kept = (ranks < acting[:, None])[:, None].float()

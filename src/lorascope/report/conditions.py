@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lorascope.adapters.schedule import schedule_of
 from lorascope.evaluation.scores import ALL, BASE, NOISE, REAL, SHUFFLED
 from lorascope.report.evidence import NOT_MEASURED, Facts, count
 
@@ -185,10 +186,10 @@ def _same_gain(facts: Facts) -> Condition:
         return Condition(name, NOT_MEASURED, "Only one arm finished.")
     low, high = min(gains, key=lambda arm: gains[arm]), max(gains, key=lambda arm: gains[arm])
     ratio = gains[high] / gains[low]
+    has_ratio = any(facts.settings[arm].lr_ratio != 1 for arm in facts.arms)
+    product = f"lr x {'lr ratio x ' if has_ratio else ''}scale x √rank"
     if ratio <= 1.05:
-        return Condition(
-            name, "yes", f"Gain matched: yes. lr x scale x √rank is {gains[low]:.2g} for every arm."
-        )
+        return Condition(name, "yes", f"Gain matched: yes. {product} is {gains[low]:.2g} for every arm.")
     spread = (
         f"goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} ({high}), {ratio:.2g} times as much: what "
         "looks like rank may be strength"
@@ -197,7 +198,7 @@ def _same_gain(facts: Facts) -> Condition:
         return Condition(
             name,
             "caution",
-            f"Gain matched: no. lr x scale x √rank {spread}. An arm with `match_gain` would tell them apart.",
+            f"Gain matched: no. {product} {spread}. An arm with `match_gain` would tell them apart.",
         )
     groups = "; ".join(
         f"{facts.settings_in_words(group)} ({gains[group[0]]:.2g})" for group in facts.same_gain
@@ -208,7 +209,7 @@ def _same_gain(facts: Facts) -> Condition:
     return Condition(
         name,
         "yes" if is_whole else "caution",
-        f"Gain matched: yes for {groups}; no for others: over all arms lr x scale x √rank {spread}."
+        f"Gain matched: yes for {groups}; no for others: over all arms {product} {spread}."
         + (f" At equal lr, not at matched gain: {apart}." if apart else ""),
     )
 
@@ -227,14 +228,17 @@ def _merged(facts: Facts) -> Condition:
             f"Merged and unmerged outputs differ for {', '.join(bad)} ({measured}): use the adapter "
             "unmerged.",
         )
-    missing = [arm for arm in facts.arms if arm not in facts.merges]
+    single = [arm for arm in facts.arms if schedule_of(facts.settings[arm]) is None]
+    missing = [arm for arm in single if arm not in facts.merges]
     if missing:
         return Condition(
             name,
             "caution",
             f"Checked for {len(facts.merges)} arms ({measured}), not for {', '.join(missing)}.",
         )
-    return Condition(name, "yes", f"Merged against unmerged: {measured}.")
+    others = [arm for arm in facts.arms if arm not in single]
+    told = f" {', '.join(others)}: T-LoRA, which has no merged weights." if others else ""
+    return Condition(name, "yes", f"Merged against unmerged: {measured}.{told}")
 
 
 def _base_quality(facts: Facts) -> Condition:
