@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.bank import AdapterBank
 from lorascope.base.layers import stable_diffusion_layers
 
 RANK = 4
@@ -33,6 +34,15 @@ def layers_of(pipeline: StableDiffusionPipeline) -> dict[str, torch.nn.Module]:
         if ".layers." in path and isinstance(module, torch.nn.Linear):
             found[f"text_encoder.text_model.{path}"] = module
     return found
+
+
+def randomize(bank: AdapterBank) -> None:
+    """Give B values, so that the adapters do something; the padding of smaller ranks stays zero."""
+    generator = torch.Generator().manual_seed(2)
+    for target in bank.targets:
+        for index, arm in enumerate(bank.arms):
+            up = bank.layers[target.name].up.detach()[index, :, : target.rank(arm)]
+            up.copy_(torch.randn(up.shape, generator=generator) * 0.1)
 
 
 def random_module(

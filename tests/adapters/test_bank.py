@@ -24,7 +24,7 @@ from lorascope.config import load_study
 from lorascope.errors import AdapterError
 from lorascope.schema import StudyConfig
 from lorascope.sections import REFERENCE_TARGETS, AdapterSection, TargetGroup
-from random_adapters import load_pipeline
+from random_adapters import load_pipeline, randomize
 
 R4 = Arm(name="r4", rank=4, alpha=8, lr=1e-3, seed=0)
 R8 = Arm(name="r8", rank=8, alpha=4, lr=1e-3, seed=0)
@@ -47,15 +47,6 @@ def exact_inputs(samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     """The same in float64, for `exact_base`."""
     noisy, timesteps, text = unet_inputs(samples)
     return noisy.double(), timesteps, text.double()
-
-
-def randomize(bank: AdapterBank) -> None:
-    """Give B values, so that the adapters do something; the padding of smaller ranks stays zero."""
-    generator = torch.Generator().manual_seed(2)
-    for layer in bank.layers.values():
-        for index, arm in enumerate(bank.arms):
-            up = layer.up.detach()[index, :, : min(arm.rank, layer.up.shape[2])]
-            up.copy_(torch.randn(up.shape, generator=generator) * 0.1)
 
 
 @pytest.fixture

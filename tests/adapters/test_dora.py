@@ -17,6 +17,7 @@ from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS
+from random_adapters import randomize
 
 DORA = Arm(name="dora", rank=4, alpha=8, lr=1e-3, seed=0, kind="dora")
 LORA = Arm(name="lora", rank=6, alpha=6, lr=1e-3, seed=1)
@@ -32,15 +33,12 @@ NEAR = {"rtol": 1e-5, "atol": 1e-6}
 def make_bank(base: Base, arms: list[Arm], targets: tuple[str, ...] = REFERENCE_TARGETS) -> AdapterBank:
     """Adapters that do something: B and, with DoRA, magnitudes off the rows' own."""
     bank = AdapterBank(base.components, resolve_targets(base.unet, targets), arms)
-    generator = torch.Generator().manual_seed(2)
-    for target in bank.targets:
-        layer = bank.layers[target.name]
-        for index, arm in enumerate(bank.arms):
-            up = layer.up.detach()[index, :, : target.rank(arm)]
-            up.copy_(torch.randn(up.shape, generator=generator) * 0.1)
-            if arm.kind == "dora":
-                magnitudes = layer.magnitudes_of(index)
-                magnitudes.mul_(1 + 0.2 * torch.rand(magnitudes.shape, generator=generator))
+    randomize(bank)
+    generator = torch.Generator().manual_seed(3)
+    for layer in bank.layers.values():
+        for index in (index for index, arm in enumerate(arms) if arm.kind == "dora"):
+            magnitudes = layer.magnitudes_of(index)
+            magnitudes.mul_(1 + 0.2 * torch.rand(magnitudes.shape, generator=generator))
     return bank
 
 

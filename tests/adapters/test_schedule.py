@@ -21,6 +21,7 @@ from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS, AdapterSection, TargetGroup
+from random_adapters import randomize
 
 LORA = Arm(name="lora", rank=4, alpha=8, lr=1e-3, seed=0)
 TLORA = Arm(name="tlora", rank=6, alpha=6, lr=1e-3, seed=1, kind="tlora", min_rank=2)
@@ -55,12 +56,7 @@ def test_a_layer_of_another_rank_has_the_same_share() -> None:
 def make_bank(base: Base, arms: list[Arm]) -> AdapterBank:
     section = AdapterSection(targets=REFERENCE_TARGETS, groups=(TargetGroup(targets=("*.conv1",), rank=3),))
     bank = AdapterBank(base.components, resolve_section(base.components, section), arms)
-    generator = torch.Generator().manual_seed(2)
-    for target in bank.targets:
-        layer = bank.layers[target.name]
-        for index, arm in enumerate(bank.arms):
-            up = layer.up.detach()[index, :, : target.rank(arm)]
-            up.copy_(torch.randn(up.shape, generator=generator) * 0.1)
+    randomize(bank)
     return bank
 
 

@@ -172,3 +172,10 @@ def test_only_an_arm_of_a_smaller_gain_that_keeps_more_is_a_reference() -> None:
     assert find_reference(default, known) == healthy
     assert find_reference(diverged, known[1:]) == default
     assert find_reference(diverged, known[2:]) is None
+
+
+def test_a_remedy_takes_the_gain_of_an_arm_of_its_own_kind() -> None:
+    sound, failed = healthy_arm(), diverged_arm()
+    assert find_reference(failed, [("healthy", sound)]) is sound
+    other = replace(sound, arm=sound.arm.model_copy(update={"kind": "dora"}))
+    assert find_reference(failed, [("healthy", other)]) is None

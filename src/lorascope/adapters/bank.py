@@ -209,7 +209,9 @@ class AdapterBank:
         self._selection = selection
         is_full = all(item.strength == 1 for item in slices)
         for layer in self.layers.values():
-            layer.selection, layer.factors = selection, (layer.scales[selection] * strengths).view(-1, 1, 1)
+            # DoRA's strength acts on its whole change of the weight.
+            factors = layer.scales[selection] * (1 if self.has_magnitudes else strengths)
+            layer.selection, layer.factors = selection, factors.view(-1, 1, 1)
             layer.strengths = None if is_full else strengths
 
     def at(self, timesteps: torch.Tensor, training: bool = False) -> None:

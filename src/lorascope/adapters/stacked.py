@@ -25,7 +25,7 @@ class _Stacked(nn.Module):
     """What the bank's adapters beside a frozen layer have in common."""
 
     selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
-    factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice
+    factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice; with magnitudes its scale
     strengths: torch.Tensor | None  # float32 [S]; None where all are 1
     mask: torch.Tensor | None = None  # [S, samples, r]: 1 for the components that act; None is all
 
@@ -86,12 +86,8 @@ class StackedLinear(_Stacked):
         down, up = self._selected(self.down, self.up)
         num_slices = len(self.factors)
         rows = x.reshape(num_slices, -1, self.in_features)  # (S, T, in)
-        weight, bias = self.layer.weight, self.layer.bias
-        if self.magnitudes is None:
-            factors = self.factors
-        else:
-            bias, factors = None, self._selected(self.scales)[0].view(-1, 1, 1)
-        down, up = down.to(x.dtype), (up * factors).to(x.dtype)
+        weight, bias = self.layer.weight, None if self.magnitudes else self.layer.bias
+        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
         y: torch.Tensor = _AdaptedLinear.apply(rows, weight, bias, down, up, self.mask)  # type: ignore[no-untyped-call]
         if self.magnitudes is not None:
             y = y * self._gains(self.selection)[:, None].to(y.dtype)
@@ -169,11 +165,10 @@ class StackedConv(_Stacked):
         down, up = self._selected(self.down, self.up)
         num_slices, layer = len(self.factors), self.layer
         if self.magnitudes is None:
-            y, factors = layer(x), self.factors
+            y = layer(x)
         else:
             y = functional.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation)
-            factors = self._selected(self.scales)[0].view(-1, 1, 1)
-        down, up = down.to(x.dtype), (up * factors).to(x.dtype)
+        down, up = down.to(x.dtype), (up * self.factors).to(x.dtype)
         grouped = x.unflatten(0, (num_slices, -1)).transpose(0, 1).flatten(1, 2)  # (samples, S * in, H, W)
         hidden = functional.conv2d(
             grouped, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, num_slices
@@ -185,15 +180,9 @@ class StackedConv(_Stacked):
         update = update.transpose(1, 2).flatten(0, 1)
         if self.magnitudes is None:
             return y + update
-        gains = (
-            self._gains(self.selection)
-            .to(y.dtype)
-            .repeat_interleave(len(x) // num_slices, 0)[..., None, None]
-        )
-        adapted = (y + update) * gains
-        if self.strengths is not None:
-            strengths = self.strengths.to(y.dtype).repeat_interleave(len(x) // num_slices)[
-                :, None, None, None
-            ]
+        num_samples, gains = len(x) // num_slices, self._gains(self.selection).to(y.dtype)
+        adapted = (y + update) * gains.repeat_interleave(num_samples, 0)[..., None, None]
+        if self.strengths is not None:  # W + strength (W' - W)
+            strengths = self.strengths.to(y.dtype).repeat_interleave(num_samples).view(-1, 1, 1, 1)
             adapted = adapted * strengths + y * (1 - strengths)
         return adapted if layer.bias is None else adapted + layer.bias[:, None, None]

@@ -84,13 +84,14 @@ def find_remedy(
 
 
 def find_reference(signals: ArmSignals, known: Sequence[tuple[Cause, ArmSignals]]) -> ArmSignals | None:
-    """Of arms whose cause is known, one of a smaller gain that keeps clearly more: a healthy one of the
-    largest gain, else the one that keeps the most.
+    """Of arms of its manner whose cause is known, one of a smaller gain that keeps clearly more: a healthy
+    one of the largest gain, else the one that keeps the most.
     """
     better = [
         (cause, other)
         for cause, other in known
         if cause in ("healthy", "too_strong", "cannot_tell")
+        and other.arm.manner == signals.arm.manner
         and other.arm.gain < 0.95 * signals.arm.gain
         and other.full.style.low is not None
         and other.full.style.low > 0
