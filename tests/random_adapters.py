@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.modules import LoraModule
 from lorascope.base.layers import stable_diffusion_layers
 
 RANK = 4

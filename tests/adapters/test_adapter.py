@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule, misfits
+from lorascope.adapters.adapter import Adapter, misfits
+from lorascope.adapters.modules import LoraModule
 from lorascope.errors import AdapterError
 from random_adapters import ATTENTION, sd15_adapter
 

@@ -13,9 +13,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Slice, initial_factors
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.targets import count_parameters, resolve_section, resolve_targets
 from lorascope.arms import Arm, ArmGrid, Init
 from lorascope.base.configs import SD15_DIR

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.export import (
     convert,
@@ -23,6 +23,7 @@ from lorascope.adapters.export import (
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.adapters.inspection import inspect_adapter
 from lorascope.adapters.inspection_text import as_text
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.targets import resolve_section
 from lorascope.arms import Arm
 from lorascope.base.loading import Base, load_base

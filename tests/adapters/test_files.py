@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from adapter_files import KOHYA_ATTENTION, kohya, write
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.names import kohya_name
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.errors import AdapterError, WeightsError

@@ -13,11 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.inspection import Inspection, inspect_adapter
 from lorascope.adapters.inspection_text import as_text
 from lorascope.adapters.metadata import kohya_metadata
+from lorascope.adapters.modules import LoraModule
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.cli.app import main
 from lorascope.errors import EXIT_DONE, EXIT_GATE_REJECTED, EXIT_INPUT, AdapterError, WeightsError

@@ -8,10 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from conftest import make_pipeline_folder
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
 from lorascope.adapters.metadata import kohya_metadata
+from lorascope.adapters.modules import LoraModule
 from lorascope.base.layers import ldm_path, stable_diffusion_layers
 from lorascope.base.loading import Base
 from lorascope.base.saving import save_ldm

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.files import load_adapter
 from lorascope.adapters.merge import merge_weights, merged_into
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.targets import resolve_section
 from lorascope.arms import Arm
 from lorascope.base.loading import Base

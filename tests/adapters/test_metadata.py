@@ -5,8 +5,9 @@ import json
 
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.metadata import kohya_metadata, tag_frequency
+from lorascope.adapters.modules import LoraModule
 from random_adapters import random_module, sd15_adapter
 
 STARTED = datetime.datetime(2026, 5, 4, 3, 2, 1, tzinfo=datetime.UTC)

@@ -8,8 +8,9 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
 from adapter_files import KOHYA_ATTENTION, Tensors, pair, write
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter, save_adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.names import is_of_lora, is_plain_path, kohya_name, parse_key
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.base.layers import stable_diffusion_layers

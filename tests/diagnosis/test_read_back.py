@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope.adapters.adapter import LoraModule
 from lorascope.adapters.files import load_adapter, save_adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.config import load_study
 from lorascope.diagnosis.read_back import read_back, relative_error
 from lorascope.run_folder import RunDir

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.lowrank import Target, resize
 from lorascope.adapters.merge import merged_into
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base

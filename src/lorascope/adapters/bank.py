@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.schedule import NUM_TIMESTEPS, schedule_of
 from lorascope.adapters.stacked import Magnitudes, StackedConv, StackedLinear
 from lorascope.adapters.targets import Target

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.foreign import foreign_kind
 from lorascope.adapters.hashes import kohya_hashes
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.names import kohya_name
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.adapters.peft_config import peft_options, read_peft_config

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.base.configs import read_configs
 from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.ldm import PREFIXES, canonical_name, list_pairs

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from lorascope.adapters.adapter import LoraModule
 from lorascope.adapters.file_content import Content
 from lorascope.adapters.file_modules import FileModule, num_elements
 from lorascope.adapters.lowrank import effective_rank, singular_values
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.adapters.recognition import ModuleFacts, recognise_modules
 from lorascope.base.weights import count_not_finite

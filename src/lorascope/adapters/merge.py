@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import DTYPES, STRENGTH, Dtype, Written
+from lorascope.adapters.modules import LoraModule
 from lorascope.base.loading import Base, is_sd15, load_base
 from lorascope.base.saving import save_ldm
 from lorascope.base.weights import read_header

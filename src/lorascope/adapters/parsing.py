@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.names import parse_key
 from lorascope.adapters.peft_config import alpha_of, configuration_notes, peft_configs, rank_faults
 

@@ -12,7 +12,7 @@ from lorascope.errors import AdapterError, first_line
 from lorascope.store import PEFT_ALPHA, PEFT_CONFIG, PEFT_WEIGHTS, read_regular
 
 if TYPE_CHECKING:
-    from lorascope.adapters.adapter import LoraModule
+    from lorascope.adapters.modules import LoraModule
 
 _LARGEST = 3.4028234e38  # of float32
 _CONFIG_LIMIT = 10_000_000  # bytes of an adapter_config.json

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
+from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.diagnosis.weights import scale_intruders

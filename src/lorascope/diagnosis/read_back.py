@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.modules import LoraModule
 from lorascope.arms import Arm
 from lorascope.errors import AdapterError, WeightsError
 from lorascope.run_folder import RunDir

@@ -28,8 +28,9 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from lorascope.adapters.adapter import Adapter, LoraModule
+from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.lowrank import effective_rank, singular_values
+from lorascope.adapters.modules import LoraModule
 from lorascope.console import Tally
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.errors import AdapterError

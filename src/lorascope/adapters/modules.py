@@ -1,0 +1,258 @@
+"""What an adapter does to one layer: LoRA, LoHa, LoKr or a full difference, as tensors in memory.
+
+Dimensions: r rank, in and out the channels of the adapted layer, kh and kw a convolution's kernel. LoHa, LoKr
+and full differences are LyCORIS' (Yeh et al. 2024), under the names that its files give their tensors.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+
+ModuleKind = Literal["lora", "loha", "lokr", "full"]
+KIND_NAMES: dict[ModuleKind, str] = {
+    "lora": "LoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "full": "a full difference",
+}
+
+
+class _Module:
+    """What modules of all kinds have in common; their fields are tensors, but for alpha."""
+
+    kind: ClassVar[ModuleKind]
+    alpha: float | None
+    dora_scale: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r, as the tensors have it."""
+        raise NotImplementedError
+
+    @property
+    def effective_alpha(self) -> float:
+        """alpha, or the rank where the file gives none."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product of the tensors."""
+        return self.effective_alpha / self.rank
+
+    def update(self) -> torch.Tensor:
+        """What is added to the layer's weight: float32 [out, ...], of the size of the weight. DoRA's
+        normalisation is left out.
+        """
+        raise NotImplementedError
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is for a weight of this shape."""
+        raise NotImplementedError
+
+    def at_strength(self, strength: float) -> Self:
+        """The module that does at weight 1 what this does at `strength`."""
+        changed: Any = replace(self, alpha=self.effective_alpha * strength)  # type: ignore[type-var]
+        return changed  # type: ignore[no-any-return]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by field name."""
+        named = ((item.name, getattr(self, item.name)) for item in fields(self))  # type: ignore[arg-type]
+        return {name: value for name, value in named if isinstance(value, torch.Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The same module with other tensors, such as of another dtype, by field name; those left out are
+        gone.
+        """
+        gone = dict.fromkeys(set(self.tensors()) - set(tensors))
+        changed: Any = replace(self, **gone, **tensors)  # type: ignore[type-var]
+        return changed  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class LoraModule(_Module):
+    """LoRA: its update is up @ down * scale, scale = alpha / rank, or 1 where the file gives no alpha."""
+
+    kind = "lora"
+    down: torch.Tensor  # [r, in], or [r, in, kh, kw] of a convolution
+    up: torch.Tensor  # [out, r], or [out, r, 1, 1]
+    alpha: float | None
+    mid: torch.Tensor | None = None  # LoCon's Tucker core, [r, r, kh, kw]; down is then [r, in, 1, 1]
+    dora_scale: torch.Tensor | None = (
+        None  # DoRA's norms of the adapted weight, [out, 1(, 1, 1)], or [1, in(, 1, 1)] of old LyCORIS
+    )
+
+    @property
+    def rank(self) -> int:
+        """r, as the tensors have it."""
+        return self.down.shape[0]
+
+    def full_down(self) -> torch.Tensor:
+        """`down` with the Tucker core folded in: [r, in] or [r, in, kh, kw]; the update is up @ full_down *
+        scale.
+        """
+        if self.mid is None:
+            return self.down
+        return torch.einsum("abhw,bi->aihw", self.mid.float(), self.down.float().flatten(1)).to(
+            self.down.dtype
+        )
+
+    def update(self) -> torch.Tensor:
+        """As of every module: [out, in] or [out, in, kh, kw]."""
+        down = replace(self, down=self.down.float()).full_down()
+        return (self.up.float().flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:]) * self.scale
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight it adapts: (out, in) or (out, in, kh, kw)."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is for a weight of this shape; a 1x1 convolution's is a Linear layer's."""
+        return _without_kernel_of_one(self.weight_shape) == _without_kernel_of_one(shape)
+
+
+@dataclass(frozen=True)
+class LohaModule(_Module):
+    """LoHa: its update is (w1_a @ w1_b) * (w2_a @ w2_b) * scale, element by element.
+
+    With Tucker cores, which some convolutions have, w_a is [r, out], w_b [r, in], and each product that of
+    the core with both.
+    """
+
+    kind = "loha"
+    w1_a: torch.Tensor  # [out, r]
+    w1_b: torch.Tensor  # [r, in * kh * kw]
+    w2_a: torch.Tensor  # [out, r]
+    w2_b: torch.Tensor  # [r, in * kh * kw]
+    alpha: float | None
+    t1: torch.Tensor | None = None  # Tucker core, [r, r, kh, kw]
+    t2: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r, as the tensors have it."""
+        return self.w1_b.shape[0]
+
+    def update(self) -> torch.Tensor:
+        """As of every module: [out, in * kh * kw], with cores [out, in, kh, kw]."""
+        first = _product(self.w1_a, self.w1_b, self.t1)
+        return first * _product(self.w2_a, self.w2_b, self.t2) * self.scale
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """As of every module."""
+        if self.t1 is not None:
+            return tuple(shape) == (self.w1_a.shape[1], self.w1_b.shape[1], *self.t1.shape[2:])
+        return (shape[0], math.prod(shape[1:])) == (self.w1_a.shape[0], self.w1_b.shape[1])
+
+
+@dataclass(frozen=True)
+class LokrModule(_Module):
+    """LoKr: its update is the Kronecker product of w1 and w2, times scale; each is whole or w_a @ w_b.
+
+    out is l * k and in is m * n. alpha acts only where one of the two is a product, as LyCORIS has it.
+    """
+
+    kind = "lokr"
+    alpha: float | None
+    w1: torch.Tensor | None = None  # [l, m]
+    w1_a: torch.Tensor | None = None  # [l, r]
+    w1_b: torch.Tensor | None = None  # [r, m]
+    w2: torch.Tensor | None = None  # [k, n(, kh, kw)]
+    w2_a: torch.Tensor | None = None  # [k, r]; with a core [r, k]
+    w2_b: torch.Tensor | None = None  # [r, n * kh * kw]; with a core [r, n]
+    t2: torch.Tensor | None = None  # Tucker core, [r, r, kh, kw]
+
+    @property
+    def rank(self) -> int:
+        """r, as the tensors have it; 1 where both are whole."""
+        small = self.w2_b if self.w1_b is None else self.w1_b
+        return 1 if small is None else small.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / r; 1 where both are whole."""
+        return 1.0 if self.w1 is not None and self.w2 is not None else super().scale
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """w1 [l, m] and w2 [k, n * kh * kw], float32."""
+        parts = []
+        for own, left, right, core in (
+            (self.w1, self.w1_a, self.w1_b, None),
+            (self.w2, self.w2_a, self.w2_b, self.t2),
+        ):
+            if own is not None:
+                parts.append(own.float().flatten(1))
+            else:
+                assert left is not None
+                assert right is not None
+                parts.append(_product(left, right, core).flatten(1))
+        return parts[0], parts[1]
+
+    def update(self) -> torch.Tensor:
+        """As of every module: [out, in * kh * kw]."""
+        return torch.kron(*self.whole()) * self.scale
+
+    def at_strength(self, strength: float) -> "LokrModule":
+        """As of every module."""
+        if self.w1 is not None and self.w2 is not None:
+            return replace(self, w1=self.w1 * strength)
+        return super().at_strength(strength)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """As of every module."""
+        first, second = self.whole()
+        rows = first.shape[0] * second.shape[0]
+        return rows == shape[0] and first.numel() * second.numel() == math.prod(shape)
+
+
+@dataclass(frozen=True)
+class FullModule(_Module):
+    """A full difference: what is added to the layer's weight and bias. A layer's norm may be such too."""
+
+    kind = "full"
+    weight: torch.Tensor  # of the weight's shape
+    bias: torch.Tensor | None = None  # [out]
+    alpha: None = None
+
+    @property
+    def rank(self) -> int:
+        """The most that a matrix of this size can have."""
+        return min(self.weight.shape[0], self.weight[0].numel())
+
+    @property
+    def scale(self) -> float:
+        """1: there is no alpha."""
+        return 1.0
+
+    def update(self) -> torch.Tensor:
+        """As of every module."""
+        return self.weight.float()
+
+    def at_strength(self, strength: float) -> "FullModule":
+        """As of every module."""
+        return replace(
+            self, weight=self.weight * strength, bias=None if self.bias is None else self.bias * strength
+        )
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """As of every module."""
+        return tuple(shape) == tuple(self.weight.shape)
+
+
+Module = LoraModule | LohaModule | LokrModule | FullModule
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
+    """left @ right, or the core with both, float32."""
+    if core is None:
+        return left.float() @ right.float()
+    return torch.einsum("abhw,ao,bi->oihw", core.float(), left.float(), right.float())
+
+
+def _without_kernel_of_one(shape: Sequence[int]) -> tuple[int, ...]:
+    """A 1x1 convolution's weight is a Linear layer's: [out, in]."""
+    return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
