@@ -24,16 +24,22 @@ from lorascope.sections import (
     Seed,
     Seeds,
     SeveralEpochs,
+    Targets,
     Text,
     TrainSection,
 )
 
 Scaling = Literal["alpha/r", "rslora"]
-Init = Literal["kaiming", "gaussian", "orthogonal"]
-Kind = Literal["lora", "tlora", "dora"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random-svd", "random-svd-square"]
+Kind = Literal["lora", "tlora", "dora", "loha", "lokr", "full"]
 MaskWhen = Literal["always", "training"]
 
 _DEFAULT_LR = 1e-4
+FULL_RANK = 1024  # what full fine-tuning counts as where arms are put in the order of their ranks
+# Whose product B S A is not zero at the start, so that it is subtracted; of the latter S is trained apart.
+_ANCHORED: tuple[Init, ...] = ("pissa", "random-svd", "random-svd-square")
+_WITH_VALUES = _ANCHORED[1:]
+_WITHOUT_FACTORS: tuple[Kind, ...] = ("loha", "lokr", "full")  # whose update is no scale x B A
 
 
 class ArmGrid(Section):
@@ -51,7 +57,9 @@ class ArmGrid(Section):
         default="lora",
         description=(
             "`lora`; `tlora`, of which all components act where there is no noise, and the first `min_rank` "
-            "where there is nothing else; `dora`, which learns the size of each row of the weight apart"
+            "where there is nothing else; `dora`, which learns the size of each row of the weight apart; "
+            "`loha`, two products multiplied element by element; `lokr`, a Kronecker product; `full`, all "
+            "weights of the U-Net"
         ),
     )
     rank: Rank | Ranks = Field(default=16, description="rank r of the adapter")
@@ -88,7 +96,17 @@ class ArmGrid(Section):
         default="kaiming",
         description=(
             "what A and B start from: `kaiming` draws A from U(-1/sqrt(in), 1/sqrt(in)), `gaussian` from "
-            "N(0, 1/rank^2), both with B = 0; `orthogonal` draws both, so that their product is 0"
+            "N(0, 1/rank^2), both with B = 0; `orthogonal` draws both, so that their product is 0; `pissa` "
+            "from the leading singular vectors of the weight, `random-svd` and `random-svd-square` from "
+            "those of a random matrix, as T-LoRA, and what they started from is subtracted"
+        ),
+    )
+    layers: Targets = Field(
+        default=("*",),
+        min_length=1,
+        description=(
+            "of `full`: the U-Net's layers that are trained, norms too, by name endings or patterns as in "
+            "`adapter.targets`"
         ),
     )
     match_gain: Text | None = Field(
@@ -145,10 +163,21 @@ class ArmGrid(Section):
             value = getattr(self, key)
             if self.kind != "tlora" and value != type(self).model_fields[key].default:
                 raise ValueError(f'{key} = {shown(value)}: is of T-LoRA: leave it out, or set kind = "tlora"')
-        if self.kind == "dora" and self.max_weight_norm is not None:
+        if self.max_weight_norm is not None and (self.kind == "dora" or self.init in _ANCHORED):
+            what = "DoRA" if self.kind == "dora" else f"an adapter with init = {self.init!r}"
             raise ValueError(
                 f"max_weight_norm = {shown(self.max_weight_norm)}: bounds scale x B A, which is not all that "
-                'DoRA changes: leave it out, or set kind = "lora"'
+                f'{what} changes: leave it out, or set kind = "lora" and another init'
+            )
+        if self.kind in _WITHOUT_FACTORS:
+            self._refuse(("init", "lr_ratio", "max_weight_norm"), "is of factors B and A")
+        if self.kind == "full":
+            keys = ("rank", "alpha", "alpha_per_rank", "scaling", "match_gain")
+            self._refuse(keys, "is of a rank, which full fine-tuning does not have")
+        elif self.layers != type(self).model_fields["layers"].default:
+            raise ValueError(
+                f"layers = {shown(list(self.layers))}: is of full fine-tuning: leave it out, or set "
+                'kind = "full"; layers that adapters have are adapter.targets'
             )
         if self.min_rank is not None and max(_several(self.min_rank)) > min(_several(self.rank)):
             raise ValueError(
@@ -156,6 +185,15 @@ class ArmGrid(Section):
                 f"{min(_several(self.rank))}: lower it, or give other ranks a table of their own"
             )
         return self
+
+    def _refuse(self, keys: Sequence[str], why: str) -> None:
+        """Raise ValueError where one of these keys is given and not what is meant without it."""
+        for key in keys:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f'{key} = {shown(value)}: {why}: leave it out, or set another kind than "{self.kind}"'
+                )
 
     @model_validator(mode="after")
     def _name_of_one(self) -> Self:
@@ -177,6 +215,7 @@ class ArmGrid(Section):
         `match_gain`, batch size and epochs None where `train`'s hold.
         """
         key = "alpha_per_rank" if self.alpha is None else "alpha"
+        ranks = (FULL_RANK,) if self.kind == "full" else _several(self.rank)
         scalings = _several(getattr(self, key) or 1.0)
         return [
             {
@@ -187,10 +226,11 @@ class ArmGrid(Section):
                 "alpha": value if key == "alpha" else value * rank,
                 "scaling": self.scaling,
                 "init": self.init,
+                "layers": self.layers,
                 "match_gain": self.match_gain,
                 **others,
             }
-            for rank, value in itertools.product(_several(self.rank), scalings)
+            for rank, value in itertools.product(ranks, scalings)
             for others in self._products(*_MULTIPLIED)
         ]
 
@@ -225,6 +265,7 @@ class Arm(Section):
     mask_exponent: float = 1.0
     mask_when: MaskWhen = "always"
     init: Init = "kaiming"
+    layers: tuple[str, ...] = ("*",)
     lr_ratio: float = 1.0
     max_weight_norm: float | None = None
     match_gain: str | None = None
@@ -243,11 +284,37 @@ class Arm(Section):
         return self.lr * self.lr_ratio * self.scale * math.sqrt(self.rank)
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether the product that its factors start from is subtracted again."""
+        return self.init in _ANCHORED
+
+    @property
+    def has_values(self) -> bool:
+        """Whether singular values are trained between its factors."""
+        return self.init in _WITH_VALUES
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether its update is scale x B A at any one time, without magnitudes."""
+        return self.kind in ("lora", "tlora")
+
+    @property
+    def family(self) -> str:
+        """Arms of one family are computed in one way, and so may lie in one bank; a full fine-tuning is alone
+        in its own.
+        """
+        families = {"loha": "lycoris", "lokr": "lycoris", "full": f"full {self.name}"}
+        return families.get(self.kind, "lora")
+
+    @property
     def options(self) -> dict[str, Any]:
         """Its choices that are not the default, by key, but for those of any LoRA: rank, alpha, lr, epochs,
         batch size and seed.
         """
-        keys = ("kind", "min_rank", "mask_exponent", "mask_when", "init", "lr_ratio", "max_weight_norm")
+        keys = (
+            *("kind", "min_rank", "mask_exponent", "mask_when", "init", "layers"),
+            *("lr_ratio", "max_weight_norm"),
+        )
         fields = type(self).model_fields
         return {key: value for key in keys if (value := getattr(self, key)) != fields[key].default}
 
@@ -345,7 +412,7 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
     by_rank: dict[int, list[Mapping[str, Any]]] = {}
     for setting in settings:
         by_rank.setdefault(setting["rank"], []).append(setting)
-    keys = ("kind", "mask_exponent", "mask_when", "alpha", "scaling", "init", *_MULTIPLIED)
+    keys = ("kind", "mask_exponent", "mask_when", "alpha", "scaling", "init", "layers", *_MULTIPLIED)
     return {
         key
         for key in keys
@@ -356,7 +423,9 @@ def _varying(settings: Sequence[Mapping[str, Any]]) -> set[str]:
 
 def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
     parts = [f"r{setting['rank']}"]
-    if "kind" in varying and setting["kind"] != "lora":
+    if setting["kind"] == "full":
+        parts = ["full"]
+    elif "kind" in varying and setting["kind"] != "lora":
         parts.append(setting["kind"])
     if setting["kind"] == "tlora":
         parts += [f"min{setting['min_rank']}"] if "min_rank" in varying else []

@@ -147,13 +147,14 @@ class Plan:
         for arm in self.arms:
             count = arm["parameters"]
             parameters = f"{count:,} parameters, {size(4 * count)}"
-            choices = (
-                f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g} lr "
-                f"{arm['lr']:<8g} seed {arm['seed']}"
-            )
+            factors = f"rank {arm['rank']:<4} alpha {arm['alpha']:<6g} scale {arm['scale']:<6g}"
+            if arm["kind"] == "full":
+                factors = f"{'all weights':<{len(factors)}}"
+            choices = f"{factors} lr {arm['lr']:<8g} seed {arm['seed']}"
             choices += f"  batch {arm['batch_size']:<3} epochs {arm['epochs']:<3}" if vary else ""
             choices += f"  gain {arm['gain']:<8.3g}" if matched else ""
             choices += "" if arm["kind"] == "lora" else f"  {arm['kind']}"
+            choices += "" if list(arm["layers"]) == ["*"] else f" of {', '.join(arm['layers'])}"
             choices += "" if arm["min_rank"] is None else f" from rank {arm['min_rank']}"
             choices += "  rslora" if arm["scaling"] == "rslora" else ""
             choices += f"  {arm['init']}" if arm["init"] != "kaiming" else ""

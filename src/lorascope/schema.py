@@ -36,6 +36,7 @@ _LATER_KEYS = (
     ("arms", "min_rank"),
     ("arms", "mask_exponent"),
     ("arms", "mask_when"),
+    ("arms", "layers"),
     ("diagnose", "num_intervention_prompts"),
     ("diagnose", "scale_intruders"),
     ("diagnose", "cut_rank"),
@@ -94,7 +95,9 @@ class StudyConfig(Section):
             is_table = isinstance(values[section], dict)
             tables = [values[section]] if is_table else values[section]
             kind = type(getattr(self, section) if is_table else getattr(self, section)[0])
+            default = kind.model_fields[key].default
+            default = list(default) if isinstance(default, tuple) else default  # as JSON has it
             for table in tables:
-                if table[key] == kind.model_fields[key].default:
+                if table[key] == default:
                     del table[key]
         return digest_json({key: values[key] for key in (sections or values) if key != "name"})

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from lorascope import __version__
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.mixed import Bank, open_bank
 from lorascope.adapters.schedule import schedule_of
 from lorascope.adapters.targets import Target, resolve_section
 from lorascope.arms import Arm
@@ -212,7 +213,7 @@ class Study:
     @functools.cached_property
     def targets(self) -> list[Target]:
         """The adapted layers."""
-        targets = resolve_section(self.base.components, self.config.adapter)
+        targets = resolve_section(self.base.components, self.config.adapter, self.config.expand_arms())
         names = [
             *self.config.adapter.targets,
             *(name for group in self.config.adapter.groups for name in group.targets),
@@ -352,9 +353,9 @@ class Study:
             self.run_dir.require_unchanged(arm.name)
         return arms
 
-    def load_bank(self, arms: Sequence[Arm], base: Base) -> AdapterBank:
+    def load_bank(self, arms: Sequence[Arm], base: Base) -> Bank:
         """The trained adapters of `arms` in one bank on `base`, not attached."""
-        bank = AdapterBank(base.components, self.targets, arms)
+        bank = open_bank(base.components, self.targets, arms)
         for index, arm in enumerate(arms):
             bank.load(index, load_adapter(self.run_dir.adapters_dir / arm.name))
         return bank

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.bank import AdapterBank, Slice, initial_factors
+from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.adapters.modules import LoraModule
 from lorascope.adapters.targets import count_parameters, resolve_section, resolve_targets
-from lorascope.arms import Arm, ArmGrid, Init
+from lorascope.arms import Arm, ArmGrid
 from lorascope.base.configs import SD15_DIR
 from lorascope.base.loading import Base
 from lorascope.config import load_study
@@ -328,33 +328,6 @@ def test_the_reference_study_adapts_what_the_arithmetic_says(
     assert [round(4 * count / 2**20, 2) for count in counts] == list(sizes)
     if preset == "paper":
         assert counts == [5_984_256, 23_937_024]
-
-
-@pytest.mark.parametrize(
-    ("init", "in_peft"), [("kaiming", True), ("gaussian", "gaussian"), ("orthogonal", "orthogonal")]
-)
-@pytest.mark.parametrize("init_rank", [4, 16])
-def test_an_adapter_starts_as_in_peft(init: Init, in_peft: bool | str, init_rank: int) -> None:
-    """The product is zero, and A and B are of PEFT's size and share of directions."""
-    torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(600, 500))
-    config = LoraConfig(r=init_rank, target_modules=["0"], init_lora_weights=in_peft)  # type: ignore[arg-type]
-    theirs: Any = get_peft_model(layer, config).base_model.model[0]  # type: ignore[arg-type]
-    expected = theirs.lora_A["default"].weight.detach(), theirs.lora_B["default"].weight.detach()
-    down, up = initial_factors(init, init_rank, (600,), 500, torch.Generator().manual_seed(0))
-    # fp32: 1.2e-7 x 16 products of at most 0.5 x 0.5
-    torch.testing.assert_close(up @ down, torch.zeros(500, 600), rtol=0, atol=1e-6)
-    for ours, other in zip((down, up), expected, strict=True):
-        assert ours.shape == other.shape and ours.dtype == torch.float32
-        assert torch.linalg.matrix_rank(ours) == torch.linalg.matrix_rank(other)
-        # Of 2,000 numbers and more the standard deviation is known to 1.6 %, of two to 2.3 %: four of these.
-        torch.testing.assert_close(ours.std(), other.std(), rtol=0.09, atol=0)
-
-
-def test_an_orthogonal_start_takes_an_odd_rank_too() -> None:
-    down, up = initial_factors("orthogonal", 3, (5, 3, 3), 7, torch.Generator().manual_seed(0))
-    assert down.shape == (3, 5, 3, 3) and up.shape == (7, 3) and down.any() and up.any()
-    torch.testing.assert_close(up @ down.flatten(1), torch.zeros(7, 45), rtol=0, atol=1e-6)
 
 
 def test_arms_of_several_starts_stand_in_one_bank(base: Base) -> None:

@@ -21,6 +21,9 @@ class RankSchedule:
     min_rank: int
     exponent: float = 1.0
     num_timesteps: int = NUM_TIMESTEPS
+    # Whether a file holds twice as many: the latter half subtracts what the first started from, and of either
+    # half the same components act.
+    halves: bool = False
 
     def table(self, rank: int) -> list[int]:
         """r(t) of a layer of `rank`, whose least is the same share of it as `min_rank` is of the adapter's.
@@ -36,7 +39,10 @@ class RankSchedule:
 
     def as_text(self) -> str:
         """What a file's header holds of it."""
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if not self.halves:
+            del values["halves"]
+        return json.dumps(values, sort_keys=True)
 
 
 def read_schedule(metadata: Mapping[str, str]) -> RankSchedule | None:
@@ -50,6 +56,7 @@ def read_schedule(metadata: Mapping[str, str]) -> RankSchedule | None:
         schedule = RankSchedule(**json.loads(text))
         is_right = 1 <= schedule.min_rank <= schedule.rank and schedule.exponent > 0
         whole = (schedule.rank, schedule.min_rank, schedule.num_timesteps)
+        is_right &= type(schedule.halves) is bool
         is_right &= all(type(number) is int for number in whole) and 1 <= schedule.num_timesteps <= 10**6
     except (TypeError, ValueError, RecursionError):
         is_right = False
@@ -66,4 +73,4 @@ def schedule_of(arm: Arm, training: bool = False) -> RankSchedule | None:
     if arm.kind != "tlora" or (arm.mask_when == "training" and not training):
         return None
     assert arm.min_rank is not None
-    return RankSchedule(arm.rank, arm.min_rank, arm.mask_exponent)
+    return RankSchedule(arm.rank, arm.min_rank, arm.mask_exponent, halves=arm.is_anchored)

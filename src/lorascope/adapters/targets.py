@@ -1,10 +1,10 @@
-"""The layers that are adapted, Linear and convolution: found by name, with the rank, alpha and learning rate
-that each has in an arm.
+"""The layers that are adapted, Linear and convolution, and of full fine-tuning norms too: found by name, with
+the parameters, rank, alpha and learning rate that each has in an arm.
 """
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -16,15 +16,17 @@ from lorascope.sections import AdapterSection, TargetGroup
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to adapt, Linear or convolution, and the rank, alpha and learning rate it has in place of the
-    arm's.
-    """
+    """A layer to adapt, and the rank, alpha and learning rate it has in place of the arm's."""
 
     component: str  # `unet` or `text_encoder`
     path: str  # in the component
-    down_shape: tuple[int, ...]  # of a row of A: (in,) or (in, kernel height, kernel width)
+    down_shape: tuple[
+        int, ...
+    ]  # of a row of its weight: (in,), (in, kernel height, kernel width), of a norm ()
     out_features: int
     group: TargetGroup | None = None
+    has_bias: bool = False
+    is_for_full: bool = False  # whether only full fine-tuning trains it
 
     @property
     def name(self) -> str:
@@ -40,13 +42,62 @@ class Target:
         return f"{self.component}.{'text_model.' if dropped else ''}{self.path}"
 
     @property
-    def size_per_rank(self) -> int:
-        """Trainable parameters of A and B for each unit of rank."""
-        return math.prod(self.down_shape) + self.out_features
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of its weight: (out, in), (out, in, kernel height, kernel width) or of a norm (out,)."""
+        return (self.out_features, *self.down_shape)
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether its weight is a vector."""
+        return not self.down_shape
+
+    def is_of(self, arm: Arm) -> bool:
+        """Whether an arm trains it."""
+        if arm.kind != "full":
+            return not self.is_for_full
+        return self.component == "unet" and any(_matches(self.path, name) for name in arm.layers)
+
+    def parts(self, arm: Arm) -> dict[str, tuple[int, ...]]:
+        """The shapes of what an arm trains of this layer, by name; `adapters.modules` says what is what."""
+        rank, inputs = self.rank(arm), math.prod(self.down_shape)
+        if not self.is_of(arm):
+            return {}
+        match arm.kind:
+            case "full":
+                bias = {"bias": (self.out_features,)} if self.has_bias else {}
+                return {"weight": self.weight_shape, **bias}
+            case "loha":
+                left, right = (self.out_features, rank), (rank, inputs)
+                return {"w1_a": left, "w1_b": right, "w2_a": left, "w2_b": right}
+            case "lokr":
+                return self._kronecker_parts(rank)
+            case _:
+                parts = {"down": (rank, *self.down_shape), "up": (self.out_features, rank)}
+                parts |= {"magnitudes": (self.out_features,)} if arm.kind == "dora" else {}
+                return parts | ({"values": (rank,)} if arm.has_values else {})
+
+    def _kronecker_parts(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Of LoKr: w1 whole, and w2 too where two factors of this rank would be no smaller, as LyCORIS."""
+        (rows, more_rows), (columns, more_columns) = map(
+            near_square_factors, (self.out_features, self.down_shape[0])
+        )
+        kernel = self.down_shape[1:]
+        first = {"w1": (rows, columns)}
+        if rank >= max(more_rows, more_columns) / 2:
+            return {**first, "w2": (more_rows, more_columns, *kernel)}
+        return {**first, "w2_a": (more_rows, rank), "w2_b": (rank, more_columns * math.prod(kernel))}
 
     def size(self, arm: Arm) -> int:
         """Trainable parameters of this layer in an arm."""
-        return self.rank(arm) * self.size_per_rank + (self.out_features if arm.kind == "dora" else 0)
+        return sum(map(math.prod, self.parts(arm).values()))
+
+    def stored_size(self, arm: Arm) -> int:
+        """What it takes of a bank's row: what is trained, and what it started from where that is
+        subtracted.
+        """
+        factors = ("down", "up") if arm.is_anchored else ()
+        parts = self.parts(arm)
+        return self.size(arm) + sum(math.prod(parts[name]) for name in factors if name in parts)
 
     def rank(self, arm: Arm) -> int:
         """Rank of this layer in an arm."""
@@ -111,20 +162,25 @@ def _matches(path: str, name: str) -> bool:
 
 
 def _target(component: str, path: str, layer: nn.Module) -> Target:
+    has_bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        return Target(component, path, (layer.in_features,), layer.out_features)
+        return Target(component, path, (layer.in_features,), layer.out_features, has_bias=has_bias)
     assert isinstance(layer, nn.Conv2d)
     if layer.groups != 1 or layer.padding_mode != "zeros":
         raise AdapterError(
             f"adapter.targets: {path} is a convolution in groups or with padding other than zeros: "
             "leave it out"
         )
-    return Target(component, path, (layer.in_channels, *layer.kernel_size), layer.out_channels)
+    return Target(
+        component, path, (layer.in_channels, *layer.kernel_size), layer.out_channels, has_bias=has_bias
+    )
 
 
-def resolve_section(components: Mapping[str, nn.Module], section: AdapterSection) -> list[Target]:
+def resolve_section(
+    components: Mapping[str, nn.Module], section: AdapterSection, arms: Sequence[Arm] = ()
+) -> list[Target]:
     """All layers that `adapter.targets` and `adapter.groups` name; a group takes a layer over from
-    `adapter.targets`.
+    `adapter.targets`. Where one of `arms` is full fine-tuning, the layers that it trains come after them.
 
     Raises `AdapterError` as `resolve_targets` does, and for a layer named by two groups.
     """
@@ -136,11 +192,37 @@ def resolve_section(components: Mapping[str, nn.Module], section: AdapterSection
                     f"adapter.groups: {target.name} is named by two groups: leave it out of one"
                 )
             targets[target.name] = replace(target, group=group)
+    full = [arm for arm in arms if arm.kind == "full"]
+    if full:
+        for target in _all_layers(components["unet"]):
+            if target.name not in targets and any(target.is_of(arm) for arm in full):
+                targets[target.name] = target
+    for arm in full:
+        if not any(target.is_of(arm) for target in targets.values()):
+            raise AdapterError(
+                f"arms.layers = {list(arm.layers)}: match no layer of the U-Net: use name endings such as "
+                'to_q, or a pattern such as "*.attentions.*"'
+            )
     return list(targets.values())
 
 
+def _all_layers(unet: nn.Module) -> Iterator[Target]:
+    """Every layer of a U-Net with weights, for full fine-tuning."""
+    for path, layer in unet.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            yield replace(_target("unet", path, layer), is_for_full=True)
+        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm) and layer.weight is not None:
+            yield Target(
+                "unet", path, (), len(layer.weight), has_bias=layer.bias is not None, is_for_full=True
+            )
+
+
+def near_square_factors(number: int) -> tuple[int, int]:
+    """Two factors of a number whose sum is least, the smaller first."""
+    smaller = next(factor for factor in range(math.isqrt(number), 0, -1) if number % factor == 0)
+    return smaller, number // smaller
+
+
 def count_parameters(targets: Sequence[Target], arm: Arm) -> int:
-    """Trainable parameters of an adapter: r * (in + out) summed over its targets, kernels counted, and of
-    DoRA a magnitude an output.
-    """
+    """Trainable parameters of an arm, summed over its targets: of LoRA r * (in + out), kernels counted."""
     return sum(target.size(arm) for target in targets)

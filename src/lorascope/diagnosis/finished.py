@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.mixed import Bank, open_bank
 from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
@@ -68,17 +68,17 @@ class Finished:
         }
 
     @contextmanager
-    def attached(self) -> Iterator[tuple[AdapterBank, Mapping[Place, int]]]:
+    def attached(self) -> Iterator[tuple[Bank, Mapping[Place, int]]]:
         """Within, a bank with all adapters acts on the base; and where each lies in it."""
         by_name = {arm.name: arm for arm in self.arms}
-        bank = AdapterBank(self.base.components, self.targets, [by_name[name] for name, _ in self.places])
+        bank = open_bank(self.base.components, self.targets, [by_name[name] for name, _ in self.places])
         for index, place in enumerate(self.places):
             bank.load(index, self.adapters[place])
         with _acting(bank):
             yield bank, {place: index for index, place in enumerate(self.places)}
 
     @contextmanager
-    def attached_to(self, part: Part) -> Iterator[tuple[AdapterBank, Mapping[Slot, int]]]:
+    def attached_to(self, part: Part) -> Iterator[tuple[Bank, Mapping[Slot, int]]]:
         """Within, a bank with the adapters that draw a part acts on the base, edited where its points are;
         and where each lies in it.
         """
@@ -90,7 +90,7 @@ class Finished:
         trained = {name: self.adapters[name, "last"] for name in names}
         edited = edit_adapters(self.base.components, self.targets, trained, part.weights)
         targets = [replace(target, group=None) for target in self.targets]
-        bank = AdapterBank(self.base.components, targets, [arm_of(name, edited[name]) for name in names])
+        bank = open_bank(self.base.components, targets, [arm_of(name, edited[name]) for name in names])
         for index, name in enumerate(names):
             bank.load(index, edited[name])
         with _acting(bank):
@@ -98,7 +98,7 @@ class Finished:
 
 
 @contextmanager
-def _acting(bank: AdapterBank) -> Iterator[None]:
+def _acting(bank: Bank) -> Iterator[None]:
     """Within, a bank is attached."""
     bank.attach()
     try:

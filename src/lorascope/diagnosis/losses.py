@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
+from lorascope.adapters.mixed import Bank
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
 from lorascope.console import Tally
@@ -31,7 +32,7 @@ _TEXTS_AT_ONCE = 64
 
 def measure_tables(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     slices_by_name: Mapping[str, Slice],
     train: Encoded,
     heldout: Encoded,

@@ -75,6 +75,7 @@ _ARM: Any = {
         "mask_when?": str,
         "scaling?": str,
         "init?": str,
+        "layers?": [str],
         "lr_ratio?": Number,
         "max_weight_norm?": Maybe(Number),
         "match_gain?": Text,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
+from lorascope.adapters.mixed import Bank
 from lorascope.adapters.stacked import StackedLinear
 from lorascope.machine.memory import free_bytes
 
@@ -18,7 +19,7 @@ _TEXT_PROJECTIONS = ("attn2.to_k", "attn2.to_v")
 
 
 @contextmanager
-def text_projected_once(bank: AdapterBank) -> Iterator[None]:
+def text_projected_once(bank: Bank) -> Iterator[None]:
     """Within, keys and values of the text are computed once for each text tensor, not once a denoising step.
 
     It goes by the identity of the tensor, which must not be written to; each thread has its own. The same
@@ -34,7 +35,7 @@ def text_projected_once(bank: AdapterBank) -> Iterator[None]:
 
 
 @contextmanager
-def folded(bank: AdapterBank, slices: Sequence[Slice]) -> Iterator[None]:
+def folded(bank: Bank, slices: Sequence[Slice]) -> Iterator[None]:
     """Within, each adapted Linear of the U-Net holds a weight a slice, with its adapter added: `slices` as in
     `bank.select`.
 

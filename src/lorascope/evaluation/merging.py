@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
 from lorascope.adapters.files import load_adapter
 from lorascope.adapters.merge import merged_into
+from lorascope.adapters.mixed import Bank, open_bank
 from lorascope.base.loading import Base
 from lorascope.evaluation.sampling import Job, draw_pictures
 from lorascope.sections import SampleSection
@@ -23,7 +24,7 @@ _MOST_TOLERANCE = 0.5  # another file differs by about 1
 
 def compare_merged(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     adapter_dirs: Mapping[str, Path],
     job: Job,
     latent_shape: tuple[int, ...],
@@ -48,7 +49,7 @@ def compare_merged(
         pictures, latents = draw(1.0)
         with merged_into(base, load_adapter(folder)):
             # At strength 0 the merged weights draw alone.
-            idle = AdapterBank(base.components, bank.targets[:1], [bank.arms[index]])
+            idle = open_bank(base.components, bank.targets[:1], [bank.arms[index]])
             merged_pictures, merged_latents = draw_pictures(
                 base, idle, [Slice(0, 0.0)], [job], latent_shape, section
             )

@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
+from lorascope.adapters.mixed import Bank
 from lorascope.base.autoencoder import Autoencoder
 from lorascope.base.loading import Base
 from lorascope.console import log
@@ -126,7 +127,7 @@ class Painter:
     def __init__(
         self,
         base: Base,
-        bank: AdapterBank,
+        bank: Bank,
         latent_shape: tuple[int, ...],
         section: SampleSection,
         prompts: Sequence[str],
@@ -184,7 +185,7 @@ class Painter:
 
 def draw_pictures(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     slices: Sequence[Slice],
     jobs: Sequence[Job],
     latent_shape: tuple[int, ...],
@@ -204,7 +205,7 @@ def draw_pictures(
 
 def draw_all(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     models: Sequence[tuple[str, Slice]],
     jobs: Sequence[Job],
     latent_shape: tuple[int, ...],

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
+from lorascope.adapters.mixed import Bank
 from lorascope.adapters.schedule import schedule_of
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
@@ -126,7 +127,7 @@ def first_of_each(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 def draw_sweep(
     run: RunDir,
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     places: Mapping[Slot, int],
     parts: Sequence[Part],
     latent_shape: tuple[int, ...],

@@ -22,6 +22,7 @@ _SETTINGS = {
     "mask_when": "s",
     "alpha": "g",
     "init": "s",
+    "layers": "s",
     "lr": "g",
     "lr_ratio": "g",
     "max_weight_norm": "g",
@@ -31,7 +32,7 @@ _SETTINGS = {
     "epochs": "d",
 }
 # Not told where all arms have the default.
-_SELDOM = {"kind", "min_rank", "mask_exponent", "mask_when", "init", "lr_ratio", "max_weight_norm"}
+_SELDOM = {"kind", "min_rank", "mask_exponent", "mask_when", "init", "layers", "lr_ratio", "max_weight_norm"}
 
 # The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
 REFERENCE: dict[str, dict[str, float]] = {
@@ -167,6 +168,10 @@ def _setting(arm: Arm, key: str) -> Cell:
     value, form = getattr(arm, key), _SETTINGS[key]
     if value is None:
         return Cell("none")
+    if arm.kind == "full" and key in ("rank", "alpha"):
+        return Cell("full", value)
+    if isinstance(value, tuple):
+        return Cell(", ".join(value))
     return Cell(value) if form == "s" else cell(value, form)
 
 

@@ -99,7 +99,7 @@ def estimate_training(
     """
     widest = max(arms, key=lambda arm: arm.rank)
     kept, peak = _step_bytes(components, tuple(targets), widest, batch_size, latent_shape, checkpointing)
-    parameters = sum(max(target.size(arm) for arm in arms) for target in targets)
+    parameters = sum(max(target.stored_size(arm) for arm in arms) for target in targets)
     return Estimate(
         num_arms=len(arms),
         checkpointing=checkpointing,
@@ -195,6 +195,8 @@ def _step_bytes(
         targets,
         arm.rank,
         arm.kind,
+        arm.is_anchored,
+        arm.layers,
         batch_size,
         latent_shape,
         checkpointing,

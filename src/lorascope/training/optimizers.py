@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+from lorascope.adapters.adapted import leaf_of
 from lorascope.adapters.bank import AdapterBank
+from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.errors import ConfigError, first_line, shown
 from lorascope.schema import StudyConfig
@@ -54,7 +56,7 @@ class AdamW:
         self.mean = torch.zeros_like(bank.parameters)
         self.square = torch.zeros_like(bank.parameters)
         self.counts = torch.zeros(len(bank.arms), device=bank.parameters.device)  # steps of each adapter
-        self._columns = [_columns_by_lr_factor(bank, arm) for arm in bank.arms]
+        self._columns = [_columns_by_lr_factor(bank, index) for index in range(len(bank.arms))]
 
     @torch.no_grad()
     def step(self, lrs: torch.Tensor, active: torch.Tensor) -> None:
@@ -123,22 +125,13 @@ class TorchOptimizer:
         for index, arm in enumerate(bank.arms):
             groups: dict[float, list[torch.Tensor]] = {}
             for target in bank.targets:
-                layer, rank = bank.layers[target.name], target.rank(arm)
-                factor = target.lr(arm) / arm.lr
-                leaves: list[tuple[torch.Tensor, Any, float]] = [
-                    (layer.down, (index, slice(rank)), factor),
-                    (layer.up, (index, slice(None), slice(rank)), factor * arm.lr_ratio),
-                ]
-                if arm.kind == "dora":
-                    assert layer.magnitudes is not None
-                    leaves.append((layer.magnitudes.values, (index,), factor))
-                for leaf, part, own in leaves:
-                    assert leaf.grad is not None
-                    weight = leaf.detach()[
-                        part
-                    ].requires_grad_()  # shares the bank's memory, and so does its gradient
-                    weight.grad = leaf.grad[part]
-                    groups.setdefault(own, []).append(weight)
+                layer, span = bank.layers[target.name], bank.spans[target.name]
+                values, slopes = (
+                    layer.views(buffer[index, span], index) for buffer in (bank.parameters, bank.gradients)
+                )
+                for name in target.parts(arm):
+                    factor = _lr_factor(target, arm, name)
+                    groups.setdefault(factor, []).append(leaf_of(values[name], slopes[name]))
             self._optimizers.append(_start(kind, groups, arm.lr, section))
 
     def step(self, lrs: torch.Tensor, active: torch.Tensor) -> None:
@@ -270,30 +263,28 @@ def _optimizer_class(name: str) -> Any:
     return found
 
 
-def _columns_by_lr_factor(bank: AdapterBank, arm: Arm) -> dict[float, list[slice]]:
+def _columns_by_lr_factor(bank: AdapterBank, index: int) -> dict[float, list[slice]]:
     """Columns of the bank's buffers by the factor that their learning rate has over the arm's; neighbours are
     joined.
     """
     columns: dict[float, list[slice]] = {}
+    arm = bank.arms[index]
     for target in bank.targets:
-        factor, span = target.lr(arm) / arm.lr, bank.spans[target.name]
-        layer = bank.layers[target.name]
-        middle = span.start + layer.down[0].numel()
-        last = middle + layer.up[0].numel()  # then come magnitudes, where there are any
-        parts = (
-            (span.start, middle, factor),
-            (middle, last, factor * arm.lr_ratio),
-            (last, span.stop, factor),
-        )
-        for start, end, own in parts:
-            if start == end:
-                continue
-            known = columns.setdefault(own, [])
+        first = bank.spans[target.name].start
+        for span, name in bank.layers[target.name].trained(index):
+            start, end = first + span.start, first + span.stop
+            known = columns.setdefault(_lr_factor(target, arm, name), [])
             if known and known[-1].stop == start:
                 known[-1] = slice(known[-1].start, end)
             else:
                 known.append(slice(start, end))
     return columns
+
+
+def _lr_factor(target: Target, arm: Arm, name: str) -> float:
+    """The factor that the learning rate of a part of a layer has over the arm's."""
+    factor = target.lr(arm) / arm.lr
+    return factor * arm.lr_ratio if name == "up" else factor
 
 
 def _jsonable(value: Any) -> Any:

@@ -119,9 +119,14 @@ def _fault(known: Mapping[str, Any], arms: Sequence[Arm]) -> str | None:
     return None
 
 
-def _alike(arm: Arm) -> tuple[int, int, bool]:
-    """What arms of a group have in common; magnitudes would cost those beside DoRA that have none."""
-    return arm.batch_size, arm.epochs, arm.kind == "dora"
+def way_of(arm: Arm) -> tuple[str, bool, bool]:
+    """How an arm's step is computed: magnitudes and anchors would cost those beside it that have none."""
+    return arm.family, arm.kind == "dora", arm.is_anchored
+
+
+def _alike(arm: Arm) -> tuple[Any, ...]:
+    """What arms of a group have in common."""
+    return arm.batch_size, arm.epochs, way_of(arm)
 
 
 def describe_passes(passes: Sequence[Sequence[str]], num_workers: int) -> list[str]:
@@ -183,14 +188,14 @@ def pack_arms(
 def plan_groups(
     arms: Sequence[Arm], num_workers: int, max_stacked: int, fits: Callable[[Sequence[Arm]], bool]
 ) -> list[tuple[Arm, ...]]:
-    """Arms in groups of one batch size and number of epochs, DoRA apart from others, for the shortest time on
-    so many workers; the longest group first.
+    """Arms in groups of one batch size, number of epochs and way to compute, for the shortest time on so many
+    workers; the longest group first.
 
     Arms next to each other in rank stand together, so that little is padded, and groups of one kind are of
     equal size. Of several ways that take the same time the one with the fewest groups is taken. A group holds
     at most `max_stacked` arms and fits; an arm that fits nowhere is a group of its own.
     """
-    kinds: dict[tuple[int, int, bool], list[Arm]] = {}
+    kinds: dict[tuple[Any, ...], list[Arm]] = {}
     for arm in sorted(arms, key=lambda arm: arm.rank):
         kinds.setdefault(_alike(arm), []).append(arm)
     cuts = [

@@ -20,7 +20,7 @@ from lorascope.machine.memory import free_bytes
 from lorascope.schema import StudyConfig
 from lorascope.sections import BaseSection
 from lorascope.training.footprint import FREE_SHARE, Estimate, attend_as_on, estimate_pass, weights_bytes
-from lorascope.training.packing import Packing, most_workers, pack_arms
+from lorascope.training.packing import Packing, most_workers, pack_arms, way_of
 
 _MANY_PICTURES = 1000
 _PROCESS_BYTES = 500 * 2**20  # of a worker beside the base: Python and its libraries
@@ -54,7 +54,12 @@ def count_models(config: StudyConfig) -> Counts:
     if config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda"):
         unet.to(torch.bfloat16)
     attend_as_on(device_type, unet)
-    return Counts(components, resolve_section(components, config.adapter), latent_shape, dict(flops))
+    return Counts(
+        components,
+        resolve_section(components, config.adapter, config.expand_arms()),
+        latent_shape,
+        dict(flops),
+    )
 
 
 # By the models' configurations and the pictures' sides, since a study asks at every start.
@@ -136,7 +141,7 @@ def pass_memory(
         budget -= weights_bytes(components)
     # All arms of a pass cost as much as the widest: of hundreds of arms most passes cost the same.
     batch_size = arms[0].batch_size
-    widest = max(arm.rank for arm in arms), arms[0].kind == "dora"
+    widest = max(arm.rank for arm in arms), way_of(arms[0]), arms[0].kind, arms[0].layers
     key = (*widest, len(arms), batch_size, checkpointing, budget, loaded is None)
     if (estimate := counts.passes.get(key)) is None:
         estimate = counts.passes[key] = estimate_pass(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from scipy import stats
 
-from lorascope.adapters.bank import AdapterBank, Slice
+from lorascope.adapters.bank import Slice
+from lorascope.adapters.mixed import Bank
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
 from lorascope.machine.transfer import send
@@ -51,7 +52,7 @@ def band_names(num_timesteps: int) -> list[str]:
 @torch.inference_mode()
 def probe(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     slices: Sequence[Slice],
     pictures: Encoded,
     conditions: Sequence[bool],
@@ -72,7 +73,7 @@ def probe(
 
 def _probe_selected(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     first_slice: int,
     num_slices: int,
     pictures: Encoded,
@@ -106,7 +107,7 @@ def _probe_selected(
 
 def _probe_text(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     pictures: Encoded,
     indices: torch.Tensor,
     conditional: bool,
@@ -125,7 +126,7 @@ def _probe_text(
 @torch.inference_mode()
 def probe_losses(
     base: Base,
-    bank: AdapterBank,
+    bank: Bank,
     slices: Sequence[Slice],
     pictures: Encoded,
     conditions: Sequence[bool],
