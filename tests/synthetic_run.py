@@ -1,18 +1,18 @@
 """A run folder with every file ARCHITECTURE.md lists, made from arithmetic: no training, no model, no clock.
 
-Run as a script, it writes one for a look at the report: `python tests/synthetic_run.py FOLDER [many]`.
+Run as a script, it writes one for a look at the report: `python tests/synthetic_run.py FOLDER [many|kinds]`.
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lorascope.arms import Arm
+from lorascope.arms import Arm, Kind
 from lorascope.diagnosis.causes import decide_all
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.diagnosis.nearest import compare, keep_nearest
@@ -109,9 +109,10 @@ def make_run(
     with_probes: bool = True,
     odd_text: str | None = None,
     num_steps: int = 600,
+    kinds: Sequence[Kind] = ("lora",),
 ) -> RunDir:
     """Write the run folder at `path`: base model and scorer are called `pocket`; `odd_text` becomes the first
-    prompt and caption.
+    prompt and caption. Of each of the `kinds` there are all arms.
     """
     run = RunDir(path)
     rng = np.random.default_rng(7)
@@ -119,7 +120,14 @@ def make_run(
         {
             "name": path.name,
             "arms": [
-                {"rank": list(ranks), "alpha_per_rank": 2.0, "lr": list(lrs), "seed": list(training_seeds)}
+                {
+                    "kind": kind,
+                    "rank": list(ranks),
+                    "alpha_per_rank": 2.0,
+                    "lr": list(lrs),
+                    "seed": list(training_seeds),
+                }
+                for kind in kinds
             ],
             "train": {"epochs": 4},
             "sample": {"num_prompts": num_prompts, "seeds": list(sample_seeds)},
@@ -165,6 +173,7 @@ def make_run(
                     "ok": True,
                 }
                 for i, arm in enumerate(arms)
+                if arm.kind != "tlora"  # which has no merged weights
             },
         )
     if "sample" in stages:
@@ -202,9 +211,23 @@ def _write_data(run: RunDir, odd_text: str | None) -> None:
     )
 
 
+# By kind: doublings of the gain, and size and time over those of LoRA.
+_PUSHES = {"tlora": -0.3, "dora": 0.2}
+_SIZES = {"dora": 1.1}
+_TIMES = {"dora": 1.19}
+
+
+def _passes(arms: Sequence[Arm]) -> Iterator[list[Arm]]:
+    """The arms of each pass: DoRA has its own."""
+    for is_dora in (False, True):
+        yield [arm for arm in arms if (arm.kind == "dora") == is_dora]
+
+
 def _gain(arm: Arm) -> float:
-    """Doublings of an arm's gain from 0.004, that of rank 16 at lr 5e-4 and alpha = 2 rank."""
-    return math.log2(arm.lr * arm.scale * math.sqrt(arm.rank) / 4e-3)
+    """Doublings of an arm's gain from 0.004, that of rank 16 at lr 5e-4 and alpha = 2 rank; other kinds act
+    as LoRA of a little less or more.
+    """
+    return math.log2(arm.lr * arm.scale * math.sqrt(arm.rank) / 4e-3) + _PUSHES.get(arm.kind, 0.0)
 
 
 def _damage(arm: Arm) -> float:
@@ -287,7 +310,8 @@ def _write_training(
                                 }
                             )
     log.close()
-    for arm in planned:
+    for arm, group in ((arm, own) for own in _passes(planned) for arm in own):
+        size = _SIZES.get(arm.kind, 1)
         folder = run.adapters_dir / arm.name
         folder.mkdir(parents=True, exist_ok=True)
         facts = {
@@ -301,9 +325,9 @@ def _write_training(
             "steps": num_steps,
             "epochs": 4,
             "modules": 60,
-            "parameters": 60_000 * arm.rank,
-            "group": [a.name for a in planned],
-            "run_time_s": 184.5,
+            "parameters": round(60_000 * size * arm.rank),
+            "group": [other.name for other in group],
+            "run_time_s": round(184.5 * _TIMES.get(arm.kind, 1) * len(group) / len(planned), 3),
             "images_per_s": 13.0,
             "peak_memory_bytes": 900_000_000 + 2_000_000 * arm.rank,
             "peak_memory_kind": "rss",
@@ -311,7 +335,10 @@ def _write_training(
         }
         if arm.name not in failed:
             (folder / "adapter_model.safetensors").write_bytes(b"synthetic")
-            facts |= {"file_bytes": 240_000 * arm.rank, "final_loss": 0.118 + 0.0006 * math.log2(arm.rank)}
+            facts |= {
+                "file_bytes": round(240_000 * size * arm.rank),
+                "final_loss": 0.118 + 0.0006 * math.log2(arm.rank),
+            }
         write_json(folder / "training.json", facts)
 
 
@@ -477,7 +504,8 @@ def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str])
         found |= {key: make_signal(key, 1.0) for key in sound}
         fields = training_signals([], arm.name, "loss is not finite" if arm.name in failed else None)
         if arm.name not in failed:
-            fields |= {**found, **sweep_signals(fronts, arm.name), "layers": _layers(arm, size)}
+            layers = () if arm.kind == "dora" else _layers(arm, size)  # DoRA's are not measured
+            fields |= {**found, **sweep_signals(fronts, arm.name), "layers": layers}
             point = chosen.get(arm.name)
             fields |= {"chosen": (point.epoch, point.strength) if point else None}
         signals.append(ArmSignals(arm, best_epoch=4, num_train=100, caption_dropout=0.1, **fields))
@@ -546,6 +574,8 @@ def _draw(
 
 
 if __name__ == "__main__":
-    many = len(sys.argv) > 2
+    look = sys.argv[2] if len(sys.argv) > 2 else ""
+    kinds: tuple[Kind, ...] = ("lora", "tlora", "dora") if look == "kinds" else ("lora",)
+    many = look == "many"
     ranks, lrs = ((4, 8, 16, 32, 64, 128), (1e-4, 2e-4, 5e-4, 1e-3)) if many else ((16, 64), (5e-4,))
-    print(make_run(Path(sys.argv[1]), ranks, lrs, sample_seeds=(0, 1)).path)
+    print(make_run(Path(sys.argv[1]), ranks, lrs, sample_seeds=(0, 1), kinds=kinds).path)

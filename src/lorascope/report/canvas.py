@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _PLAIN_COLOURS = {INK: "currentColor", PAPER: "#ffffff"}
 MOVABLE = "price-"  # parts of a drawing whose names start so can be moved by the page's script
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_SERIES_MARKERS = (*_MARKERS[:5], "*")  # the base's own is P
 _DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -109,6 +110,22 @@ def looks_of(arms: Sequence[str], detailed: Sequence[str] = ()) -> dict[str, Loo
     return looks
 
 
+def looks_by_series(
+    series: Mapping[str, str], order: Sequence[str]
+) -> tuple[dict[str, Look], dict[str, Look]]:
+    """A look for each arm by the series it belongs to, and one for each series there is.
+
+    `order` has all series there can be, at most as many as there are colours: each has its own colour and
+    marker, whichever are there, and its arms differ by their dash.
+    """
+    own = {name: Look(COLOURS[index], _SERIES_MARKERS[index], "-") for index, name in enumerate(order)}
+    looks, places = {}, dict.fromkeys(order, 0)
+    for arm, name in series.items():
+        looks[arm] = replace(own[name], dash=_DASHES[places[name] % len(_DASHES)])
+        places[name] += 1
+    return looks, {name: own[name] for name in order if places[name]}
+
+
 @contextmanager
 def canvas(
     rows: int, columns: int, height_in: float, ratios: Sequence[float] | None = None, **options: Any
@@ -125,7 +142,15 @@ def canvas(
         yield figure, list(grid.flat)
 
 
-def add_legend(figure: "Canvas", arms: Sequence[str], looks: Mapping[str, Look], line: bool = True) -> None:
+def fitting_columns(labels: Sequence[str]) -> int:
+    """How many columns of a legend fit beside each other, at most three."""
+    width = 34 + 4.7 * max(map(len, labels), default=0)  # points of a handle and its letters
+    return max(1, min(3, int(72 * WIDTH_IN / width)))
+
+
+def add_legend(
+    figure: "Canvas", arms: Sequence[str], looks: Mapping[str, Look], line: bool = True, columns: int = 3
+) -> None:
     """Above the plots, the arms by colour, marker and, with `line`, dash."""
     from matplotlib.lines import Line2D
 
@@ -145,11 +170,31 @@ def add_legend(figure: "Canvas", arms: Sequence[str], looks: Mapping[str, Look],
         figure.legend(
             handles=handles,
             loc="outside upper left",
-            ncol=3,
+            ncol=columns,
             columnspacing=1.2,
             handletextpad=0.5,
             borderaxespad=0.1,
         )
+
+
+def add_series_legend(axes: "Axes", series: Mapping[str, Look]) -> None:
+    """Between plot and arms, what colours and markers stand for, three a row."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=look.colour, linestyle="", marker=look.marker, markersize=5.5, label=name)
+        for name, look in series.items()
+    ]
+    axes.legend(
+        handles=[handle for column in range(3) for handle in handles[column::3]],  # they go down the columns
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncol=3,
+        handlelength=1,
+        handletextpad=0.4,
+        columnspacing=1.4,
+        borderaxespad=0.1,
+    )
 
 
 def whole_numbers(count: int) -> Any:

@@ -5,15 +5,19 @@ from collections.abc import Mapping, Sequence
 from lorascope.evaluation.choice import counting_points
 from lorascope.evaluation.front import Estimate, Front, FrontPoint
 from lorascope.evaluation.sweep_rows import Point
-from lorascope.report.canvas import MAX_LINES, Look
+from lorascope.report.canvas import MAX_LINES, Look, looks_by_series
 from lorascope.report.evidence import Facts
 from lorascope.report.figure import Figure
 from lorascope.report.front_plot import FRONT_FLOOR, Mark, draw_front
+from lorascope.report.kinds import NAMES, kinds_of
 from lorascope.report.tables import Cell, Column, Table, cell, row
 
 
 def front_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
-    """What arms keep of the prompts and gain of the style at each strength; None without a sweep."""
+    """What arms keep of the prompts and gain of the style at each strength; None without a sweep.
+
+    In a study of several kinds the colours are the kinds'.
+    """
     front, verdict = facts.front, facts.verdict
     if front is None or verdict is None:
         return None
@@ -30,7 +34,15 @@ def front_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
         notes.append(" The ring is what the verdict keeps, its bars the 95 % intervals.")
     if any((point.retention.value or 0.0) < FRONT_FLOOR / 100 for point in known):
         notes.append(f" Marks under {cell(FRONT_FLOOR, '.0f').text} % are not drawn; the table has them.")
-    if len(facts.arms) > MAX_LINES:
+    kinds = _kinds(facts, known)
+    series: Mapping[str, Look] = {}
+    named = [arm for arm in kinds if len(kinds) <= MAX_LINES or arm in facts.detailed]
+    if kinds:
+        ordered = sorted(kinds, key=lambda arm: arm not in named)  # the named ones get the first dashes
+        looks, series = looks_by_series({arm: kinds[arm] for arm in ordered}, tuple(NAMES.values()))
+        notes.append(" Here colour and shape are the arm's kind, dashes tell arms of one kind apart.")
+        notes += [f" Named and thick are {', '.join(named)}."] if len(named) < len(kinds) else []
+    elif len(facts.arms) > MAX_LINES:
         notes.append(f" Colours only for {', '.join(facts.detailed)}.")
     return Figure(
         key="front",
@@ -43,7 +55,8 @@ def front_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             "costs at most the price that is written at its edge; the study's own is "
             f"{price:g} %.{''.join(notes)}"
         ),
-        alt="Line plot of the share of prompt fidelity kept over style. " + " ".join(_paths(facts, known)),
+        alt="Line plot of the share of prompt fidelity kept over style. "
+        + " ".join(_paths(facts, known, kinds)),
         drawing=draw_front(
             [_mark(point, point.point == kept) for point in known],
             looks,
@@ -51,9 +64,19 @@ def front_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
             100 - price,
             "style gained over the base",
             "prompt fidelity kept, %",
+            series=series,
+            named=named,
         ),
-        table=_front_table(front, kept, verdict.max_prompt_loss),
+        table=_front_table(front, kept, verdict.max_prompt_loss, kinds),
     )
+
+
+def _kinds(facts: Facts, points: Sequence[FrontPoint]) -> dict[str, str]:
+    """The kinds of these arms in words, kind by kind; none where all are of one."""
+    drawn = {point.arm for point in points}
+    arms = [arm for name, arm in facts.settings.items() if name in drawn]
+    kinds = kinds_of(arms)
+    return {arm.name: NAMES[kind] for kind in kinds for arm in arms if arm.kind == kind and len(kinds) > 1}
 
 
 def _mark(point: FrontPoint, is_kept: bool) -> Mark:
@@ -73,8 +96,10 @@ def _mark(point: FrontPoint, is_kept: bool) -> Mark:
     )
 
 
-def _paths(facts: Facts, points: Sequence[FrontPoint]) -> list[str]:
-    """A sentence for each arm in detail: what it keeps and gains from strength to strength."""
+def _paths(facts: Facts, points: Sequence[FrontPoint], kinds: Mapping[str, str]) -> list[str]:
+    """A sentence for each arm in detail: its kind if there are several, and what it keeps and gains from
+    strength to strength.
+    """
     sentences = []
     for arm in facts.detailed:
         own = [point for point in points if point.arm == arm and point.epoch == "last"]
@@ -83,15 +108,17 @@ def _paths(facts: Facts, points: Sequence[FrontPoint]) -> list[str]:
             f"{cell(point.style.value, '+.2f').text}"
             for point in own
         ]
-        sentences += [f"{arm}: {', '.join(steps)}."] if steps else []
+        kind = f" ({kinds[arm]})" if arm in kinds else ""
+        sentences += [f"{arm}{kind}: {', '.join(steps)}."] if steps else []
     return sentences
 
 
-def _front_table(front: Front, kept: Point | None, max_prompt_loss: float) -> Table:
+def _front_table(front: Front, kept: Point | None, max_prompt_loss: float, kinds: Mapping[str, str]) -> Table:
     counting = [point.point for point in counting_points(front, max_prompt_loss)]
     names = ("kept, %", "95 % low", "95 % high", "style", "95 % low", "95 % high")
     columns = (
         Column("arm", False),
+        *([Column("kind", False)] if kinds else []),
         Column("epoch", False),
         Column("strength"),
         *(Column(name) for name in names),
@@ -104,6 +131,7 @@ def _front_table(front: Front, kept: Point | None, max_prompt_loss: float) -> Ta
         rows.append(
             row(
                 Cell(point.arm),
+                *([Cell(kinds.get(point.arm, ""))] if kinds else []),
                 Cell(point.epoch),
                 cell(point.strength, "g"),
                 *(cell(value, ".1f") for value in shares),

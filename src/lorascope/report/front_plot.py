@@ -14,8 +14,10 @@ from lorascope.report.canvas import (
     Drawing,
     Look,
     add_legend,
+    add_series_legend,
     canvas,
     finish,
+    fitting_columns,
 )
 
 if TYPE_CHECKING:
@@ -48,18 +50,25 @@ def draw_front(
     xlabel: str,
     ylabel: str,
     key: str = "front",
+    series: Mapping[str, Look] | None = None,
+    named: Sequence[str] = (),
 ) -> Drawing:
     """Two measures against each other: a line an arm over strengths, from `origin`, the base.
 
     Measures on the y axis are in percent. The area from `least` upwards is shaded, and what lies below
     `FRONT_FLOOR` is left out. Marks with intervals have a ring. On the page, line, area and label of the
     price keep their ids, and the plot says between which percents its y axis runs, so that a script can move
-    them.
+    them. The legend has the `series` that colours stand for, where there are some, and the arms that are
+    `named`: by default all that aren't grey. The others are drawn thin.
     """
-    named = [arm for arm in dict.fromkeys(mark.arm for mark in marks) if looks[arm].colour != MUTED]
-    with canvas(1, 1, 3.0 + 0.16 * math.ceil(len(named) / 3)) as (figure, (axes,)):
-        for arm in sorted(dict.fromkeys(mark.arm for mark in marks), key=named.__contains__):
-            _draw_path(axes, [mark for mark in marks if mark.arm == arm], looks[arm], origin)
+    arms = list(dict.fromkeys(mark.arm for mark in marks))
+    named = named or [arm for arm in arms if looks[arm].colour != MUTED]
+    columns = fitting_columns(named) if series else 3
+    num_rows = math.ceil(len(named) / columns) + math.ceil(len(series or ()) / 3)
+    with canvas(1, 1, 3.0 + 0.16 * num_rows) as (figure, (axes,)):
+        for arm in sorted(arms, key=named.__contains__):
+            own = [mark for mark in marks if mark.arm == arm]
+            _draw_path(axes, own, looks[arm], origin, arm in named)
         axes.plot(*origin, "P", color=INK, markersize=6.5, zorder=5)
         axes.annotate("base", origin, xytext=(6, 4), textcoords="offset points", fontsize=7.8)
         low, high = axes.get_ylim()
@@ -83,13 +92,16 @@ def draw_front(
         axes.set_ylim(low, high)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        add_legend(figure, named, looks)
+        add_legend(figure, named, looks, columns=columns)
+        if series:
+            add_series_legend(axes, series)
         return finish(figure, key, low=low, least=least, high=high)
 
 
-def _draw_path(axes: "Axes", marks: Sequence[Mark], look: Look, origin: tuple[float, float]) -> None:
+def _draw_path(
+    axes: "Axes", marks: Sequence[Mark], look: Look, origin: tuple[float, float], named: bool
+) -> None:
     """One arm of `draw_front`: the filled marks on a line from the origin, the open ones beside it."""
-    named = look.colour != MUTED
     filled = sorted((mark for mark in marks if not mark.is_open), key=lambda mark: mark.strength)
     path = [origin, *((mark.x, mark.y) for mark in filled)]
     axes.plot(

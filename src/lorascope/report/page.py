@@ -42,6 +42,7 @@ from lorascope.report.evidence import (
 )
 from lorascope.report.figure import Figure
 from lorascope.report.figures import build_figures
+from lorascope.report.kinds import build_kind_tables, kind_texts
 from lorascope.report.price import MAX_PERCENT, price_choices
 from lorascope.report.tables import (
     Table,
@@ -287,6 +288,7 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
         if facts.pictures
         else ""
     )
+    kinds = build_kind_tables(facts)
     tables = (build_arms_table(facts), *([contrasts] if contrasts else []), build_reference_table())
     sections = [
         Section("trade", "Prompts and style", "What style costs", _trade_texts(facts), pick("front")),
@@ -312,6 +314,7 @@ def _sections(facts: Facts, figures: Mapping[str, Figure]) -> list[Section]:
         Section("look", "Look", "How it looks", (look + look_reference,)),
         Section("copying", "Copying", "Does it copy training pictures?", copying_texts(facts)),
         Section("cost", "Cost", "What it costs", (), pick("cost")),
+        *([Section("kinds", "Kinds", "Kinds side by side", kind_texts(facts), (), kinds)] if kinds else []),
         Section("reproduce", "Reproduce", "Reproduce", ()),
     ]
     return [replace(section, number=number) for number, section in enumerate(sections, start=3)]

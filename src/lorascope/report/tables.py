@@ -59,20 +59,22 @@ class Column(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """One row; `marked` rows stand out: the kept arm."""
+    """One row; `marked` rows stand out: the kept arm. One that `starts` has a line above it."""
 
     cells: tuple[Cell, ...]
     marked: bool = False
+    starts: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as both the page and the Markdown show it."""
+    """A table as both the page and the Markdown show it; without columns it is its caption alone."""
 
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
     sortable: bool = False
+    title: str = ""
 
     @property
     def id(self) -> str:
