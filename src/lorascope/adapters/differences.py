@@ -123,10 +123,9 @@ def _compute(
             return functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
         case nn.GroupNorm():
             return functional.group_norm(x, layer.num_groups, weight, bias, layer.eps)
-        case nn.LayerNorm():
-            return functional.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
         case _:
-            raise TypeError(f"{type(layer).__name__}: no layer that a difference can be trained of")
+            assert isinstance(layer, nn.LayerNorm)
+            return functional.layer_norm(x, list(layer.normalized_shape), weight, bias, layer.eps)
 
 
 def _described(kind: str, shapes: dict[str, tuple[int, ...]]) -> str:

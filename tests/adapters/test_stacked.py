@@ -11,6 +11,7 @@ from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.merge import merged_into
 from lorascope.adapters.schedule import RankSchedule, read_schedule
+from lorascope.adapters.stacked import StackedLinear
 from lorascope.adapters.targets import count_parameters, resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
@@ -68,6 +69,7 @@ def test_a_layer_computes_what_the_paper_says(exact_base: Base, timestep: int) -
     bank = make_bank(exact_base, [TLORA])
     target = bank.targets[0]
     layer = bank.layers[target.name]
+    assert isinstance(layer, StackedLinear)
     x = torch.randn(1, 7, target.down_shape[0], dtype=torch.float64)
     bank.select([Slice(0)])
     bank.at(torch.tensor([timestep]), training=True)
