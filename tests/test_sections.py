@@ -96,3 +96,9 @@ def test_bounds_are_found_for_lists_and_tables_too() -> None:
     assert "train.batch_size = 1000000000000: must be at most 65536" in refusal(
         "train.batch_size=1000000000000"
     )
+
+
+def test_captions_as_prompts_need_a_number() -> None:
+    told = refusal("sample.prompts=captions")
+    assert "how many of them is not said: set sample.num_prompts" in told
+    assert study("sample.prompts=captions", "sample.num_prompts=2").sample.num_prompts == 2

@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lorascope.errors import shown
 
@@ -314,7 +314,8 @@ class SampleSection(Section):
     prompts: Text = Field(
         default="pocket",
         description=(
-            "`pocket`, `sd15`, or a text file with sections [normal] and [abstract], one prompt a line"
+            "`pocket`, `sd15`, a text file with sections [normal] and [abstract], one prompt a line, or "
+            "`captions`: the first `num_prompts` of the training pictures and as many of the held-out ones"
         ),
     )
     prompt_prefix: Text | None = Field(
@@ -342,6 +343,14 @@ class SampleSection(Section):
     num_previews: BatchSize = Field(
         default=4, description="prompts of each preview, taken from all categories in turn, seed 0"
     )
+
+    @model_validator(mode="after")
+    def _captions_are_counted(self) -> Self:
+        if self.prompts == "captions" and self.num_prompts is None:
+            raise ValueError(
+                'prompts = "captions": how many of them is not said: set sample.num_prompts, such as 20'
+            )
+        return self
 
 
 class ScoreSection(Section):

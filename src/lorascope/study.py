@@ -34,7 +34,7 @@ from lorascope.doctor.examination import Subject, recall_or_examine
 from lorascope.errors import ConfigError, RunError, StorageError
 from lorascope.evaluation.features import check_encoder, check_style_encoder, load_encoder, load_style_encoder
 from lorascope.evaluation.merging import compare_merged
-from lorascope.evaluation.prompts import Prompt, check_prefix, describe_cut, load_prompts
+from lorascope.evaluation.prompts import OWN_CAPTIONS, Prompt, check_prefix, describe_cut, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_jobs
 from lorascope.evaluation.scoring import MAX_REAL, list_pictures, score_run
 from lorascope.inputs import (
@@ -126,15 +126,19 @@ class Study:
         """Fail on prompts, scorer or adapter targets that cannot be used now rather than after hours of
         training.
         """
-        log.debug("prompts  %d", len(self.prompts))
+        section = self.config.sample
+        # The pictures' own captions are known, and were looked at, only once the pictures are.
+        own = section.prompts == OWN_CAPTIONS
+        prompts = load_prompts(section.prompts, section.num_prompts) if own else self.prompts
+        log.debug("prompts  %d", len(prompts))
         check_optimizer(self.config)
         require_trackers(self.config.trackers)
         check_encoder(self.config.score)
         check_style_encoder(self.config.score)
         log.debug("targets  %d modules", len(self.targets))
-        tokenizer, prefix = self.base.tokenizer, self.config.sample.prompt_prefix or ""
+        tokenizer, prefix = self.base.tokenizer, section.prompt_prefix or ""
         count = functools.partial(count_tokens, tokenizer)
-        texts = [prefix + prompt.text for prompt in self.prompts]
+        texts = [prefix + prompt.text for prompt in prompts]
         if words := describe_cut(texts, count, tokenizer.model_max_length):
             log.warning("prompts  %s", words)
 
@@ -366,7 +370,12 @@ class Study:
     def prompts(self) -> list[Prompt]:
         """The prompts of the study, without `sample.prompt_prefix`, which is looked at too."""
         section = self.config.sample
-        prompts = load_prompts(section.prompts, section.num_prompts)
+        captions = None
+        if section.prompts == OWN_CAPTIONS:
+            captions = [
+                [example.caption for example in part] for part in (self.dataset.train, self.dataset.heldout)
+            ]
+        prompts = load_prompts(section.prompts, section.num_prompts, captions)
         check_prefix(section.prompt_prefix or "", prompts)
         return prompts
 

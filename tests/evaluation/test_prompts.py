@@ -172,7 +172,7 @@ def test_any_list_is_read_or_an_error_of_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd16", "missing.txt", ".", "", "a\0b"])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="not `pocket`, `sd15` or an existing file"):
+    with pytest.raises(DataError, match="not `pocket`, `sd15`, `captions` or an existing file"):
         load_prompts(name, None)
 
 
@@ -182,3 +182,28 @@ def test_a_file_of_another_name_without_suffix_is_read(
     (tmp_path / "mine").write_text("[normal]\na cat\n")
     monkeypatch.chdir(tmp_path)
     assert load_prompts("mine", None) == [Prompt("normal", 0, "a cat")]
+
+
+def test_the_pictures_own_captions_are_prompts() -> None:
+    train = ["a red  house", "a dog", "A red house", "a cat", "a boat"]
+    heldout = ["A Dog", "a bird", "a tree", "a bird"]
+    prompts = load_prompts("captions", 3, [train, heldout])
+    assert [(prompt.category, prompt.index, prompt.text) for prompt in prompts] == [
+        ("trained", 0, "a red  house"),
+        ("trained", 1, "a cat"),
+        ("trained", 2, "a boat"),
+        ("heldout", 0, "a bird"),
+        ("heldout", 1, "a tree"),
+    ]
+    unknown = load_prompts("captions", 2)
+    assert [(prompt.category, prompt.index) for prompt in unknown] == [
+        ("trained", 0),
+        ("trained", 1),
+        ("heldout", 0),
+        ("heldout", 1),
+    ]
+
+
+def test_captions_of_one_kind_of_pictures_alone_are_needed() -> None:
+    with pytest.raises(DataError, match="no caption is of the heldout pictures alone: give a list"):
+        load_prompts("captions", 2, [["a dog", "a cat"], ["a dog"]])

@@ -10,6 +10,9 @@ from lorascope.data.captions import decode_text, has_words, problem_of
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import DataError
 
+# In place of a list: the first captions of the training and of the held-out pictures, a category each.
+OWN_CAPTIONS = "captions"
+_CAPTION_CATEGORIES = ("trained", "heldout")
 MAX_LIST_BYTES = 16 * 2**20
 _PROMPTS_DIR = Path(__file__).parent / "prompt_lists"
 _SHOWN_LETTERS = 80
@@ -24,20 +27,27 @@ class Prompt:
     text: str
 
 
-def load_prompts(name_or_path: str, num_prompts: int | None) -> list[Prompt]:
-    """Prompts of a list of ours (`pocket`, `sd15`) or of a file, the first `num_prompts` of each category, or
-    all.
+def load_prompts(
+    name_or_path: str, num_prompts: int | None, captions: Sequence[Sequence[str]] | None = None
+) -> list[Prompt]:
+    """Prompts of a list of ours (`pocket`, `sd15`), of a file, or `captions` of the training and the held-out
+    pictures; the first `num_prompts` of each category, or all.
+
+    Before the pictures are known, their captions are stood for by as many words as there will be at most.
 
     A file is text with a section such as `[normal]` for each category and one prompt a line; blank lines and
     lines that start with `#` are left out. Raises `DataError` with the line to correct.
     """
+    if name_or_path == OWN_CAPTIONS:
+        return _caption_prompts(num_prompts, captions)
     own, path = _PROMPTS_DIR / f"{name_or_path}.txt", Path(name_or_path)
     if re.fullmatch(r"\w+", name_or_path) and own.is_file():
         path = own
     try:
         if not path.is_file():
             raise DataError(
-                f"sample.prompts = {name_or_path!r}: not `pocket`, `sd15` or an existing file: check the path"
+                f"sample.prompts = {name_or_path!r}: not `pocket`, `sd15`, `captions` or an existing file: "
+                "check the path"
             )
         with path.open("rb") as file:
             content = file.read(MAX_LIST_BYTES + 1)
@@ -51,6 +61,39 @@ def load_prompts(name_or_path: str, num_prompts: int | None) -> list[Prompt]:
         for category, texts in _read_sections(path, content).items()
         for index, text in enumerate(texts[:num_prompts])
     ]
+
+
+def _caption_prompts(num_prompts: int | None, captions: Sequence[Sequence[str]] | None) -> list[Prompt]:
+    """Each caption once, without those that both kinds of pictures have; without captions words that stand
+    for them.
+    """
+    assert num_prompts is not None
+    if captions is None:
+        captions = [[f"caption {index}" for index in range(num_prompts)]] * 2
+        return [
+            Prompt(category, index, text)
+            for category, texts in zip(_CAPTION_CATEGORIES, captions, strict=True)
+            for index, text in enumerate(texts)
+        ]
+    keys = [{_key(text) for text in texts} for texts in captions]
+    shared, prompts = keys[0] & keys[1], []
+    for category, texts in zip(_CAPTION_CATEGORIES, captions, strict=True):
+        first: dict[str, str] = {}
+        for text in texts:
+            first.setdefault(_key(text), text)
+        chosen = [text for key, text in first.items() if key not in shared][:num_prompts]
+        if not chosen:
+            raise DataError(
+                f'sample.prompts = "{OWN_CAPTIONS}": no caption is of the {category} pictures alone: give a '
+                "list of prompts"
+            )
+        prompts += [Prompt(category, index, text) for index, text in enumerate(chosen)]
+    return prompts
+
+
+def _key(text: str) -> str:
+    """What CLIP sees of a text: neither case nor the width of a space."""
+    return " ".join(text.lower().split())
 
 
 def check_prefix(prefix: str, prompts: Sequence[Prompt]) -> None:
@@ -90,8 +133,7 @@ def _read_sections(path: Path, content: bytes) -> dict[str, list[str]]:
         if not text or text.startswith("#"):
             continue
         where, shown = f"{path}: line {number}", repr(text[:_SHOWN_LETTERS])
-        # CLIP reads neither case nor the width of a space.
-        key = " ".join(text.lower().split())
+        key = _key(text)
         if text.startswith("[") and text.endswith("]"):
             category = text[1:-1].strip()
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", category):
