@@ -8,7 +8,8 @@ from diffusers import StableDiffusionPipeline
 
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import FullModule, LohaModule, LokrModule, LoraModule
+from lorascope.adapters.peft_config import kronecker_factors
 from lorascope.base.layers import stable_diffusion_layers
 
 RANK = 4
@@ -83,3 +84,51 @@ def sd15_adapter() -> Adapter:
     return random_adapter(
         {path: shape for path, shape in plain_lora_modules().items() if path in wanted}, alpha=4.0, rank=2
     )
+
+
+def random_loha(
+    shape: tuple[int, ...], rank: int, alpha: float | None, generator: torch.Generator, core: bool = False
+) -> LohaModule:
+    """As `random_module`; with Tucker cores where `core` is set and the weight is a convolution's."""
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) * 0.5
+
+    if core and len(shape) == 4:
+        factors = [draw(rank, size) for size in (*shape[:2], *shape[:2])]
+        cores = [draw(rank, rank, *shape[2:]) for _ in range(2)]
+        return LohaModule(*factors, alpha, *cores)
+    factors = [draw(*size) for size in [(shape[0], rank), (rank, math.prod(shape[1:]))] * 2]
+    return LohaModule(*factors, alpha)
+
+
+def random_lokr(
+    shape: tuple[int, ...],
+    rank: int | None,
+    alpha: float | None,
+    generator: torch.Generator,
+    factor: int = -1,
+    core: bool = False,
+) -> LokrModule:
+    """As `random_module`, split as LyCORIS does; w2 is whole where `rank` is None or too high for two
+    factors.
+    """
+    (rows, more_rows), (columns, more_columns) = (kronecker_factors(size, factor) for size in shape[:2])
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) * 0.5
+
+    w1 = draw(rows, columns)
+    if rank is None or rank >= max(more_rows, more_columns) / 2:
+        return LokrModule(alpha, w1, w2=draw(more_rows, more_columns, *shape[2:]))
+    if core and math.prod(shape[2:]) > 1:
+        w2_a, w2_b = draw(rank, more_rows), draw(rank, more_columns)
+        return LokrModule(alpha, w1, w2_a=w2_a, w2_b=w2_b, t2=draw(rank, rank, *shape[2:]))
+    w2_a, w2_b = draw(more_rows, rank), draw(rank, more_columns * math.prod(shape[2:]))
+    return LokrModule(alpha, w1, w2_a=w2_a, w2_b=w2_b)
+
+
+def random_full(shape: tuple[int, ...], generator: torch.Generator, bias: bool = True) -> FullModule:
+    """As `random_module`."""
+    weight = torch.randn(shape, generator=generator) * 0.1
+    return FullModule(weight, torch.randn(shape[0], generator=generator) * 0.1 if bias else None)

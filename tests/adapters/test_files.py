@@ -4,6 +4,7 @@ named.
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from peft import PeftModel
 from adapter_files import KOHYA_ATTENTION, kohya, write
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import LohaModule, LokrModule, LoraModule, Module
 from lorascope.adapters.names import kohya_name
 from lorascope.base.layers import stable_diffusion_layers
 from lorascope.errors import AdapterError, WeightsError
@@ -31,6 +32,9 @@ from random_adapters import (
     layers_of,
     load_pipeline,
     random_adapter,
+    random_full,
+    random_loha,
+    random_lokr,
     random_module,
     shapes_of,
 )
@@ -509,3 +513,190 @@ def test_weights_that_half_precision_makes_nothing_of_are_told(tmp_path: Path) -
         "256 of 512 weights are below the range of fp16 and became 0"
         in save_adapter(small, tmp_path / "small.safetensors", "kohya").notes
     )
+
+
+# -- LoHa, LoKr and full differences -------------------------------------------------------------------------
+
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+NORM = "unet.down_blocks.0.resnets.0.norm1"
+
+
+def drawn_modules(
+    pipeline: StableDiffusionPipeline, kind: str, core: bool = False, factor: int = -1
+) -> dict[str, Module]:
+    """Modules of one kind for all of a pipeline's layers, with ranks and alphas of their own; norms too of
+    full differences.
+    """
+    generator = torch.Generator().manual_seed(6)
+    modules: dict[str, Module] = {}
+    parts = (("unet.", pipeline.unet), ("text_encoder.text_model.", pipeline.text_encoder))
+    for prefix, path, layer in ((prefix, *item) for prefix, part in parts for item in part.named_modules()):
+        is_norm = isinstance(layer, torch.nn.GroupNorm | torch.nn.LayerNorm)
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not (is_norm and kind == "full"):
+            continue
+        shape, rank, alpha = tuple(layer.weight.shape), 1 + len(modules) % 3, 1.0 + len(modules) % 2
+        name = prefix + path.removeprefix("text_model.")
+        if kind == "full":
+            modules[name] = random_full(shape, generator, bias=layer.bias is not None)
+        elif kind == "loha":
+            has_core = core and shape[2:].count(1) == 0
+            modules[name] = random_loha(shape, rank, alpha, generator, core=has_core)
+        else:
+            modules[name] = random_lokr(shape, rank, alpha, generator, factor, core)
+    return modules
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize(("kind", "factor"), [("loha", -1), ("lokr", -1), ("lokr", 4)])
+def test_peft_loads_our_loha_and_lokr_to_the_same_update(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, kind: str, factor: int, core: bool
+) -> None:
+    """All layers of U-Net and text encoder, with factors and whole, and the folder comes back as it was."""
+    adapter = Adapter(drawn_modules(pipeline, kind, core, factor), "kohya", {})
+    save_adapter(adapter, tmp_path / "a", "peft", "fp32")
+    for component, part in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of settings that PEFT does not know
+            model = PeftModel.from_pretrained(copy.deepcopy(part), str(tmp_path / "a" / component))
+        for path, module in adapter.components()[component].items():
+            layer = model.base_model.model.get_submodule(path.removeprefix("text_model."))
+            theirs = layer.get_delta_weight("default").detach()
+            torch.testing.assert_close(module.update().reshape(theirs.shape), theirs, rtol=1e-4, atol=1e-5)
+    back = load_adapter(tmp_path / "a")
+    assert set(back.modules) == set(adapter.modules) and not back.leftover
+    for path, module in back.modules.items():
+        tensors = adapter.modules[path].tensors()
+        assert module.tensors().keys() == tensors.keys() and module.scale == adapter.modules[path].scale
+        assert all(torch.equal(part, tensors[name]) for name, part in module.tensors().items())
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "full"])
+@pytest.mark.parametrize("core", [False, True])
+def test_other_kinds_come_back_from_kohya_files(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, kind: str, core: bool
+) -> None:
+    adapter = Adapter(drawn_modules(pipeline, kind, core), "kohya", {})
+    written = save_adapter(adapter, tmp_path / "a.safetensors", "kohya", "fp32")
+    assert any("WebUI, Forge and ComfyUI read it; diffusers and sd-scripts" in note for note in written.notes)
+    back = load_adapter(tmp_path / "a.safetensors")
+    assert not back.leftover and back.layout == "kohya" and same(back, adapter) and same(adapter, back)
+    with pytest.raises(AdapterError, match="diffusers' load_lora_weights reads LoRA alone: write kohya"):
+        save_adapter(adapter, tmp_path / "b.safetensors", "diffusers")
+
+
+def test_other_kinds_have_lycoris_names(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    path, name = f"unet.{ATTENTION}.to_q", f"{KOHYA_ATTENTION}_to_q"
+    norm = kohya_name(NORM)
+    for modules, expected in (
+        (
+            {path: random_loha((6, 8), 2, 1.0, generator)},
+            ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+        ),
+        ({path: random_lokr((6, 8), None, 1.0, generator)}, ["lokr_w1", "lokr_w2"]),
+        ({path: random_lokr((6, 8), 1, 1.0, generator)}, ["lokr_w1", "lokr_w2_a", "lokr_w2_b"]),
+        ({path: random_full((6, 8), generator)}, ["diff", "diff_b"]),
+        ({path: random_full((6, 8), generator, bias=False)}, ["diff"]),
+    ):
+        adapter = Adapter(modules, "kohya", {})
+        save_adapter(adapter, tmp_path / "a.safetensors", "kohya", "fp32")
+        alpha = [] if adapter.kinds == ("full",) else ["alpha"]
+        keys = set(safetensors.torch.load_file(tmp_path / "a.safetensors"))
+        assert keys == {f"{name}.{ending}" for ending in [*expected, *alpha]}
+    for bias in (True, False):  # WebUI refuses one without the other
+        save_adapter(
+            Adapter({NORM: random_full((6,), generator, bias)}, "kohya", {}),
+            tmp_path / "a.safetensors",
+            "kohya",
+            "fp32",
+        )
+        tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+        assert tensors.keys() == {f"{norm}.w_norm", f"{norm}.b_norm"}
+        assert tensors[f"{norm}.b_norm"].any() == bias
+
+
+def test_a_folder_of_full_differences_needs_no_configuration(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """The configuration of an adapter that was there before goes, since it is not theirs."""
+    adapter = Adapter(
+        {
+            path: module
+            for path, module in drawn_modules(pipeline, "full").items()
+            if path.startswith("unet.")
+        },
+        "kohya",
+        {},
+    )
+    save_adapter(random_adapter({f"unet.{ATTENTION}.to_q": (6, 8)}), tmp_path / "a", "peft")
+    assert (tmp_path / "a" / "adapter_config.json").exists()
+    written = save_adapter(adapter, tmp_path / "a", "peft", "fp32")
+    assert "PEFT has no full differences: lorascope reads this folder" in written.notes[0]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["adapter_model.safetensors"]
+    assert same(load_adapter(tmp_path / "a"), adapter)
+    text = Adapter({TEXT: adapter.modules[f"unet.{ATTENTION}.to_q"]}, "kohya", {})
+    save_adapter(text, tmp_path / "b", "peft", "fp32")
+    assert same(load_adapter(tmp_path / "b"), text)
+    save_adapter(
+        Adapter({f"unet.{ATTENTION}.to_q": random_loha((6, 8), 2, 1.0, torch.Generator())}, "kohya", {}),
+        tmp_path / "c",
+        "peft",
+    )
+    metadata_gone = safetensors.torch.load_file(tmp_path / "c" / "adapter_model.safetensors")
+    safetensors.torch.save_file(metadata_gone, tmp_path / "c" / "adapter_model.safetensors")
+    (tmp_path / "c" / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="so alpha is unknown"):
+        load_adapter(tmp_path / "c")
+
+
+def test_peft_folders_are_of_one_kind(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    loha, full = random_loha((6, 8), 2, 1.0, generator), random_full((6,), generator)
+    with pytest.raises(
+        AdapterError, match="unet: has LoHa and a full difference, PEFT takes one kind of adap"
+    ):
+        save_adapter(
+            Adapter({f"unet.{ATTENTION}.to_q": loha, NORM: full}, "kohya", {}), tmp_path / "a", "peft"
+        )
+    mixed = Adapter({f"unet.{ATTENTION}.to_q": loha, TEXT: random_module((6, 8), 2, 1.0, generator)}, "", {})
+    save_adapter(mixed, tmp_path / "b", "peft", "fp32")
+    assert same(load_adapter(tmp_path / "b"), mixed)
+
+
+def test_products_of_other_kinds_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    path = f"unet.{ATTENTION}.to_q"
+    large, ones = torch.full((6, 2), 200.0), torch.ones(2, 8)
+    core = torch.full((2, 2, 3, 3), 200.0)
+    for module, product in (
+        (LohaModule(large, ones, large, ones, 1.0), r"\(w1_a @ w1_b\) \* \(w2_a @ w2_b\) reaches 1.6e\+05"),
+        (LohaModule(large.T, ones, large.T, ones, 1.0, core, core), "w2_b. reaches 2.56e"),
+        (LokrModule(1.0, w1=large, w2_a=large, w2_b=ones), r"kron\(w1, w2\) reaches 8e\+04"),
+    ):
+        with pytest.raises(AdapterError, match=product):
+            save_adapter(Adapter({path: module}, "kohya", {}), tmp_path / "a.safetensors", "kohya", "fp16")
+    fits = LohaModule(large / 100, ones, large / 100, ones, 1.0)
+    save_adapter(Adapter({path: fits}, "kohya", {}), tmp_path / "a.safetensors", "kohya", "fp16")
+
+
+def test_nan_of_other_kinds_is_refused(tmp_path: Path) -> None:
+    bad = torch.full((6, 8), math.nan)
+    with pytest.raises(WeightsError, match="NaN or infinite"):
+        load_adapter(write(tmp_path / "a.safetensors", {f"{KOHYA_ATTENTION}_to_q.diff": bad}))
+
+
+def test_pefts_scale_of_whole_factors_is_kept(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """PEFT multiplies LoKr by alpha / r also where nothing is a product, LyCORIS does not."""
+    config = peft.LoKrConfig(
+        r=64, alpha=16, target_modules=["to_q"], init_weights=False, alpha_pattern={"attn2.to_q": 32}
+    )
+    model = peft.get_peft_model(copy.deepcopy(pipeline.unet), config)
+    model.save_pretrained(str(tmp_path / "a"))
+    adapter = load_adapter(tmp_path / "a")
+    assert adapter.kinds == ("lokr",) and not any(module.has_scale for module in adapter.modules.values())
+    save_adapter(adapter, tmp_path / "k.safetensors", "kohya", "fp32")
+    for found in (adapter, load_adapter(tmp_path / "k.safetensors")):
+        for path, module in found.modules.items():
+            layer = model.base_model.model.get_submodule(path.removeprefix("unet."))
+            theirs = layer.get_delta_weight("default").detach()
+            torch.testing.assert_close(module.update().reshape(theirs.shape), theirs)

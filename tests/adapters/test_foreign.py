@@ -1,4 +1,4 @@
-"""Files that are no LoRA for Stable Diffusion v1 are named and refused."""
+"""Files that are no adapter of a kind that is read are named and refused."""
 
 from pathlib import Path
 
@@ -15,17 +15,22 @@ from random_adapters import ATTENTION
 @pytest.mark.parametrize(
     ("keys", "kind"),
     [
-        ({f"{KOHYA_ATTENTION}_to_q.hada_w1_a": (2, 2)}, "a LoHa adapter (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.lokr_w1": (2, 2)}, "a LoKr adapter (LyCORIS)"),
         ({f"{KOHYA_ATTENTION}_to_q.on_input": (1,)}, "an IA3 adapter (LyCORIS)"),
         ({f"{KOHYA_ATTENTION}_to_q.oft_blocks": (2, 2, 2)}, "an OFT adapter (LyCORIS)"),
-        ({f"{KOHYA_ATTENTION}_to_q.diff": (2, 2)}, "an adapter of full weight differences (LyCORIS)"),
         ({f"{KOHYA_ATTENTION}_to_q.a1.weight": (2, 2)}, "a GLoRA adapter (LyCORIS)"),
         ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (2, 2)}, "an adapter for SDXL"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 2)}, "an adapter for SDXL"),
         (
             {f"{KOHYA_ATTENTION}_to_q.lora_down.weight".replace("attn1_to_q", "attn2_to_k"): (2, 2048)},
             "an adapter for SDXL",
+        ),
+        *(
+            (
+                {f"{KOHYA_ATTENTION}_to_k.{ending}".replace("attn1", "attn2"): (2, width)},
+                f"an adapter for {model}",
+            )
+            for ending in ("hada_w1_b", "diff")
+            for width, model in ((2048, "SDXL"), (1024, "Stable Diffusion 2.x"))
         ),
         (
             {f"unet.{ATTENTION}.to_k.lora_A.weight".replace("attn1", "attn2"): (2, 1024)},
@@ -46,7 +51,7 @@ from random_adapters import ATTENTION
         ({"control_model.input_hint_block.0.weight": (2, 2)}, "a ControlNet or Control-LoRA"),
         (
             {"conv_in.weight": (320, 4, 3, 3)},
-            "weights without LoRA's pairs of matrices: part of a model, or a file of another kind",
+            "weights without an adapter's matrices: part of a model, or a file of another kind",
         ),
     ],
 )
@@ -56,5 +61,7 @@ def test_other_kinds_of_files_are_named(tmp_path: Path, keys: dict[str, tuple[in
     with pytest.raises(AdapterError, match=f"is {kind}".replace("(", r"\(").replace(")", r"\)")):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
     torch.save(tensors, tmp_path / "a.pt")
-    with pytest.raises(AdapterError, match="only LoRA for Stable Diffusion v1 can be read"):
+    with pytest.raises(
+        AdapterError, match="only LoRA, LoHa, LoKr and full differences for Stable Diffusion v1"
+    ):
         load_adapter(tmp_path / "a.pt")

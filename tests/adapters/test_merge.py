@@ -11,15 +11,15 @@ from diffusers import UNet2DConditionModel
 
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank
-from lorascope.adapters.files import load_adapter
-from lorascope.adapters.merge import merge_weights, merged_into
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.files import load_adapter, save_adapter
+from lorascope.adapters.merge import adapter_digest, merge_weights, merged_into
+from lorascope.adapters.modules import FullModule, LoraModule, Module
 from lorascope.adapters.targets import resolve_section
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import AdapterSection, TargetGroup
-from random_adapters import random_adapter
+from random_adapters import ATTENTION, random_adapter, random_full, random_loha, random_lokr
 
 
 def bank_on(base: Base, section: AdapterSection) -> AdapterBank:
@@ -103,6 +103,88 @@ def test_a_kernel_of_as_many_numbers_is_not_the_layers() -> None:
         merge_weights(state, row)
     one = Adapter({"unet.proj": LoraModule(torch.ones(1, 4, 1, 1), torch.ones(8, 1, 1, 1), None)}, "", {})
     assert torch.equal(merge_weights(state, one)[0]["unet.proj.weight"], torch.full((8, 4), 2.0))
+
+
+def test_other_kinds_are_merged_with_their_biases(base: Base) -> None:
+    """Linear layers, convolutions and norms, by the layers' own forward pass."""
+    generator = torch.Generator().manual_seed(2)
+    state = {f"unet.{key}": value for key, value in base.unet.state_dict().items()}
+    conv, linear, norm = "unet.conv_in", f"unet.{ATTENTION}.to_q", "unet.down_blocks.0.resnets.0.norm1"
+    shapes = {path: tuple(state[f"{path}.weight"].shape) for path in (conv, linear, norm)}
+    modules: dict[str, Module] = {
+        conv: random_loha(shapes[conv], 2, 1.0, generator),
+        linear: random_lokr(shapes[linear], 1, 2.0, generator),
+        norm: random_full(shapes[norm], generator),
+    }
+    merged, report = merge_weights(state, Adapter(modules, "kohya", {}), strength=0.5)
+    assert report.num_modules == 3
+    for path, module in modules.items():
+        expected = state[f"{path}.weight"] + 0.5 * module.update().reshape(shapes[path])
+        torch.testing.assert_close(merged[f"{path}.weight"], expected)
+    full = modules[norm]
+    assert isinstance(full, FullModule) and full.bias is not None
+    torch.testing.assert_close(merged[f"{norm}.bias"], state[f"{norm}.bias"] + 0.5 * full.bias)
+    assert merged[f"{conv}.bias"] is state[f"{conv}.bias"]
+    own = base.unet.get_parameter(f"{norm.removeprefix('unet.')}.bias")
+    before, place = own.data.clone(), own.data_ptr()
+    with merged_into(base, Adapter({norm: full}, "kohya", {})):
+        torch.testing.assert_close(own.data, before + full.bias)
+    assert own.data_ptr() == place
+
+
+def test_other_kinds_that_do_not_fit_are_refused() -> None:
+    generator = torch.Generator().manual_seed(2)
+    state = {"unet.proj.weight": torch.ones(6, 8), "unet.conv_in.weight": torch.ones(6, 8, 3, 3)}
+    for path, module, shape in (
+        ("unet.proj", random_loha((6, 9), 2, 1.0, generator), r"\[6, 9\], the base's is \[6, 8\]"),
+        ("unet.proj", random_lokr((6, 9), 1, 1.0, generator), r"\[6, 9\], the base's is \[6, 8\]"),
+        ("unet.proj", random_full((6,), generator), r"\[6\], the base's is \[6, 8\]"),
+        (
+            "unet.conv_in",
+            random_loha((6, 9, 3, 3), 2, 1.0, generator),
+            r"\[6, 9, 3, 3\], the base's is \[6, 8,",
+        ),
+        (
+            "unet.conv_in",
+            random_full((6, 8, 1, 9), generator),
+            r"\[6, 8, 1, 9\], the base's is \[6, 8, 3, 3\]",
+        ),
+    ):
+        with pytest.raises(AdapterError, match=f"{path}: the adapter is for a weight of shape {shape}"):
+            merge_weights(state, Adapter({path: module}, "", {}))
+    full = Adapter({"unet.proj": random_full((6, 8), generator)}, "", {})
+    with pytest.raises(
+        AdapterError, match="changes a bias of 6 numbers, the base's layer has none: another b"
+    ):
+        merge_weights(state, full)
+    with pytest.raises(
+        AdapterError, match="changes a bias of 6 numbers, the base's layer has one of 7 numbers"
+    ):
+        merge_weights({**state, "unet.proj.bias": torch.ones(7)}, full)
+    huge = Adapter({"unet.proj": FullModule(torch.zeros(6, 8), torch.full((6,), 1e5))}, "", {})
+    with pytest.raises(AdapterError, match="unet.proj: the merged bias is beyond the range of torch.float16"):
+        merge_weights({**state, "unet.proj.bias": torch.ones(6)}, huge, dtype=torch.float16)
+
+
+def test_digests_are_those_of_the_adapter_in_every_layout(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    path = f"unet.{ATTENTION}.to_q"
+    adapters = [
+        Adapter({path: module}, "kohya", {})
+        for module in (
+            random_loha((6, 8), 2, 1.0, generator),
+            random_lokr((6, 8), 1, 2.0, generator),
+            random_lokr((6, 8), None, 2.0, generator),
+            random_full((6, 8), generator),
+        )
+    ]
+    digests = [adapter_digest(adapter) for adapter in adapters]
+    assert len(set(digests)) == len(digests)
+    for adapter, digest in zip(adapters, digests, strict=True):
+        save_adapter(adapter, tmp_path / "a.safetensors", "kohya", "fp16")
+        save_adapter(adapter, tmp_path / "a", "peft", "fp32")
+        assert adapter_digest(load_adapter(tmp_path / "a.safetensors")) == digest
+        assert adapter_digest(load_adapter(tmp_path / "a")) == digest
 
 
 def test_dora_over_outputs_and_over_inputs() -> None:

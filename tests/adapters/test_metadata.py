@@ -8,7 +8,8 @@ import torch
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.metadata import kohya_metadata, tag_frequency
 from lorascope.adapters.modules import LoraModule
-from random_adapters import random_module, sd15_adapter
+from lorascope.base.layers import stable_diffusion_layers
+from random_adapters import random_full, random_loha, random_lokr, random_module, sd15_adapter
 
 STARTED = datetime.datetime(2026, 5, 4, 3, 2, 1, tzinfo=datetime.UTC)
 
@@ -61,6 +62,39 @@ def test_convolutions_cores_and_other_models_are_declared() -> None:
     )
     small = kohya_metadata(Adapter({path: random_module((8, 8, 3, 3), 3, 1.5, generator)}, "kohya", {}), "a")
     assert small["ss_base_model_version"] == "other" and small["modelspec.architecture"] == "other/lora"
+
+
+def test_lycoris_kinds_are_declared() -> None:
+    """Rank and alpha of those that have one."""
+    generator = torch.Generator().manual_seed(0)
+    path, conv = "unet.mid_block.attentions.0.proj_in", "unet.down_blocks.0.resnets.0.conv1"
+    shape, wide = stable_diffusion_layers()[path], stable_diffusion_layers()[conv]
+    loha = {
+        path: random_loha(shape, 2, 1.0, generator),
+        conv: random_loha(wide, 2, 1.0, generator, core=True),
+    }
+    own = kohya_metadata(Adapter({**loha}, "kohya", {}), "a")
+    assert (own["ss_network_module"], own["ss_network_dim"], own["ss_network_alpha"]) == (
+        "lycoris.kohya",
+        "2",
+        "1.0",
+    )
+    assert json.loads(own["ss_network_args"]) == {
+        "conv_dim": "2",
+        "conv_alpha": "1",
+        "algo": "loha",
+        "use_tucker": "True",
+    }
+    assert own["ss_base_model_version"] == "sd_v1"
+    lokr = kohya_metadata(Adapter({conv: random_lokr(wide, 2, 1.0, generator)}, "kohya", {}), "a")
+    assert json.loads(lokr["ss_network_args"])["algo"] == "lokr" and lokr["ss_base_model_version"] == "sd_v1"
+    norm = "unet.down_blocks.0.resnets.0.norm1"
+    full = {path: random_full(shape, generator), norm: random_full((320,), generator)}
+    own = kohya_metadata(Adapter({**full}, "kohya", {}), "a")
+    assert json.loads(own["ss_network_args"])["algo"] == "full" and own["ss_network_dim"] == "Dynamic"
+    assert own["ss_base_model_version"] == "sd_v1"
+    full[norm] = random_full((321,), generator)
+    assert kohya_metadata(Adapter({**full}, "kohya", {}), "a")["ss_base_model_version"] == "other"
 
 
 def test_tags_are_counted_by_frequency_and_name() -> None:

@@ -11,9 +11,9 @@ from adapter_files import KOHYA_ATTENTION, Tensors, pair, write
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.modules import LoraModule
-from lorascope.adapters.names import is_of_lora, is_plain_path, kohya_name, parse_key
+from lorascope.adapters.names import is_of_adapter, is_plain_path, kohya_name, parse_key
 from lorascope.adapters.parsing import parse_adapter
-from lorascope.base.layers import stable_diffusion_layers
+from lorascope.base.layers import stable_diffusion_layers, stable_diffusion_norms
 from lorascope.errors import AdapterError
 from random_adapters import ATTENTION, plain_lora_modules
 
@@ -73,6 +73,14 @@ def test_every_name_comes_back_and_diffusers_reads_each_as_we_do() -> None:
         read.add(path)
     assert read == set(paths)
     assert len(alphas) == len(paths)
+
+
+def test_norms_have_names_too() -> None:
+    """Of full differences, whose files may hold them; PEFT's without text_model."""
+    for path in stable_diffusion_norms():
+        assert parse_key(f"{kohya_name(path)}.w_norm") == ("kohya", path, "diff")
+        rest = path.partition(".")[2].removeprefix("text_model.")
+        assert parse_key(f"base_model.model.{rest}.diff_b") == ("peft", path, "diff_b")
 
 
 def test_a_layer_without_a_kohya_name_is_refused(tmp_path: Path) -> None:
@@ -193,7 +201,20 @@ def test_a_key_names_a_module_and_one_of_its_tensors() -> None:
         f"unet.{ATTENTION}.to_q",
         "dora_scale",
     )
+    for ending, field in (
+        ("hada_w1_a", "hada_w1_a"),
+        ("lokr_t2", "lokr_t2"),
+        ("diff_b", "diff_b"),
+        ("w_norm", "diff"),
+        ("b_norm", "diff_b"),
+    ):
+        for name, layout in (
+            (f"{KOHYA_ATTENTION}_to_q", "kohya"),
+            (KOHYA_ATTENTION.replace("lora_unet", "lycoris") + "_to_q", "kohya"),
+            (f"base_model.model.{ATTENTION}.to_q", "peft"),
+        ):
+            assert parse_key(f"{name}.{ending}") == (layout, f"unet.{ATTENTION}.to_q", field)
     for key in (f"{KOHYA_ATTENTION}_to_q.bias", "lora_unet_nowhere.lora_up.weight", "a.lora_A.weight", ""):
         assert parse_key(key) is None
-    assert is_of_lora("a.lora_A.weight") and not is_of_lora("a.weight")
+    assert is_of_adapter("a.lora_A.weight") and not is_of_adapter("a.weight")
     assert is_plain_path("a.b_1.0") and not any(map(is_plain_path, ("a..b", "a.*", "", "a.")))

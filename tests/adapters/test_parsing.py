@@ -82,6 +82,129 @@ def test_faults_are_named(tmp_path: Path, tensors: Tensors, message: str) -> Non
         load_adapter(write(tmp_path / "a.safetensors", tensors))
 
 
+def ones(name: str = f"{KOHYA_ATTENTION}_to_q", **shapes: tuple[int, ...]) -> Tensors:
+    """Tensors of ones by the ends of their keys."""
+    return {f"{name}.{ending}": torch.ones(shape) for ending, shape in shapes.items()}
+
+
+LOHA: dict[str, tuple[int, ...]] = {
+    "hada_w1_a": (6, 2),
+    "hada_w1_b": (2, 8),
+    "hada_w2_a": (6, 2),
+    "hada_w2_b": (2, 8),
+}
+CORES: dict[str, tuple[int, ...]] = {
+    "hada_w1_a": (2, 6),
+    "hada_w2_a": (2, 6),
+    "hada_t1": (2, 2, 3, 3),
+    "hada_t2": (2, 2, 3, 3),
+}
+LOKR: dict[str, tuple[int, ...]] = {"lokr_w1": (2, 2), "lokr_w2_a": (3, 1), "lokr_w2_b": (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            without(ones(**LOHA), "w2_a"),
+            "has hada_w1_a, hada_w1_b, hada_w2_b without hada_w2_a: the file is inc",
+        ),
+        (without(ones(**LOHA), "w2_b"), "without hada_w2_b: the file is incomplete"),
+        (ones(**LOHA | {"hada_t1": (2, 2, 3, 3)}), "without hada_t2: the file is incomplete"),
+        (
+            ones(**LOHA | {"hada_w1_a": (6, 3)}),
+            r"hada_w1_a \[6, 3\], .* do not fit together: their ranks must",
+        ),
+        (ones(**LOHA | {"hada_w2_a": (6, 3), "hada_w2_b": (3, 8)}), "do not fit together: their ranks must"),
+        (
+            ones(**LOHA | {"hada_w2_b": (2, 9)}),
+            "its two products are 6 x 8 and 6 x 9: they must be of one size",
+        ),
+        (
+            ones(**LOHA | {"hada_w2_b": (2, 2, 2, 2)}),
+            r"hada_w2_b is \[2, 2, 2, 2\]: expected 2 dimensions and",
+        ),
+        (ones(**LOHA | {"hada_w2_b": (2, 0)}), r"hada_w2_b is \[2, 0\]: expected 2 dimensions and no 0"),
+        (ones(**LOHA | CORES | {"hada_t2": (2, 3, 3, 3)}), r"hada_t2 \[2, 3, 3, 3\] do not fit together"),
+        (
+            ones(**LOHA | CORES | {"hada_t2": (2, 2, 1, 9)}),
+            "its two products are 6 x 72 and 6 x 72: they must",
+        ),
+        (ones(**LOHA | CORES | {"hada_t2": (2, 2)}), r"hada_t2 is \[2, 2\]: expected 4 dimensions"),
+        (ones(**LOHA, dora_scale=(6, 1)), "is LoHa with DoRA's dora_scale, which is read of LoRA alone"),
+        (ones(**LOHA, alpha=(2,)), r"alpha must be one finite number, is of shape \[2\]"),
+        (
+            ones(**LOHA, lokr_w1=(2, 2)),
+            "tensors of LoHa and of LoKr for one layer: only one of them can be read",
+        ),
+        (without(ones(**LOKR), "w1"), "has lokr_w2_a, lokr_w2_b without lokr_w1: the file is incomplete"),
+        (without(ones(**LOKR), "w2_a"), "has lokr_w1, lokr_w2_b without lokr_w2_a: the file is incomplete"),
+        (ones(lokr_w1=(2, 2)), "has lokr_w1 without lokr_w2: the file is incomplete"),
+        (
+            ones(lokr_w1=(2, 2), lokr_t2=(2, 2, 3, 3)),
+            "without lokr_w2_a and lokr_w2_b: the file is incomplete",
+        ),
+        (ones(**LOKR, lokr_w2=(3, 4)), "has lokr_w2 beside lokr_w2_a: it is whole or a product, not both"),
+        (ones(lokr_w1=(2, 2), lokr_w2=(3, 4), lokr_t2=(2, 2, 3, 3)), "has lokr_w2 beside lokr_t2"),
+        (ones(**LOKR | {"lokr_w2_b": (2, 4)}), r"lokr_w2_a \[3, 1\], lokr_w2_b \[2, 4\] do not fit together"),
+        (
+            ones(lokr_w1_a=(2, 3), lokr_w1_b=(3, 2), lokr_w2_a=(3, 1), lokr_w2_b=(1, 4)),
+            "their ranks must be eq",
+        ),
+        (
+            ones(lokr_w1=(2, 2), lokr_w2=(3, 4, 9)),
+            r"lokr_w2 is \[3, 4, 9\]: expected 2 or 4 dimensions and no 0",
+        ),
+        (ones(lokr_w1=(4,), lokr_w2=(3, 4)), r"lokr_w1 is \[4\]: expected 2 dimensions and no 0"),
+        (ones(**LOKR, dora_scale=(6, 1)), "is LoKr with DoRA's dora_scale"),
+        (ones(diff_b=(6,)), "has diff_b without diff: the file is incomplete"),
+        (ones(diff=(6, 8, 3)), r"diff is \[6, 8, 3\]: expected 1 or 2 or 4 dimensions and no 0"),
+        (ones(diff=(6, 8), diff_b=(8,)), r"the bias's difference is \[8\]: the weight's has 6 outputs"),
+        (ones(diff=(6, 8), dora_scale=(6, 1)), "is a full difference with DoRA's dora_scale"),
+        (ones(diff=(6, 8), w_norm=(6,)), "two modules of one name: .*diff.*w_norm"),
+        (
+            {**kohya(), **ones(diff_b=(6,))},
+            "has diff_b, down, up: tensors of a full difference and of LoRA for one layer",
+        ),
+        (
+            {f"{KOHYA_ATTENTION}_to_q.diff": torch.ones(6, 8).int()},
+            "diff holds int32, not floating-point weights",
+        ),
+    ],
+)
+def test_faults_of_other_kinds_are_named(tmp_path: Path, tensors: Tensors, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(write(tmp_path / "a.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "size", "rank"),
+    [
+        (LOHA, "loha", (6, 8), 2),
+        (LOHA | CORES, "loha", (6, 72), 2),
+        (LOKR, "lokr", (6, 8), 1),
+        ({"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 2), "lokr_w2": (3, 4, 3, 3)}, "lokr", (6, 72), 3),
+        (
+            {"lokr_w1": (2, 2), "lokr_w2_a": (2, 3), "lokr_w2_b": (2, 4), "lokr_t2": (2, 2, 3, 3)},
+            "lokr",
+            (6, 72),
+            2,
+        ),
+        ({"diff": (6, 8), "diff_b": (6,)}, "full", (6, 8), 6),
+        ({"w_norm": (6,), "b_norm": (6,)}, "full", (6, 1), 1),
+    ],
+)
+def test_other_kinds_are_read(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], kind: str, size: tuple[int, int], rank: int
+) -> None:
+    (module,) = load_adapter(write(tmp_path / "a.safetensors", ones(**shapes))).modules.values()
+    assert (module.kind, module.matrix_shape, module.rank, module.scale) == (kind, size, rank, 1.0)
+    assert module.update().numel() == size[0] * size[1]
+    tensors = {**ones(**shapes), f"{KOHYA_ATTENTION}_to_q.alpha": torch.tensor(3.0)}
+    (with_alpha,) = load_adapter(write(tmp_path / "b.safetensors", tensors)).modules.values()
+    assert with_alpha.scale == (1.0 if kind == "full" else 3.0 / rank)
+
+
 def test_magnitudes_are_those_of_outputs_or_inputs_by_spelling_and_shape() -> None:
     """[1, n] of a square layer: inputs in LyCORIS' files, outputs in PEFT's."""
     ours = f"{KOHYA_ATTENTION}_to_q.dora_scale"

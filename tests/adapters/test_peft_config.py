@@ -40,6 +40,38 @@ def test_a_peft_configuration_says_alpha(tmp_path: Path) -> None:
     )
 
 
+def lokr_folder(folder: Path, whole: bool, **config: Any) -> Path:
+    name = f"base_model.model.{ATTENTION}.to_q.lokr_"
+    second = {"w2": torch.ones(3, 4)} if whole else {"w2_a": torch.ones(3, 2), "w2_b": torch.ones(2, 4)}
+    tensors = {f"{name}{ending}": tensor for ending, tensor in {"w1": torch.ones(2, 2), **second}.items()}
+    return peft_folder(folder, tensors, **{"peft_type": "LOKR", "lora_alpha": 99, "alpha": 6, **config})
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_lokr_has_a_configuration_of_its_own(tmp_path: Path, whole: bool) -> None:
+    """Its alpha is `alpha`, and PEFT's scale is alpha / r for whole factors too."""
+    for number, (config, scale) in enumerate(
+        (({}, 3.0), ({"alpha_pattern": {"to_q": 1}}, 0.5), ({"r": 9, "rank_pattern": {"to_q": 2}}, 3.0))
+    ):
+        (module,) = load_adapter(lokr_folder(tmp_path / str(number), whole, **config)).modules.values()
+        assert float(module.update().max()) == pytest.approx(scale * (1 if whole else 2))
+    for config, message in (
+        ({"alpha": "six"}, "alpha = 'six' or a value of alpha_pattern is not a finite number"),
+        ({"peft_type": "LORA"}, "states peft_type LORA, its tensors are LOKR: put the configuration there"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(lokr_folder(tmp_path / message[:5], whole, **config))
+    message = "rank 0, must be a whole number above 0" if whole else "rank 0, its tensors have rank 2"
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(lokr_folder(tmp_path / "rank", whole, r=0))
+
+
+def test_full_differences_have_no_configuration(tmp_path: Path) -> None:
+    tensors = {f"base_model.model.{ATTENTION}.to_q.diff": torch.ones(6, 6)}
+    with pytest.raises(AdapterError, match="states peft_type LORA, its tensors are a full difference: put"):
+        load_adapter(peft_folder(tmp_path / "a", tensors))
+
+
 def test_a_real_peft_adapter_with_patterns_is_read(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     """PEFT's own save, with rank and alpha patterns and rsLoRA, gives the updates that PEFT merges."""
     config = peft.LoraConfig(
@@ -68,7 +100,8 @@ def test_a_real_peft_adapter_with_patterns_is_read(pipeline: StableDiffusionPipe
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type = 'LOHA': only LORA can be converted"),
+        ({"peft_type": "OFT"}, "peft_type = 'OFT': only LORA, LOHA and LOKR can be converted"),
+        ({"peft_type": "LOHA"}, "to_k: its configuration states peft_type LOHA, its tensors are LORA: put"),
         (
             {"init_lora_weights": "pissa"},
             "'pissa' changes the base's weights: .*path_initial_model_for_weight_conversion",

@@ -5,11 +5,12 @@ Modules are named by their path in diffusers' models, the component in front:
 paths keep `text_model.`, as all files do, though transformers 5 dropped it from the names of live modules.
 """
 
+import math
 from dataclasses import dataclass, replace
 
-from lorascope.adapters.modules import KIND_NAMES, LoraModule, Module
+from lorascope.adapters.modules import KIND_NAMES, FullModule, LoraModule, Module, ModuleKind
 from lorascope.adapters.schedule import RankSchedule
-from lorascope.base.layers import stable_diffusion_layers
+from lorascope.base.layers import stable_diffusion_layers, stable_diffusion_norms
 from lorascope.errors import AdapterError
 
 
@@ -38,6 +39,11 @@ class Adapter:
             )
         modules = {path: module.at_strength(strength) for path, module in self.modules.items()}
         return replace(self, modules=modules)
+
+    @property
+    def kinds(self) -> tuple[ModuleKind, ...]:
+        """The kinds of its modules, the first module's first."""
+        return tuple(dict.fromkeys(module.kind for module in self.modules.values()))
 
     def lora_modules(self, remedy: str) -> dict[str, LoraModule]:
         """The modules, where all are LoRA; raises `AdapterError` where one is not, and `remedy` says what to
@@ -79,9 +85,23 @@ class Adapter:
 
 def misfits(adapter: Adapter) -> list[str]:
     """The paths of modules that Stable Diffusion v1.5 does not have, or has in another shape."""
-    shapes = stable_diffusion_layers()
+    shapes = {**stable_diffusion_layers(), **stable_diffusion_norms()}
     return [
         path
         for path, module in adapter.modules.items()
         if (shape := shapes.get(path)) is None or not module.fits(shape)
     ]
+
+
+def weight_shape(path: str, module: Module) -> tuple[int, ...]:
+    """The shape of the weight that a module is for: (out, in), (out, in, kh, kw), or (out,) of a norm.
+
+    Where its tensors do not show the kernel, it is that of Stable Diffusion v1.5's layer of this path.
+    """
+    if isinstance(module, FullModule):
+        return tuple(module.weight.shape)
+    (rows, columns), kernel = module.matrix_shape, module.kernel
+    if kernel is None:
+        kernel = stable_diffusion_layers().get(path, ())[2:]
+    num_numbers = math.prod(kernel)
+    return (rows, columns // num_numbers, *kernel) if columns % num_numbers == 0 else (rows, columns)

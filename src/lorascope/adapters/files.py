@@ -16,10 +16,11 @@ import torch
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.foreign import foreign_kind
 from lorascope.adapters.hashes import kohya_hashes
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import KIND_NAMES, FullModule, LohaModule, LokrModule, LoraModule, Module
 from lorascope.adapters.names import kohya_name
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.adapters.peft_config import peft_options, read_peft_config
+from lorascope.adapters.peft_forms import loha_options, lokr_for_peft, lokr_options, lycoris_tensors
 from lorascope.adapters.schedule import SCHEDULE_KEY, read_schedule
 from lorascope.base.weights import load_tensors, read_header, require_finite, save_tensors
 from lorascope.errors import AdapterError
@@ -28,13 +29,14 @@ from lorascope.store import PEFT_CONFIG, PEFT_WEIGHTS, access_errors, write_json
 Layout = Literal["kohya", "peft", "diffusers"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 STRENGTH = "lorascope_strength"  # a key of headers: what alpha was multiplied by on its way into the file
+_READ = "only LoRA, LoHa, LoKr and full differences for Stable Diffusion v1 can be read"
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @access_errors(AdapterError)
 def load_adapter(path: Path | str) -> Adapter:
     """The adapter in a file, or in a PEFT folder (or a folder of one for `unet` and one for `text_encoder`),
-    on the CPU.
+    on the CPU. A folder of full differences needs no configuration.
 
     Modules need not be Stable Diffusion v1.5's. Keys that belong to no module stand in `leftover`: tell the
     user. Raises `AdapterError` for a file of another kind, naming it, and for faults such as half pairs,
@@ -58,20 +60,25 @@ def load_adapter(path: Path | str) -> Adapter:
         header = read_header(weights)
         shapes, metadata = {name: info.shape for name, info in header.tensors.items()}, header.metadata
         if kind := foreign_kind(shapes):
-            raise AdapterError(f"{path}: is {kind}: only LoRA for Stable Diffusion v1 can be read")
+            raise AdapterError(f"{path}: is {kind}: {_READ}")
         tensors = load_tensors(weights)
     else:
         tensors, metadata = load_tensors(weights), {}
         if kind := foreign_kind({name: tuple(tensor.shape) for name, tensor in tensors.items()}):
-            raise AdapterError(f"{path}: is {kind}: only LoRA for Stable Diffusion v1 can be read")
+            raise AdapterError(f"{path}: is {kind}: {_READ}")
     require_finite(tensors, weights)
     config = read_peft_config(weights)
-    if path.is_dir() and config is None and "lora_adapter_metadata" not in metadata:
+    adapter = replace(parse_adapter(tensors, metadata, config), schedule=read_schedule(metadata))
+    if (
+        path.is_dir()
+        and config is None
+        and "lora_adapter_metadata" not in metadata
+        and adapter.kinds != ("full",)
+    ):
         raise AdapterError(
             f"{path}: has no {PEFT_CONFIG}, so alpha is unknown: put it there, or name {PEFT_WEIGHTS} itself "
             "to take the strength 1"
         )
-    adapter = replace(parse_adapter(tensors, metadata, config), schedule=read_schedule(metadata))
     if adapter.faults:
         more = f" (and {len(adapter.faults) - 1} more)" if len(adapter.faults) > 1 else ""
         raise AdapterError(f"{path}: {adapter.faults[0]}{more}")
@@ -105,7 +112,10 @@ def save_adapter(
     alpha is kept exactly: a float32 tensor a module in `kohya` (the rank where there was none), PEFT's
     configuration with patterns in the other two, since diffusers refuses a file that has both. Convolutions
     are written with four dimensions. A Tucker core is folded into `down` where the layout has none. An
-    adapter with text-encoder modules becomes a `peft` folder of two, `unet/` and `text_encoder/`. `metadata`
+    adapter with text-encoder modules becomes a `peft` folder of two, `unet/` and `text_encoder/`. LoHa, LoKr
+    and full differences go into `kohya` as LyCORIS writes them, and into `peft`, which takes one kind a
+    component: LoHa and LoKr as PEFT builds them, full differences, which PEFT does not have, without a
+    configuration. `metadata`
     goes into the header of `kohya` and `diffusers` files, and of it `STRENGTH` into that of `peft`; the
     hashes of WebUI and the ModelSpec standard are added to `kohya`. Raises `AdapterError` for what the layout
     cannot hold and for weights beyond the range of `dtype`. T-LoRA goes into `peft` folders alone, with its
@@ -123,7 +133,17 @@ def save_adapter(
             f"{adapter.leftover[0][:200]!r}"
         )
     modules = adapter.modules
-    if layout != "kohya" and any(module.mid is not None for module in modules.values()):
+    if layout == "diffusers" and (others := [item for item in modules.items() if item[1].kind != "lora"]):
+        path_of_other, other = others[0]
+        raise AdapterError(
+            f"{path_of_other}: is {KIND_NAMES[other.kind]}, diffusers' load_lora_weights reads LoRA alone: "
+            "write kohya, or for diffusers merged-diffusers"
+        )
+    if layout == "peft":
+        modules = _as_peft_has_them(modules, notes)
+    if layout != "kohya" and any(
+        isinstance(item, LoraModule) and item.mid is not None for item in modules.values()
+    ):
         notes.append(
             f"{layout} has no Tucker core: it was multiplied into the down matrices, which is the same "
             "update in more bytes"
@@ -148,9 +168,23 @@ def save_adapter(
     return Written(path, num_bytes, rounding.relative_error, tuple(notes))
 
 
-def _without_core(module: LoraModule) -> LoraModule:
-    """The same update without a Tucker core; in float32, since the products may be beyond fp16's range."""
-    if module.mid is None:
+def _as_peft_has_them(modules: Mapping[str, Module], notes: list[str]) -> dict[str, Module]:
+    """The modules with LoKr's as PEFT builds them."""
+    lokr = {path: module for path, module in modules.items() if isinstance(module, LokrModule)}
+    changed, num_changed = lokr_for_peft(lokr)
+    if num_changed:
+        notes.append(
+            f"PEFT has other factors in {num_changed} of {len(lokr)} LoKr modules: they were multiplied out, "
+            "which is the same update"
+        )
+    return {**modules, **changed}
+
+
+def _without_core(module: Module) -> Module:
+    """The same update without LoRA's Tucker core; in float32, since the products may be beyond fp16's
+    range.
+    """
+    if not isinstance(module, LoraModule) or module.mid is None:
         return module
     down = replace(module, down=module.down.float()).full_down()
     return replace(module, down=down.contiguous(), mid=None)
@@ -163,9 +197,10 @@ class _Rounding:
     num_values: int
 
 
-def _rounded(modules: Mapping[str, LoraModule], dtype: Dtype) -> tuple[dict[str, LoraModule], _Rounding]:
+def _rounded(modules: Mapping[str, Module], dtype: Dtype) -> tuple[dict[str, Module], _Rounding]:
     """The modules in `dtype`, and what that cost; raise `AdapterError` for weights that become infinite."""
-    target, result = DTYPES[dtype], {}
+    target = DTYPES[dtype]
+    result: dict[str, Module] = {}
     error = norm = 0.0
     lost = count = 0
     for path, module in modules.items():
@@ -184,37 +219,57 @@ def _rounded(modules: Mapping[str, LoraModule], dtype: Dtype) -> tuple[dict[str,
         result[path] = module.with_tensors(tensors)
         if dtype == "fp16" and (peak := _peak(module)) > torch.finfo(target).max:
             raise AdapterError(
-                f"{path}: up @ down reaches {peak:.3g}, beyond fp16's {torch.finfo(target).max:.6g}, so "
-                "programs that multiply in fp16 draw black pictures: write bf16 or fp32, "
-                "or train it with a lower learning rate"
+                f"{path}: {_PRODUCTS[module.kind]} reaches {peak:.3g}, beyond fp16's "
+                f"{torch.finfo(target).max:.6g}, so programs that multiply in fp16 draw black pictures: "
+                "write bf16 or fp32, or train it with a lower learning rate"
             )
     return result, _Rounding(math.sqrt(error / norm) if norm else 0.0, lost, count)
 
 
-def _peak(module: LoraModule) -> float:
-    """The largest absolute value of up @ down before its scale, as programs multiply them; an upper bound of
-    it where that is within fp16 already.
+_PRODUCTS = {
+    "lora": "up @ down",
+    "loha": "(w1_a @ w1_b) * (w2_a @ w2_b)",
+    "lokr": "kron(w1, w2)",
+}
+
+
+def _peak(module: Module) -> float:
+    """The largest absolute value of the product of the tensors before its scale, as programs multiply them;
+    an upper bound of it where that is within fp16 already. 0 where there is no product.
     """
-    up, down = module.up.float().flatten(1), replace(module, down=module.down.float()).full_down().flatten(1)
-    bound = float(torch.linalg.vector_norm(up, dim=1).max() * torch.linalg.vector_norm(down, dim=0).max())
+    match module:
+        case LoraModule():
+            down = replace(module, down=module.down.float()).full_down()
+            bound = _bound(module.up, down)
+        case LohaModule():
+            bound = math.inf
+            if module.t1 is None:
+                bound = _bound(module.w1_a, module.w1_b) * _bound(module.w2_a, module.w2_b)
+        case LokrModule():
+            first, second = module.whole()
+            return float(first.abs().max() * second.abs().max())
+        case FullModule():
+            return 0.0
     if bound <= torch.finfo(torch.float16).max:
-        return bound  # by Cauchy and Schwarz
-    return float((up @ down).abs().max())
+        return bound
+    return float(replace(module, alpha=None).update().abs().max())
+
+
+def _bound(left: torch.Tensor, right: torch.Tensor) -> float:
+    """An upper bound of the absolute values in left @ right, by Cauchy and Schwarz."""
+    rows = torch.linalg.vector_norm(left.float().flatten(1), dim=1).max()
+    return float(rows * torch.linalg.vector_norm(right.float().flatten(1), dim=0).max())
 
 
 def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor]:
-    """Tensors under kohya's names, module by module in the adapter's order."""
+    """Tensors under kohya's names, module by module in the adapter's order; LyCORIS' of its kinds."""
     tensors = {}
-    endings = {
-        "down": "lora_down.weight",
-        "up": "lora_up.weight",
-        "mid": "lora_mid.weight",
-        "dora_scale": "dora_scale",
-    }
     for path, module in adapter.modules.items():
         name = kohya_name(path)
-        for field, tensor in module.tensors().items():
-            tensors[f"{name}.{endings[field]}"] = tensor.contiguous()
+        for ending, tensor in _kohya_module(module).items():
+            tensors[f"{name}.{ending}"] = tensor
+        if isinstance(module, FullModule):
+            continue
         alpha = torch.tensor(module.effective_alpha, dtype=torch.float32)
         if not alpha.isfinite():
             raise AdapterError(
@@ -222,7 +277,13 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
                 "write peft or diffusers"
             )
         tensors[f"{name}.alpha"] = alpha
-    if any(module.mid is not None for module in adapter.modules.values()):
+    if others := [KIND_NAMES[kind] for kind in adapter.kinds if kind != "lora"]:
+        notes.append(
+            f"{' and '.join(others)}: WebUI, Forge and ComfyUI read it; diffusers and sd-scripts' "
+            "networks.lora do not: give diffusers the merged-diffusers folder"
+        )
+        return tensors
+    if any(isinstance(module, LoraModule) and module.mid is not None for module in adapter.modules.values()):
         notes.append(
             "diffusers refuses files with a Tucker core (lora_mid); WebUI, Forge and ComfyUI read it"
         )
@@ -247,6 +308,31 @@ def _kohya_tensors(adapter: Adapter, notes: list[str]) -> dict[str, torch.Tensor
     return tensors
 
 
+def _kohya_module(module: Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module, but alpha, by the ends of their names in kohya files."""
+    match module:
+        case LoraModule():
+            endings = {
+                "down": "lora_down.weight",
+                "up": "lora_up.weight",
+                "mid": "lora_mid.weight",
+                "dora_scale": "dora_scale",
+            }
+            return {endings[field]: tensor.contiguous() for field, tensor in module.tensors().items()}
+        case FullModule(weight, bias) if module.is_norm:  # WebUI wants both
+            bias = torch.zeros_like(weight) if bias is None else bias
+            return {"w_norm": weight.contiguous(), "b_norm": bias.contiguous()}
+        case FullModule():
+            return _difference(module)
+        case _:
+            return lycoris_tensors(module)
+
+
+def _difference(module: FullModule) -> dict[str, torch.Tensor]:
+    bias = {} if module.bias is None else {"diff_b": module.bias.contiguous()}
+    return {"diff": module.weight.contiguous(), **bias}
+
+
 def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], notes: list[str]) -> int:
     """One file for diffusers' `load_lora_weights`."""
     if any(module.dora_scale is not None for module in adapter.modules.values()):
@@ -257,8 +343,9 @@ def _save_diffusers(adapter: Adapter, path: Path, metadata: Mapping[str, str], n
     tensors: dict[str, torch.Tensor] = {}
     options: dict[str, Any] = {}
     for component, modules in adapter.components().items():
-        options |= {f"{component}.{key}": value for key, value in peft_options(modules).items()}
-        for name, module in modules.items():
+        lora = {name: item for name, item in modules.items() if isinstance(item, LoraModule)}
+        options |= {f"{component}.{key}": value for key, value in peft_options(lora).items()}
+        for name, module in lora.items():
             tensors[f"{component}.{name}.lora_A.weight"] = module.down.contiguous()
             tensors[f"{component}.{name}.lora_B.weight"] = module.up.contiguous()
     if any(module.effective_alpha != module.rank for module in adapter.modules.values()):
@@ -297,38 +384,77 @@ def _save_peft(adapter: Adapter, folder: Path, metadata: Mapping[str, str], note
     total = 0
     for component, modules in components.items():
         target = folder if set(components) == {"unet"} else folder / component
-        with_dora = [module.dora_scale is not None for module in modules.values()]
-        if any(with_dora) and not all(with_dora):
-            raise AdapterError(
-                f"{component}: {sum(with_dora)} of {len(with_dora)} modules are DoRA, PEFT needs all or "
-                "none: write kohya"
-            )
-        tensors = {}
-        for name, module in modules.items():
-            # PEFT goes by the live names of transformers 5
-            key = f"base_model.model.{name.removeprefix('text_model.')}"
-            tensors[f"{key}.lora_A.weight"] = module.down.contiguous()
-            tensors[f"{key}.lora_B.weight"] = module.up.contiguous()
-            if module.dora_scale is not None:
-                if module.dora_scale.shape[0] != module.up.shape[0]:
-                    raise AdapterError(
-                        f"{component}.{name}: DoRA over inputs, which PEFT does not have: write kohya"
-                    )
-                one_dimension = module.down.ndim == 2
-                shape = [-1] if one_dimension else [1, -1, *[1] * (module.down.ndim - 2)]
-                tensors[f"{key}.lora_magnitude_vector"] = module.dora_scale.reshape(shape)
-        options = peft_options(modules)
-        packed = json.dumps(
-            {f"base_model.model.{key}": value for key, value in options.items()}, sort_keys=True
-        )
-        save_tensors(target / PEFT_WEIGHTS, tensors, {"format": "pt", "lora_adapter_metadata": packed, **own})
-        kind = {
-            "peft_type": "LORA",
-            "task_type": None,
-            "base_model_name_or_path": None,
-            "inference_mode": True,
-            "fan_in_fan_out": False,
-        }
-        write_json(target / PEFT_CONFIG, {**kind, **options, "modules_to_save": None})
+        tensors, options = _peft_component(component, modules, notes)
+        packed = {}
+        if options:
+            named = {f"base_model.model.{key}": value for key, value in options.items()}
+            packed["lora_adapter_metadata"] = json.dumps(named, sort_keys=True)
+        save_tensors(target / PEFT_WEIGHTS, tensors, {"format": "pt", **packed, **own})
+        if options:
+            kind = {
+                "peft_type": "LORA",
+                "task_type": None,
+                "base_model_name_or_path": None,
+                "inference_mode": True,
+                **({} if "peft_type" in options else {"fan_in_fan_out": False}),
+            }
+            write_json(target / PEFT_CONFIG, {**kind, **options, "modules_to_save": None})
+        else:
+            (target / PEFT_CONFIG).unlink(missing_ok=True)  # of an adapter that was there before
         total += (target / PEFT_WEIGHTS).stat().st_size
     return total
+
+
+def _peft_component(
+    component: str, modules: Mapping[str, Module], notes: list[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and configuration of a component's modules, which PEFT takes of one kind; no configuration of
+    full differences.
+    """
+    kinds = [KIND_NAMES[kind] for kind in dict.fromkeys(module.kind for module in modules.values())]
+    if len(kinds) > 1:
+        raise AdapterError(
+            f"{component}: has {' and '.join(kinds)}, PEFT takes one kind of adapter: write kohya"
+        )
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    lora, loha, lokr = {}, {}, {}
+    for name, module in modules.items():
+        # PEFT goes by the live names of transformers 5
+        key = f"base_model.model.{name.removeprefix('text_model.')}"
+        match module:
+            case LoraModule():
+                lora[name], parts[key] = module, _peft_lora(f"{component}.{name}", module)
+            case LohaModule():
+                loha[name], parts[key] = module, lycoris_tensors(module)
+            case LokrModule():
+                lokr[name], parts[key] = module, lycoris_tensors(module)
+            case FullModule():
+                parts[key] = _difference(module)
+    tensors = {f"{key}.{ending}": part for key, found in parts.items() for ending, part in found.items()}
+    if loha:
+        return tensors, loha_options(component, loha)
+    if lokr:
+        return tensors, lokr_options(component, lokr)
+    if not lora:
+        notes.append(
+            "PEFT has no full differences: lorascope reads this folder, other programs the kohya file"
+        )
+        return tensors, {}
+    with_dora = [module.dora_scale is not None for module in lora.values()]
+    if any(with_dora) and not all(with_dora):
+        raise AdapterError(
+            f"{component}: {sum(with_dora)} of {len(with_dora)} modules are DoRA, PEFT needs all or "
+            "none: write kohya"
+        )
+    return tensors, peft_options(lora)
+
+
+def _peft_lora(path: str, module: LoraModule) -> dict[str, torch.Tensor]:
+    tensors = {"lora_A.weight": module.down.contiguous(), "lora_B.weight": module.up.contiguous()}
+    if module.dora_scale is None:
+        return tensors
+    if module.dora_scale.shape[0] != module.up.shape[0]:
+        raise AdapterError(f"{path}: DoRA over inputs, which PEFT does not have: write kohya")
+    one_dimension = module.down.ndim == 2
+    shape = [-1] if one_dimension else [1, -1, *[1] * (module.down.ndim - 2)]
+    return {**tensors, "lora_magnitude_vector": module.dora_scale.reshape(shape)}

@@ -1,16 +1,13 @@
-"""What a file is that is no LoRA for Stable Diffusion v1."""
+"""What a file is that is no adapter for Stable Diffusion v1 of a kind that is read."""
 
 import re
 from collections.abc import Mapping
 
-from lorascope.adapters.names import is_of_lora
+from lorascope.adapters.names import is_of_adapter
 
 _OTHER_KINDS = (  # a pattern in some key, and what a file with it is
-    (r"\.hada_w[12]_", "a LoHa adapter (LyCORIS)"),
-    (r"\.lokr_w[12]", "a LoKr adapter (LyCORIS)"),
     (r"\.on_input$", "an IA3 adapter (LyCORIS)"),
     (r"\.oft_(blocks|diag)", "an OFT adapter (LyCORIS)"),
-    (r"\.diff(_b)?$|\.w_norm$|\.b_norm$", "an adapter of full weight differences (LyCORIS)"),
     (r"\.[ab][12]\.weight$", "a GLoRA adapter (LyCORIS)"),
     (r"^lora_controlnet|^control_model\.|controlnet_cond_embedding", "a ControlNet or Control-LoRA"),
     (r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]", "an adapter for Flux"),
@@ -26,15 +23,15 @@ _OTHER_KINDS = (  # a pattern in some key, and what a file with it is
     (r"^(emb_params|string_to_param|clip_[lg]$)|^<.*>$", "a textual inversion embedding"),
 )  # fmt: skip
 _READS_TEXT = re.compile(
-    r"attn2[._](processor\.)?to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down)"
+    r"attn2[._](processor\.)?to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down|hada_w1_b|diff$)"
     r"|^lora_te1?_.*_self_attn_q_proj\.lora_down"
 )
 _WIDTHS = {1024: "an adapter for Stable Diffusion 2.x", 2048: "an adapter for SDXL"}  # of the text states
 
 
 def foreign_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a file is if not a LoRA for Stable Diffusion v1, in words such as "an adapter for SDXL"; None if
-    it may be one.
+    """What a file is if not LoRA, LoHa, LoKr or full differences for Stable Diffusion v1, in words such as
+    "an adapter for SDXL"; None if it may be one of them.
 
     `shapes` are a file's tensors by key; no weights are needed, so a header is enough.
     """
@@ -44,6 +41,6 @@ def foreign_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     for key, shape in shapes.items():
         if _READS_TEXT.search(key) and len(shape) > 1 and shape[1] in _WIDTHS:
             return _WIDTHS[shape[1]]
-    if not any(is_of_lora(key) for key in shapes):
-        return "weights without LoRA's pairs of matrices: part of a model, or a file of another kind"
+    if not any(is_of_adapter(key) for key in shapes):
+        return "weights without an adapter's matrices: part of a model, or a file of another kind"
     return None

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from lorascope.adapters.adapter import Adapter
+from lorascope.adapters.adapter import Adapter, weight_shape
 from lorascope.adapters.files import DTYPES, STRENGTH, Dtype, Written
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import FullModule, Module
 from lorascope.base.loading import Base, is_sd15, load_base
 from lorascope.base.saving import save_ldm
 from lorascope.base.weights import read_header
@@ -41,13 +41,13 @@ def merge_weights(
     strength: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], MergeReport]:
-    """The weights of a model with an adapter added: W + strength * scale * up @ down, in float32, then in
-    `dtype`.
+    """The weights of a model with an adapter added: W + strength * scale * up @ down, or what another kind
+    adds, in float32, then in `dtype`. A full difference may add to the bias too.
 
     `state` maps `unet.<parameter>` and `text_encoder.<parameter>` to weights, and is left alone; tensors that
     no module names are passed on as they are. `dtype` None keeps each weight's own. DoRA's weights are W' = m
     (W + U) / ||W + U||, at other strengths W + strength (W' - W) (Liu et al. 2024). Raises `AdapterError` for
-    modules that `state` lacks, shapes that differ, and results beyond the range of the dtype.
+    modules and biases that `state` lacks, shapes that differ, and results beyond the range of the dtype.
     T-LoRA, which has no single weight, is refused too.
     """
     adapter.require_unscheduled("draw with the adapter beside the base, or write it with --as-lora")
@@ -61,14 +61,19 @@ def merge_weights(
         )
     for path, module in adapter.modules.items():
         key = str(places[path])
-        exact, update = _merged(state[key].float(), module, strength, path)
-        merged[key] = exact.to(dtype or state[key].dtype)
-        if not merged[key].isfinite().all():
-            raise AdapterError(
-                f"{path}: the merged weight is beyond the range of {merged[key].dtype}: choose bf16 or fp32"
-            )
-        error += float((merged[key].double() - exact.double()).square().sum())
-        norm += float(update.double().square().sum())
+        changes = {key: _merged(state[key].float(), module, strength, path)}
+        if isinstance(module, FullModule) and module.bias is not None:
+            bias = f"{key.removesuffix('.weight')}.bias"
+            changes[bias] = _merged_bias(state.get(bias), module.bias, strength, path)
+        for name, (exact, update) in changes.items():
+            merged[name] = exact.to(dtype or state[name].dtype)
+            if not merged[name].isfinite().all():
+                raise AdapterError(
+                    f"{path}: the merged {name.rpartition('.')[2]} is beyond the range of "
+                    f"{merged[name].dtype}: choose bf16 or fp32"
+                )
+            error += float((merged[name].double() - exact.double()).square().sum())
+            norm += float(update.double().square().sum())
     return merged, MergeReport(len(places), math.sqrt(error / norm) if norm else 0.0)
 
 
@@ -79,13 +84,13 @@ def _weight_key(path: str, state: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _merged(
-    weight: torch.Tensor, module: LoraModule, strength: float, path: str
+    weight: torch.Tensor, module: Module, strength: float, path: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The merged weight in float32, and what it adds to `weight`."""
     update = module.update().to(weight.device)
-    if _without_kernel_of_one(module.weight_shape) != _without_kernel_of_one(weight.shape):
+    if not module.fits(weight.shape):
         raise AdapterError(
-            f"{path}: the adapter is for a weight of shape {list(module.weight_shape)}, the base's is "
+            f"{path}: the adapter is for a weight of shape {list(weight_shape(path, module))}, the base's is "
             f"{list(weight.shape)}"
         )
     update = update.reshape(weight.shape)
@@ -104,9 +109,18 @@ def _merged(
     return weight + strength * update, strength * update
 
 
-def _without_kernel_of_one(shape: Sequence[int]) -> tuple[int, ...]:
-    """A 1x1 convolution's weight is a Linear layer's: [out, in]."""
-    return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
+def _merged_bias(
+    bias: torch.Tensor | None, difference: torch.Tensor, strength: float, path: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_merged`, of a layer's bias."""
+    if bias is None or bias.shape != difference.shape:
+        found = "has none" if bias is None else f"has one of {len(bias)} numbers"
+        raise AdapterError(
+            f"{path}: the adapter changes a bias of {len(difference)} numbers, the base's layer {found}: "
+            "another base model"
+        )
+    update = strength * difference.float().to(bias.device)
+    return bias.float() + update, update
 
 
 @contextmanager

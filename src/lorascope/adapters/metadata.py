@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorascope.adapters.adapter import Adapter, misfits
+from lorascope.adapters.adapter import Adapter, misfits, weight_shape
+from lorascope.adapters.modules import FullModule
 
 # the commonest ones: a caption that is a sentence is a tag of its own, and all of them would be megabytes
 _MAX_TAGS = 1000
@@ -31,8 +32,9 @@ def kohya_metadata(
     added by `save_adapter`.
     """
     fits = not misfits(adapter)
-    dims = {module.rank for module in adapter.modules.values()}
-    alphas = {module.effective_alpha for module in adapter.modules.values()}
+    ranked = [module for module in adapter.modules.values() if not isinstance(module, FullModule)]
+    dims = {module.rank for module in ranked}
+    alphas = {module.effective_alpha for module in ranked}
     facts: dict[str, Any] = {
         "ss_output_name": name,
         "ss_v2": False,
@@ -61,17 +63,23 @@ def kohya_metadata(
 def _network(adapter: Adapter) -> dict[str, Any]:
     """Which of its readers' network kinds an adapter is, with that kind's arguments."""
     modules = adapter.modules.values()
-    kernels = [module for module in modules if math.prod(module.weight_shape[2:]) > 1]
-    has_core, is_dora = (
-        any(getattr(module, name) is not None for module in modules) for name in ("mid", "dora_scale")
-    )
+    kernels = [
+        module
+        for path, module in adapter.modules.items()
+        if math.prod(weight_shape(path, module)[2:]) > 1 and not isinstance(module, FullModule)
+    ]
+    has_core = any(not {"mid", "t1", "t2"}.isdisjoint(module.tensors()) for module in modules)
+    is_dora = any(module.dora_scale is not None for module in modules)
+    others = [kind for kind in adapter.kinds if kind != "lora"]
     arguments: dict[str, str] = {}
     if kernels:
         arguments |= {"conv_dim": str(kernels[0].rank), "conv_alpha": f"{kernels[0].effective_alpha:g}"}
-    if has_core or is_dora:
+    if others:
+        arguments |= {"algo": others[0], "use_tucker": str(has_core)}
+    elif has_core or is_dora:
         arguments |= {"algo": "locon", "use_tucker": str(has_core), "dora_wd": str(is_dora)}
     return {
-        "ss_network_module": "lycoris.kohya" if has_core or is_dora else "networks.lora",
+        "ss_network_module": "lycoris.kohya" if others or has_core or is_dora else "networks.lora",
         "ss_network_args": arguments,
     }
 

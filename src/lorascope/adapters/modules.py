@@ -33,13 +33,28 @@ class _Module:
         raise NotImplementedError
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in * kh * kw) of the weight it is for."""
+        raise NotImplementedError
+
+    @property
+    def kernel(self) -> tuple[int, ...] | None:
+        """(kh, kw) of the weight it is for, () of a Linear layer's, None where the tensors do not show it."""
+        raise NotImplementedError
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether alpha acts on it at all."""
+        return True
+
+    @property
     def effective_alpha(self) -> float:
-        """alpha, or the rank where the file gives none."""
-        return float(self.rank) if self.alpha is None else self.alpha
+        """alpha, or the rank where the file gives none or alpha does not act."""
+        return float(self.rank) if self.alpha is None or not self.has_scale else self.alpha
 
     @property
     def scale(self) -> float:
-        """The factor on the product of the tensors."""
+        """The factor on the product of the tensors: alpha / rank, 1 where alpha does not act."""
         return self.effective_alpha / self.rank
 
     def update(self) -> torch.Tensor:
@@ -49,13 +64,17 @@ class _Module:
         raise NotImplementedError
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it is for a weight of this shape."""
-        raise NotImplementedError
+        """Whether it is for a weight of this shape; a 1x1 convolution's is a Linear layer's."""
+        (rows, columns), kernel = self.matrix_shape, self.kernel
+        if kernel is None:
+            return (rows, columns) == (shape[0], math.prod(shape[1:]))
+        own = (rows, columns // math.prod(kernel), *kernel)
+        return _without_kernel_of_one(own) == _without_kernel_of_one(shape)
 
     def at_strength(self, strength: float) -> Self:
         """The module that does at weight 1 what this does at `strength`."""
         changed: Any = replace(self, alpha=self.effective_alpha * strength)  # type: ignore[type-var]
-        return changed  # type: ignore[no-any-return]
+        return changed
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by field name."""
@@ -68,7 +87,7 @@ class _Module:
         """
         gone = dict.fromkeys(set(self.tensors()) - set(tensors))
         changed: Any = replace(self, **gone, **tensors)  # type: ignore[type-var]
-        return changed  # type: ignore[no-any-return]
+        return changed
 
 
 @dataclass(frozen=True)
@@ -105,14 +124,19 @@ class LoraModule(_Module):
         return (self.up.float().flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:]) * self.scale
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """As of every module."""
+        return tuple(self.down.shape[2:] if self.mid is None else self.mid.shape[2:])
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the weight it adapts: (out, in) or (out, in, kh, kw)."""
-        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
-        return (self.up.shape[0], self.down.shape[1], *kernel)
+        return (self.up.shape[0], self.down.shape[1], *self.kernel)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it is for a weight of this shape; a 1x1 convolution's is a Linear layer's."""
-        return _without_kernel_of_one(self.weight_shape) == _without_kernel_of_one(shape)
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """As of every module."""
+        return self.up.shape[0], self.down.shape[1] * math.prod(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -142,11 +166,15 @@ class LohaModule(_Module):
         first = _product(self.w1_a, self.w1_b, self.t1)
         return first * _product(self.w2_a, self.w2_b, self.t2) * self.scale
 
-    def fits(self, shape: Sequence[int]) -> bool:
+    @property
+    def kernel(self) -> tuple[int, ...] | None:
+        """As of every module; only cores show it."""
+        return None if self.t1 is None else tuple(self.t1.shape[2:])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
         """As of every module."""
-        if self.t1 is not None:
-            return tuple(shape) == (self.w1_a.shape[1], self.w1_b.shape[1], *self.t1.shape[2:])
-        return (shape[0], math.prod(shape[1:])) == (self.w1_a.shape[0], self.w1_b.shape[1])
+        return _size_of_product(self.w1_a, self.w1_b, self.t1)
 
 
 @dataclass(frozen=True)
@@ -173,9 +201,9 @@ class LokrModule(_Module):
         return 1 if small is None else small.shape[0]
 
     @property
-    def scale(self) -> float:
-        """alpha / r; 1 where both are whole."""
-        return 1.0 if self.w1 is not None and self.w2 is not None else super().scale
+    def has_scale(self) -> bool:
+        """As of every module: not where both are whole."""
+        return self.w1 is None or self.w2 is None
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """w1 [l, m] and w2 [k, n * kh * kw], float32."""
@@ -198,23 +226,38 @@ class LokrModule(_Module):
 
     def at_strength(self, strength: float) -> "LokrModule":
         """As of every module."""
-        if self.w1 is not None and self.w2 is not None:
+        if self.w1 is not None and not self.has_scale:
             return replace(self, w1=self.w1 * strength)
         return super().at_strength(strength)
 
-    def fits(self, shape: Sequence[int]) -> bool:
+    @property
+    def kernel(self) -> tuple[int, ...] | None:
+        """As of every module; w2 shows it where it is whole and of a convolution, or has a core."""
+        if self.t2 is not None:
+            return tuple(self.t2.shape[2:])
+        return None if self.w2 is None or self.w2.ndim == 2 else tuple(self.w2.shape[2:])
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(l, m) of w1 and (k, n * kh * kw) of w2."""
+        return (
+            _size_of_factor(self.w1, self.w1_a, self.w1_b, None),
+            _size_of_factor(self.w2, self.w2_a, self.w2_b, self.t2),
+        )
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
         """As of every module."""
-        first, second = self.whole()
-        rows = first.shape[0] * second.shape[0]
-        return rows == shape[0] and first.numel() * second.numel() == math.prod(shape)
+        first, second = self.sizes
+        return first[0] * second[0], first[1] * second[1]
 
 
 @dataclass(frozen=True)
 class FullModule(_Module):
-    """A full difference: what is added to the layer's weight and bias. A layer's norm may be such too."""
+    """A full difference: what is added to the layer's weight and bias. Norms are adapted by it alone."""
 
     kind = "full"
-    weight: torch.Tensor  # of the weight's shape
+    weight: torch.Tensor  # of the weight's shape: [out, in], [out, in, kh, kw], or [out] of a norm
     bias: torch.Tensor | None = None  # [out]
     alpha: None = None
 
@@ -224,9 +267,9 @@ class FullModule(_Module):
         return min(self.weight.shape[0], self.weight[0].numel())
 
     @property
-    def scale(self) -> float:
-        """1: there is no alpha."""
-        return 1.0
+    def has_scale(self) -> bool:
+        """As of every module: there is no alpha."""
+        return False
 
     def update(self) -> torch.Tensor:
         """As of every module."""
@@ -238,9 +281,24 @@ class FullModule(_Module):
             self, weight=self.weight * strength, bias=None if self.bias is None else self.bias * strength
         )
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm's, whose weight is a vector."""
+        return self.weight.ndim == 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """As of every module."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """As of every module; (out, 1) of a norm."""
+        return self.weight.shape[0], self.weight[0].numel()
+
     def fits(self, shape: Sequence[int]) -> bool:
         """As of every module."""
-        return tuple(shape) == tuple(self.weight.shape)
+        return _without_kernel_of_one(self.weight.shape) == _without_kernel_of_one(shape)
 
 
 Module = LoraModule | LohaModule | LokrModule | FullModule
@@ -251,6 +309,27 @@ def _product(left: torch.Tensor, right: torch.Tensor, core: torch.Tensor | None)
     if core is None:
         return left.float() @ right.float()
     return torch.einsum("abhw,ao,bi->oihw", core.float(), left.float(), right.float())
+
+
+def _size_of_product(left: torch.Tensor, right: torch.Tensor, core: torch.Tensor | None) -> tuple[int, int]:
+    """Rows and columns of what `_product` gives, as a matrix."""
+    if core is None:
+        return left.shape[0], right.shape[1]
+    return left.shape[1], right.shape[1] * math.prod(core.shape[2:])
+
+
+def _size_of_factor(
+    whole: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    core: torch.Tensor | None,
+) -> tuple[int, int]:
+    """Rows and columns of one of LoKr's two, as a matrix."""
+    if whole is not None:
+        return whole.shape[0], math.prod(whole.shape[1:])
+    assert left is not None
+    assert right is not None
+    return _size_of_product(left, right, core)
 
 
 def _without_kernel_of_one(shape: Sequence[int]) -> tuple[int, ...]:

@@ -25,6 +25,12 @@ _ENDINGS = {
     "_lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".w_norm": "diff",
+    ".b_norm": "diff_b",
 }
 _ENDING = re.compile(
     "(" + "|".join(re.escape(ending) for ending in sorted(_ENDINGS, key=len, reverse=True)) + ")$"
@@ -34,14 +40,17 @@ _ENDING = re.compile(
 # for a dot.
 _KOHYA_UNET = re.compile(
     r"(?P<block>(?:down|up)_blocks_\d+|mid_block)_"
-    r"(?:attentions_(?P<attention>\d+)_(?:(?P<projection>proj_in|proj_out)|transformer_blocks_(?P<layer>\d+)_"
-    r"(?:(?P<attn>attn[12])_to_(?P<to>q|k|v|out)(?:_0)?|ff_net_(?P<ff>0_proj|2)))"
-    r"|resnets_(?P<resnet>\d+)_(?P<part>conv1|conv2|conv_shortcut|time_emb_proj)"
+    r"(?:attentions_(?P<attention>\d+)_(?:(?P<projection>proj_in|proj_out|norm)"
+    r"|transformer_blocks_(?P<layer>\d+)_"
+    r"(?:(?P<attn>attn[12])_to_(?P<to>q|k|v|out)(?:_0)?|ff_net_(?P<ff>0_proj|2)|(?P<norm>norm[123])))"
+    r"|resnets_(?P<resnet>\d+)_(?P<part>conv1|conv2|conv_shortcut|time_emb_proj|norm[12])"
     r"|(?P<sampler>downsamplers|upsamplers)_0_conv)"
-    r"|(?P<top>conv_in|conv_out|time_embedding_linear_[12])"
+    r"|(?P<top>conv_in|conv_norm_out|conv_out|time_embedding_linear_[12])"
 )
 _KOHYA_TEXT = re.compile(
-    r"text_model_encoder_layers_(?P<layer>\d+)_(?:self_attn_(?P<to>q|k|v|out)_proj|mlp_(?P<fc>fc[12]))"
+    r"text_model_(?:encoder_layers_(?P<layer>\d+)_"
+    r"(?:self_attn_(?P<to>q|k|v|out)_proj|mlp_(?P<fc>fc[12])|(?P<norm>layer_norm[12]))"
+    r"|(?P<top>final_layer_norm))"
 )
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _UNET_CHILDREN = (
@@ -49,12 +58,13 @@ _UNET_CHILDREN = (
     "mid_block.",
     "up_blocks.",
     "conv_in",
+    "conv_norm_out",
     "conv_out",
     "time_embedding.",
     "class_embedding.",
     "add_embedding.",
 )
-_TEXT_CHILDREN = ("text_model.", "encoder.layers.")
+_TEXT_CHILDREN = ("text_model.", "encoder.layers.", "final_layer_norm")
 
 
 class Key(NamedTuple):
@@ -62,11 +72,13 @@ class Key(NamedTuple):
 
     layout: str  # "kohya", "peft", "diffusers", "diffusers attention processors" or "diffusers lora.down/up"
     path: str  # of the module, see `lorascope.adapters.adapter`
-    field: str  # "down", "up", "mid", "alpha" or "dora_scale"
+    # "down", "up", "mid", "alpha" or "dora_scale"; of LoHa and LoKr as LyCORIS calls it, such as "hada_w1_a";
+    # of full differences, norms' too, "diff" and "diff_b"
+    field: str
 
 
 def parse_key(key: str) -> Key | None:
-    """What `key` names; None where it names no layer of Stable Diffusion, or none of a LoRA's tensors."""
+    """What `key` names; None where it names no layer of Stable Diffusion, or none of an adapter's tensors."""
     ending = _ENDING.search(key)
     place = _place(key[: ending.start()]) if ending else None
     if ending is None or place is None:
@@ -82,8 +94,8 @@ def parse_key(key: str) -> Key | None:
     return Key(layout, path, field)
 
 
-def is_of_lora(key: str) -> bool:
-    """Whether a key ends as those of a LoRA's tensors do, whatever module it names."""
+def is_of_adapter(key: str) -> bool:
+    """Whether a key ends as those of an adapter's tensors do, whatever module it names."""
     return _ENDING.search(key) is not None
 
 
@@ -112,6 +124,7 @@ def _place(name: str) -> tuple[str, str] | None:
     """Layout and path of the module called `name` in a file, None for a name of no known layout."""
     for prefix, component, unflatten in (
         ("lora_unet_", "unet", _unet_path),
+        ("lycoris_", "unet", _unet_path),
         ("lora_te_", "text_encoder", _text_path),
         ("lora_te1_", "text_encoder", _text_path),
     ):
@@ -160,6 +173,8 @@ def _unet_path(flat: str) -> str | None:
     if group["projection"]:
         return f"{attention}.{group['projection']}"
     layer = f"{attention}.transformer_blocks.{group['layer']}"
+    if group["norm"]:
+        return f"{layer}.{group['norm']}"
     if group["ff"]:
         return f"{layer}.ff.net.{group['ff'].replace('_', '.')}"
     return f"{layer}.{group['attn']}.to_{group['to']}" + (".0" if group["to"] == "out" else "")
@@ -169,5 +184,7 @@ def _text_path(flat: str) -> str | None:
     """The path of a text-encoder layer by its kohya name, None where there is no such layer."""
     if (match := _KOHYA_TEXT.fullmatch(flat)) is None:
         return None
-    name = f"mlp.{match['fc']}" if match["fc"] else f"self_attn.{match['to']}_proj"
+    if match["top"]:
+        return f"text_model.{match['top']}"
+    name = f"mlp.{match['fc']}" if match["fc"] else match["norm"] or f"self_attn.{match['to']}_proj"
     return f"text_model.encoder.layers.{match['layer']}.{name}"

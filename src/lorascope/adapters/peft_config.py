@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorascope.adapters.names import is_plain_path, parse_key
 from lorascope.errors import AdapterError, first_line
-from lorascope.store import PEFT_ALPHA, PEFT_CONFIG, PEFT_WEIGHTS, read_regular
+from lorascope.store import PEFT_ALPHA, PEFT_CONFIG, PEFT_RANK, PEFT_WEIGHTS, read_regular
 
 if TYPE_CHECKING:
-    from lorascope.adapters.modules import LoraModule
+    from lorascope.adapters.modules import LoraModule, Module, ModuleKind
 
+PEFT_TYPES: dict["ModuleKind", str] = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
 _LARGEST = 3.4028234e38  # of float32
 _CONFIG_LIMIT = 10_000_000  # bytes of an adapter_config.json
 
@@ -69,8 +70,9 @@ def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
     """Whether a PEFT configuration says what its tensors mean; adds a fault where it does not."""
     kind, init = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
     pattern, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
-    if kind != "LORA":
-        faults.append(f"peft_type = {repr(kind)[:80]}: only LORA can be converted")
+    alpha = _alpha_key(config)
+    if kind not in PEFT_TYPES.values():
+        faults.append(f"peft_type = {repr(kind)[:80]}: only LORA, LOHA and LOKR can be converted")
     elif isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         # These subtract the adapter's first state from the base, so the file means something only on that
         # changed base.
@@ -84,14 +86,17 @@ def _is_usable(config: Mapping[str, Any], faults: list[str]) -> bool:
         )
     elif not isinstance(ranks, dict):
         faults.append(f"rank_pattern is {repr(ranks)[:80]}: must map module names to numbers")
-    elif not all(map(_is_finite_number, (config.get("lora_alpha", 0), *pattern.values()))):
+    elif not all(map(_is_finite_number, (config.get(alpha, 0), *pattern.values()))):
         faults.append(
-            f"lora_alpha = {repr(config.get('lora_alpha'))[:80]} or a value of alpha_pattern is not a "
-            "finite number"
+            f"{alpha} = {repr(config.get(alpha))[:80]} or a value of alpha_pattern is not a finite number"
         )
     else:
         return True
     return False
+
+
+def _alpha_key(config: Mapping[str, Any]) -> str:
+    return "lora_alpha" if config.get("peft_type", "LORA") == "LORA" else "alpha"
 
 
 def _is_finite_number(value: object) -> bool:
@@ -103,8 +108,28 @@ def alpha_of(config: Mapping[str, Any] | None, path: str, rank: int) -> float | 
     """alpha of a module under a PEFT configuration, in terms of scale = alpha / rank."""
     if not config:
         return None
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", PEFT_ALPHA))
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    alpha = _stated_alpha(config, path)
+    return alpha * (math.sqrt(rank) if config.get("use_rslora") and _alpha_key(config) != "alpha" else 1.0)
+
+
+def stated_scale(config: Mapping[str, Any] | None, path: str) -> float:
+    """alpha / r of a module as a PEFT configuration states both, 1 where it does not."""
+    if not config or not _is_rank(rank := _stated_rank(config, path, PEFT_RANK)):
+        return 1.0
+    return _stated_alpha(config, path) / float(rank)
+
+
+def _stated_alpha(config: Mapping[str, Any], path: str) -> float:
+    default = config.get(_alpha_key(config), PEFT_ALPHA)
+    return float(_by_pattern(config.get("alpha_pattern") or {}, path, default))
+
+
+def _stated_rank(config: Mapping[str, Any], path: str, default: int) -> Any:
+    return _by_pattern(config.get("rank_pattern") or {}, path, config.get("r", default))
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -125,21 +150,31 @@ def _literal(pattern: str) -> str | None:
     return name if is_plain_path(name) else None
 
 
-def rank_faults(
-    modules: Mapping[str, "LoraModule"], configs: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
-    """Ranks that a PEFT configuration states and the tensors do not have, which PEFT refuses too: the scale
-    alpha / rank would be a guess.
+def rank_faults(modules: Mapping[str, "Module"], configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Kinds and ranks that a PEFT configuration states and the tensors do not have, which PEFT refuses too:
+    the scale alpha / rank would be a guess.
     """
     for path, module in modules.items():
         component, _, name = path.partition(".")
-        config = configs.get(component, {})
-        rank = _by_pattern(config.get("rank_pattern") or {}, name, config.get("r", module.rank))
-        if rank != module.rank:
+        config = configs.get(component)
+        if config is None:
+            continue
+        kind = config.get("peft_type", "LORA")
+        if kind != PEFT_TYPES.get(module.kind):
+            yield (
+                f"{path}: its configuration states peft_type {kind}, its tensors are "
+                f"{PEFT_TYPES.get(module.kind, 'a full difference')}: put the configuration there that "
+                "belongs to the file"
+            )
+            continue
+        rank = _stated_rank(config, name, module.rank)
+        if module.has_scale and rank != module.rank:
             yield (
                 f"{path}: its configuration states rank {repr(rank)[:80]}, its tensors have rank "
                 f"{module.rank}: correct r or rank_pattern"
             )
+        elif not module.has_scale and not _is_rank(rank):
+            yield f"{path}: its configuration states rank {repr(rank)[:80]}, must be a whole number above 0"
 
 
 def configuration_notes(
@@ -182,17 +217,13 @@ def peft_options(modules: Mapping[str, "LoraModule"]) -> dict[str, Any]:
     # Without `text_model.` the names are ends of the live names of every transformers version; PEFT matches
     # ends.
     named = {path.removeprefix("text_model."): module for path, module in modules.items()}
-    rank = collections.Counter(module.rank for module in named.values()).most_common(1)[0][0]
-    alpha = collections.Counter(module.effective_alpha for module in named.values()).most_common(1)[0][0]
+    rank, rank_pattern = _patterns({path: module.rank for path, module in named.items()})
+    alpha, alpha_pattern = _patterns({path: module.effective_alpha for path, module in named.items()})
     return {
         "r": rank,
-        "lora_alpha": _number(alpha),
-        "rank_pattern": {path: module.rank for path, module in named.items() if module.rank != rank},
-        "alpha_pattern": {
-            path: _number(module.effective_alpha)
-            for path, module in named.items()
-            if module.effective_alpha != alpha
-        },
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "target_modules": sorted(named),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -200,6 +231,46 @@ def peft_options(modules: Mapping[str, "LoraModule"]) -> dict[str, Any]:
         "use_dora": any(module.dora_scale is not None for module in named.values()),
         "init_lora_weights": True,
     }
+
+
+def lycoris_options(
+    kind: "ModuleKind", ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """What PEFT's configurations of LoHa and LoKr have in common, from the rank and alpha of each module."""
+    names = {path: path.removeprefix("text_model.") for path in ranks}  # as of `peft_options`
+    rank, rank_pattern = _patterns({names[path]: value for path, value in ranks.items()})
+    alpha, alpha_pattern = _patterns({names[path]: value for path, value in alphas.items()})
+    return {
+        "peft_type": PEFT_TYPES[kind],
+        "r": rank,
+        "alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": sorted(names.values()),
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "init_weights": True,
+    }
+
+
+def kronecker_factors(size: int, factor: int) -> tuple[int, int]:
+    """The two factors in which LyCORIS and PEFT split a side of a weight for LoKr under a `decompose_factor`.
+
+    A factor that divides the side is the first of the two; else the first is the side's largest divisor that
+    is at most its square root, and at most `factor` unless that is -1.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor < 0 else min(math.isqrt(size), factor)
+    first = next(number for number in range(most, 0, -1) if size % number == 0)
+    return first, size // first
+
+
+def _patterns(values: Mapping[str, float]) -> tuple[int | float, dict[str, int | float]]:
+    """The commonest value, and those of the paths that have another."""
+    commonest = collections.Counter(values.values()).most_common(1)[0][0]
+    others = {path: _number(value) for path, value in values.items() if value != commonest}
+    return _number(commonest), others
 
 
 def _number(value: float) -> int | float:

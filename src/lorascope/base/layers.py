@@ -89,6 +89,31 @@ def stable_diffusion_layers(
     return layers
 
 
+@cache
+def stable_diffusion_norms() -> Layers:
+    """The normalising layers of Stable Diffusion v1.5, 61 group norms and 48 layer norms in the U-Net and 25
+    layer norms in the text encoder: the shape of their weights and biases, (channels,).
+    """
+    norms: dict[str, Shape] = {}
+    for path, shape in stable_diffusion_layers().items():
+        layer, _, name = path.rpartition(".")
+        match name:
+            case "conv1":
+                norms[f"{layer}.norm1"] = shape[1:2]
+            case "conv2":
+                norms[f"{layer}.norm2"] = shape[:1]
+            case "proj_in":
+                norms[f"{layer}.norm"] = shape[:1]
+                norms |= {f"{layer}.transformer_blocks.0.norm{number}": shape[:1] for number in (1, 2, 3)}
+            case "conv_out":
+                norms["unet.conv_norm_out"] = shape[1:2]
+            case "fc2":
+                parent = layer.removesuffix(".mlp")
+                norms |= {f"{parent}.layer_norm{number}": shape[:1] for number in (1, 2)}
+                norms["text_encoder.text_model.final_layer_norm"] = shape[:1]
+    return norms
+
+
 def unet_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Module paths in a U-Net of this configuration, in diffusers and in the original layout.
 
