@@ -28,6 +28,7 @@ class Magnitudes:
 
     values: torch.Tensor  # m, [N, out]
     is_dora: torch.Tensor  # bool [N]: of the others nothing is scaled
+    squares: torch.Tensor  # of the norms of the frozen weight's rows, float32 [out]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class _Stacked(AdaptedLayer):
         self.magnitudes = self.anchors = None
         if "magnitudes" in leaves:
             is_dora = torch.tensor([arm.kind == "dora" for arm in self.arms], device=device)
-            self.magnitudes = Magnitudes(leaves["magnitudes"], is_dora)
+            squares = torch.linalg.vector_norm(self.layer.weight.detach().float().flatten(1), dim=1).square()
+            self.magnitudes = Magnitudes(leaves["magnitudes"], is_dora, squares)
         if "anchor_down" in leaves:
             has_values = torch.tensor([arm.has_values for arm in self.arms], device=device)
             anchors = leaves["anchor_down"].detach(), leaves["anchor_up"].detach()
@@ -247,12 +249,12 @@ class _Stacked(AdaptedLayer):
     @torch.no_grad()
     def row_norms(self, down: torch.Tensor, up: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The l2 norm of each row of W + scale B A: float32 [S, out], by products of W, A and B alone."""
+        assert self.magnitudes is not None
         weight, down = self.layer.weight.flatten(1), down.flatten(2)
         across = torch.matmul(weight, down.mT.to(weight.dtype)).float()  # (S, out, r)
-        own = torch.linalg.vector_norm(weight.float(), dim=1).square()  # (out)
         mixed = (across * up).sum(dim=2) * scales[:, None]
         update = ((up @ (down @ down.mT)) * up).sum(dim=2) * scales[:, None].square()
-        return (own + 2 * mixed + update).clamp(min=0).sqrt()
+        return (self.magnitudes.squares + 2 * mixed + update).clamp(min=0).sqrt()
 
     def _gains(self, selection: torch.Tensor | None) -> torch.Tensor:
         """What DoRA multiplies each output of W + scale B A by: m over the norm of its row, which is held for

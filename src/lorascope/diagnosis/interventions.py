@@ -34,7 +34,8 @@ def intervention_signals(fronts: Fronts | None, arm: str) -> dict[str, Signal]:
                 "base_unconditional", swapped.retention, swapped.num_prompts, 1.0
             )
             found["unconditional_recovery"] = _recovery("unconditional_recovery", own, swapped)
-    for weights, front in fronts.edited.items():
+    # Of several cuts, which full fine-tuning has, the lowest rank's comes last and stands.
+    for weights, front in sorted(fronts.edited.items(), key=lambda item: -(rank_of_cut(item[0]) or 0)):
         edited, rank = front.full_strength(arm), rank_of_cut(weights)
         if edited is not None and weights == SCALED_INTRUDERS:
             found["intruder_recovery"] = _recovery("intruder_recovery", own, edited)

@@ -115,10 +115,9 @@ def measure_all_losses(
 
 
 def measure_weights(finished: Finished, tally: Tally | None = None) -> dict[Place, list[LayerFigures]]:
-    """The update of every adapter by layer, but of DoRA."""
-    # DoRA's update is no product of two factors.
-    dora = {arm.name for arm in finished.arms if arm.kind == "dora"}
-    by_name = {_name(place): place for place in finished.places if place[0] not in dora}
+    """The update of every adapter by layer, of kinds whose update is a product of two factors."""
+    measured = {arm.name for arm in finished.arms if arm.has_factors}
+    by_name = {_name(place): place for place in finished.places if place[0] in measured}
     adapters = {name: finished.adapters[place] for name, place in by_name.items()}
     figures = measure_adapters(finished.base.components, adapters, tally=tally)
     return {by_name[name]: layers for name, layers in figures.items()}

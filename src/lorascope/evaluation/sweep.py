@@ -45,6 +45,9 @@ class StyleEncoder(Encoder, Protocol):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
 
+_RANKS_OF_FULL = (4, 16, 64)  # that it is cut to in a study of nothing else
+
+
 @dataclass(frozen=True)
 class Part:
     """Points that are drawn together: the same jobs, guidance, unconditional branch and kind of weights."""
@@ -66,16 +69,20 @@ class Part:
 
 def plan_edits(arms: Sequence[Arm], section: DiagnoseSection) -> dict[str, tuple[str, ...]]:
     """The edits that an arm's adapter is drawn with, by arm: `arms` are all of the study, of which those
-    above the lowest rank are cut to it. T-LoRA, whose components are in an order, and DoRA, whose magnitudes
-    belong to the whole update, are not edited.
+    above the lowest rank are cut to it, and full fine-tuning to every rank of the others. T-LoRA, whose
+    components are in an order, and DoRA, whose magnitudes belong to the whole update, are not edited, nor
+    are LoHa and LoKr.
     """
-    lowest = min((arm.rank for arm in arms), default=0)
+    ranks = sorted({arm.rank for arm in arms if arm.kind != "full"}) or list(_RANKS_OF_FULL)
     scaled = (SCALED_INTRUDERS,) if section.scale_intruders else ()
-    plain = [arm for arm in arms if schedule_of(arm) is None and arm.kind != "dora"]
-    return {
-        arm.name: (*scaled, cut_to(lowest)) if section.cut_rank and arm.rank > lowest else scaled
-        for arm in plain
-    }
+    edits: dict[str, tuple[str, ...]] = {}
+    for arm in arms:
+        if arm.kind == "full":
+            edits[arm.name] = tuple(map(cut_to, ranks)) if section.cut_rank else ()
+        elif arm.has_factors and schedule_of(arm) is None:
+            is_cut = section.cut_rank and arm.rank > ranks[0]
+            edits[arm.name] = (*scaled, cut_to(ranks[0])) if is_cut else scaled
+    return edits
 
 
 def plan_sweep(
