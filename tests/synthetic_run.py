@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -122,8 +123,7 @@ def make_run(
             "arms": [
                 {
                     "kind": kind,
-                    "rank": list(ranks),
-                    "alpha_per_rank": 2.0,
+                    **({} if kind == "full" else {"rank": list(ranks), "alpha_per_rank": 2.0}),
                     "lr": list(lrs),
                     "seed": list(training_seeds),
                 }
@@ -212,15 +212,17 @@ def _write_data(run: RunDir, odd_text: str | None) -> None:
 
 
 # By kind: doublings of the gain, and size and time over those of LoRA.
-_PUSHES = {"tlora": -0.3, "dora": 0.2}
-_SIZES = {"dora": 1.1}
-_TIMES = {"dora": 1.19}
+_PUSHES = {"tlora": -0.3, "dora": 0.2, "loha": -0.1, "lokr": -0.5, "full": -2.2}
+_SIZES = {"dora": 1.1, "loha": 2.0, "lokr": 0.2, "full": 0.2}
+_TIMES = {"dora": 1.19, "loha": 1.4, "lokr": 1.1, "full": 1.6}
 
 
 def _passes(arms: Sequence[Arm]) -> Iterator[list[Arm]]:
-    """The arms of each pass: DoRA has its own."""
-    for is_dora in (False, True):
-        yield [arm for arm in arms if (arm.kind == "dora") == is_dora]
+    """The arms of each pass: of one family, and DoRA apart."""
+    alike: dict[tuple[str, bool], list[Arm]] = {}
+    for arm in arms:
+        alike.setdefault((arm.family, arm.kind == "dora"), []).append(arm)
+    yield from alike.values()
 
 
 def _gain(arm: Arm) -> float:
@@ -327,7 +329,7 @@ def _write_training(
             "modules": 60,
             "parameters": round(60_000 * size * arm.rank),
             "group": [other.name for other in group],
-            "run_time_s": round(184.5 * _TIMES.get(arm.kind, 1) * len(group) / len(planned), 3),
+            "run_time_s": round(184.5 * _TIMES.get(group[0].kind, 1) * len(group) / len(planned), 3),
             "images_per_s": 13.0,
             "peak_memory_bytes": 900_000_000 + 2_000_000 * arm.rank,
             "peak_memory_kind": "rss",
@@ -504,7 +506,7 @@ def _write_diagnosis(run: RunDir, planned: Sequence[Arm], failed: Sequence[str])
         found |= {key: make_signal(key, 1.0) for key in sound}
         fields = training_signals([], arm.name, "loss is not finite" if arm.name in failed else None)
         if arm.name not in failed:
-            layers = () if arm.kind == "dora" else _layers(arm, size)  # DoRA's are not measured
+            layers = _layers(arm, size) if arm.has_factors else ()
             fields |= {**found, **sweep_signals(fronts, arm.name), "layers": layers}
             point = chosen.get(arm.name)
             fields |= {"chosen": (point.epoch, point.strength) if point else None}
@@ -575,7 +577,7 @@ def _draw(
 
 if __name__ == "__main__":
     look = sys.argv[2] if len(sys.argv) > 2 else ""
-    kinds: tuple[Kind, ...] = ("lora", "tlora", "dora") if look == "kinds" else ("lora",)
+    kinds: tuple[Kind, ...] = get_args(Kind) if look == "kinds" else ("lora",)
     many = look == "many"
     ranks, lrs = ((4, 8, 16, 32, 64, 128), (1e-4, 2e-4, 5e-4, 1e-3)) if many else ((16, 64), (5e-4,))
     print(make_run(Path(sys.argv[1]), ranks, lrs, sample_seeds=(0, 1), kinds=kinds).path)

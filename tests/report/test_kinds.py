@@ -9,6 +9,7 @@ from lorascope.arms import Kind
 from lorascope.evaluation.front import trace_front
 from lorascope.evaluation.sweep_rows import read_sweep
 from lorascope.report.canvas import COLOURS
+from lorascope.report.conditions import Condition, judge_conditions
 from lorascope.report.evidence import NOT_MEASURED, Facts
 from lorascope.report.kinds import (
     NAMES,
@@ -22,7 +23,7 @@ from lorascope.report.kinds import (
     training_seconds,
 )
 from lorascope.report.page import build_report
-from lorascope.report.tables import Table
+from lorascope.report.tables import Table, build_arms_table
 from lorascope.run_folder import RunDir
 from lorascope.store import read_json, write_json
 from synthetic_run import make_run
@@ -235,6 +236,30 @@ def test_a_failed_arm_is_in_no_table_of_kinds(tmp_path: Path) -> None:
         kinds=("lora", "dora"),
     )
     assert [cost.arms for cost in costs_by_kind(Facts(run))] == [("r16",), ("r64",), ("r16-dora",)]
+
+
+def test_full_fine_tuning_has_neither_rank_nor_gain(tmp_path: Path) -> None:
+    kinds: tuple[Kind, ...] = ("lora", "full")
+    run = make_run(
+        tmp_path / "full", (16, 64), num_steps=8, stages=("train",), with_probes=False, kinds=kinds
+    )
+    facts = Facts(run)
+    assert rows_of(build_kind_tables(facts)[0])[-1]["kind"] == "full fine-tuning"
+    assert rows_of(build_kind_tables(facts)[0])[-1]["rank"] == "full"
+    full = {row["arm"]: row for row in rows_of(build_arms_table(facts))}["full"]
+    assert (full["rank"], full["alpha"], full["gain"]) == ("full", "full", "none")
+    assert facts.with_rank == ("r16", "r64")
+    assert "(r64)" in gain_condition(facts).text and "full" not in gain_condition(facts).text
+    one = make_run(tmp_path / "one", (16,), num_steps=8, stages=("train",), with_probes=False, kinds=kinds)
+    condition = gain_condition(Facts(one))
+    assert (condition.state, condition.text) == (
+        NOT_MEASURED,
+        "Fewer than two arms that finished have a rank.",
+    )
+
+
+def gain_condition(facts: Facts) -> Condition:
+    return next(item for item in judge_conditions(facts) if item.name == "Same strength of the update")
 
 
 def test_a_study_of_one_kind_has_no_section_of_kinds(two_arm_run: RunDir) -> None:

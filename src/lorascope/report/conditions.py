@@ -181,15 +181,23 @@ def _training_seeds(facts: Facts) -> Condition:
 
 def _same_gain(facts: Facts) -> Condition:
     name = "Same strength of the update"
-    gains = {arm: facts.settings[arm].gain for arm in facts.arms}
+    gains = {arm: facts.settings[arm].gain for arm in facts.with_rank}
     if len(gains) < 2:
-        return Condition(name, NOT_MEASURED, "Only one arm finished.")
+        few = (
+            "Only one arm finished."
+            if len(facts.arms) < 2
+            else "Fewer than two arms that finished have a rank."
+        )
+        return Condition(name, NOT_MEASURED, few)
     low, high = min(gains, key=lambda arm: gains[arm]), max(gains, key=lambda arm: gains[arm])
     ratio = gains[high] / gains[low]
     has_ratio = any(facts.settings[arm].lr_ratio != 1 for arm in facts.arms)
     product = f"lr x {'lr ratio x ' if has_ratio else ''}scale x √rank"
+    told = " that has a rank" if len(gains) < len(facts.arms) else ""
     if ratio <= 1.05:
-        return Condition(name, "yes", f"Gain matched: yes. {product} is {gains[low]:.2g} for every arm.")
+        return Condition(
+            name, "yes", f"Gain matched: yes. {product} is {gains[low]:.2g} for every arm{told}."
+        )
     spread = (
         f"goes from {gains[low]:.2g} ({low}) to {gains[high]:.2g} ({high}), {ratio:.2g} times as much: what "
         "looks like rank may be strength"
@@ -203,7 +211,7 @@ def _same_gain(facts: Facts) -> Condition:
     groups = "; ".join(
         f"{facts.settings_in_words(group)} ({gains[group[0]]:.2g})" for group in facts.same_gain
     )
-    ranks = {facts.settings[arm].rank for arm in facts.arms}
+    ranks = {facts.settings[arm].rank for arm in gains}
     is_whole = any({facts.settings[arm].rank for arm in group} == ranks for group in facts.same_gain)
     apart = "; ".join(facts.settings_in_words(group) for group in facts.same_lr)
     return Condition(

@@ -217,10 +217,15 @@ class Facts:
         worst = self.ranked[-1] if len(self.ranked) > 2 else None
         return {self.verdict.keep: "kept", self.runner_up: "runner-up", worst: "worst"}.get(arm, "")
 
+    @property
+    def with_rank(self) -> tuple[str, ...]:
+        """Trained arms but full fine-tuning, which has no rank and so no gain."""
+        return tuple(arm for arm in self.arms if self.settings[arm].kind != "full")
+
     @functools.cached_property
     def same_gain(self) -> list[list[str]]:
         """Trained arms in groups of one gain, of several ranks or scales each: compared at matched gain."""
-        return _groups_of({arm: self.settings[arm] for arm in self.arms}, lambda arm: arm.gain)
+        return _groups_of({arm: self.settings[arm] for arm in self.with_rank}, lambda arm: arm.gain)
 
     @functools.cached_property
     def same_lr(self) -> list[list[str]]:

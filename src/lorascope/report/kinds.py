@@ -20,7 +20,7 @@ NAMES: dict[str, str] = {
     "dora": "DoRA",
     "loha": "LoHa",
     "lokr": "LoKr",
-    "full": "full difference",
+    "full": "full fine-tuning",
 }
 NEAR = 1.25  # times: files and times that lie no further apart are called equal
 
@@ -224,7 +224,7 @@ def _cost_table(facts: Facts) -> Table:
         rows.append(
             row(
                 Cell(NAMES[cost.kind]),
-                cell(cost.rank, "d"),
+                Cell("full", cost.rank) if cost.kind == "full" else cell(cost.rank, "d"),
                 cell(len(cost.arms), "d"),
                 _span(cost.parameters, lambda value: f"{value:,.0f}"),
                 _span(cost.step_s, lambda value: _milliseconds(1000 * value)),

@@ -89,7 +89,7 @@ def _effect_table(facts: Facts, arms: Sequence[str], categories: Sequence[str]) 
 
 def gain_figure(facts: Facts, looks: Mapping[str, Look]) -> Figure | None:
     """The same differences over the gain of the update; None where arms have fewer than three gains."""
-    scored = [arm for arm in facts.arms if (arm, ALL) in facts.effects]
+    scored = [arm for arm in facts.with_rank if (arm, ALL) in facts.effects]
     if facts.scores is None or len({round(math.log(facts.settings[arm].gain), 6) for arm in scored}) < 3:
         return None
     rows = []

@@ -172,6 +172,8 @@ def _setting(arm: Arm, key: str) -> Cell:
         return Cell("none")
     if arm.kind == "full" and key in ("rank", "alpha"):
         return Cell("full", value)
+    if arm.kind == "full" and key == "gain":
+        return Cell("none")
     if isinstance(value, tuple):
         return Cell(", ".join(value))
     return Cell(value) if form == "s" else cell(value, form)
