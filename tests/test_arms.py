@@ -196,7 +196,7 @@ def test_a_start_and_a_ratio_of_rates_make_arms_of_their_own() -> None:
             '[{rank=16, lr=[1e-3, 2e-3, 3e-3, 4e-3, 5e-3]}, {rank=64, match_gain="r16"}]',
             (
                 "arms.1.match_gain = \"r16\": fits 'r16-lr0.001', 'r16-lr0.002', 'r16-lr0.003', "
-                "'r16-lr0.004' and 1 more, which differ in more than their seeds: give one of these names"
+                "'r16-lr0.004' and 1 more, which differ in their gain: give one of these names"
             ),
         ),
         (

@@ -469,7 +469,7 @@ def _with_matched_gains(places: Sequence[str], arms: Sequence[Arm]) -> tuple[Arm
 
 def _reference(place: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
     """The arm whose gain `arm` is to have: of that name, or any whose name begins with it where all of those
-    with an lr of their own are one setting, which varies in its seed alone.
+    with an lr of their own have one gain.
     """
     wanted = arm.match_gain
     given = f"{place} = {shown(wanted)}"
@@ -490,10 +490,9 @@ def _reference(place: str, arm: Arm, arms: Sequence[Arm]) -> Arm:
             f"{given}: has no lr of its own, but the gain of {shown(named[0].match_gain)}: name an arm that "
             "has an lr, or give that one an lr"
         )
-    settings = {other.but_seed for other in named}
-    if len(settings) > 1 and named[0].name != wanted:
+    if len({other.gain for other in named}) > 1 and named[0].name != wanted:
         raise ValueError(
-            f"{given}: fits {_listed(named)}, which differ in more than their seeds: give one of these names"
+            f"{given}: fits {_listed(named)}, which differ in their gain: give one of these names"
         )
     return named[0]
 
