@@ -17,13 +17,21 @@ from lorascope.study import Study
 
 ARMS = (
     'arms=[{rank=4, lr=1e-3}, {rank=4, lr=1e-3, kind="tlora"}, '
-    '{rank=4, lr=1e-3, kind="tlora", min_rank=1, mask_when="training"}, {rank=4, lr=1e-3, kind="dora"}]'
+    '{rank=4, lr=1e-3, kind="tlora", min_rank=1, mask_when="training"}, {rank=4, lr=1e-3, kind="dora"}, '
+    '{rank=4, lr=1e-3, kind="tlora", init="random-svd", name="published"}, '
+    '{rank=4, lr=1e-3, init="pissa", name="pissa"}, {rank=4, lr=1e-3, kind="loha"}, '
+    '{rank=2, lr=1e-3, kind="lokr"}, {kind="full", lr=1e-4}]'
 )
-LORA, MASKED, IN_TRAINING, DORA = NAMES = (
+LORA, MASKED, IN_TRAINING, DORA, PUBLISHED, PISSA, LOHA, LOKR, FULL = NAMES = (
     "r4",
     "r4-tlora-min2",
     "r4-tlora-min1-masked-training",
     "r4-dora",
+    "published",
+    "pissa",
+    "r4-loha",
+    "r2",
+    "full",
 )
 
 

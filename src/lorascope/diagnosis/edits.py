@@ -67,3 +67,14 @@ def _filled(module: LoraModule, rank: int) -> LoraModule:
         up=torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], dim=1),
         alpha=float(rank),
     )
+
+
+def on_all(targets: Sequence[Target], adapter: Adapter) -> Adapter:
+    """An edited adapter with modules of zeros on those of `targets` that it does not have."""
+    rank = next(iter(adapter.modules.values())).rank
+    modules = {}
+    for target in targets:
+        down, up = torch.zeros(rank, *target.down_shape), torch.zeros(target.out_features, rank)
+        zero = LoraModule(down, up.view(*up.shape, *[1] * (down.dim() - 2)), alpha=float(rank))
+        modules[target.name_in_files] = adapter.modules.get(target.name_in_files, zero)
+    return replace(adapter, modules=modules)

@@ -15,7 +15,7 @@ from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.data.encoding import Encoded
-from lorascope.diagnosis.edits import arm_of, edit_adapters
+from lorascope.diagnosis.edits import arm_of, edit_adapters, on_all
 from lorascope.evaluation.prompts import Prompt
 from lorascope.evaluation.sweep import Part, plan_edits, plan_sweep
 from lorascope.evaluation.sweep_rows import TRAINED, Epoch, Slot
@@ -89,7 +89,14 @@ class Finished:
         names = [point.arm for point in part.points]
         trained = {name: self.adapters[name, "last"] for name in names}
         edited = edit_adapters(self.base.components, self.targets, trained, part.weights)
-        targets = [replace(target, group=None) for target in self.targets]
+        paths = {path for adapter in edited.values() for path in adapter.modules}
+        # What is left of full fine-tuning is LoRA too, on more layers than the others have.
+        targets = [
+            replace(target, group=None, is_for_full=False)
+            for target in self.targets
+            if target.name_in_files in paths
+        ]
+        edited = {name: on_all(targets, adapter) for name, adapter in edited.items()}
         bank = open_bank(self.base.components, targets, [arm_of(name, edited[name]) for name in names])
         for index, name in enumerate(names):
             bank.load(index, edited[name])
