@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorascope.adapters.adapter import Adapter, misfits
+from lorascope.adapters.adapter import Adapter, misfits, weight_shape
 from lorascope.adapters.modules import LoraModule
 from lorascope.errors import AdapterError
-from random_adapters import ATTENTION, sd15_adapter
+from random_adapters import ATTENTION, random_full, random_loha, random_lokr, sd15_adapter
 
 
 def test_a_tucker_core_is_three_convolutions() -> None:
@@ -43,6 +43,35 @@ def test_strength_goes_into_alpha() -> None:
     dora = Adapter({"a": replace(module, dora_scale=torch.ones(4, 1))}, "kohya", {})
     with pytest.raises(AdapterError, match="DoRA: its update does not grow with alpha"):
         dora.at_strength(0.5)
+
+
+def test_what_needs_two_factors_asks_for_lora() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lora = {"unet.a": LoraModule(torch.ones(2, 3), torch.ones(4, 2), None)}
+    adapter = Adapter({**lora}, "kohya", {})
+    assert adapter.lora_modules("edit LoRA") == lora and adapter.kinds == ("lora",)
+    mixed = Adapter({**lora, "unet.b": random_lokr((4, 6), 1, 1.0, generator)}, "kohya", {})
+    assert mixed.kinds == ("lora", "lokr")
+    with pytest.raises(AdapterError, match="unet.b: is LoKr, not a product of two factors: edit LoRA"):
+        mixed.lora_modules("edit LoRA")
+
+
+def test_the_kernel_is_the_layers_where_no_tensor_shows_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = (20, 16, 3, 3)
+    conv = "unet.down_blocks.0.resnets.0.conv1"
+    for module in (
+        random_loha(wide, 2, 1.0, generator),
+        random_loha(wide, 2, 1.0, generator, core=True),
+        random_lokr(wide, 1, 1.0, generator),
+        random_lokr(wide, None, 1.0, generator),
+        random_full(wide, generator),
+    ):
+        assert weight_shape(conv, module) == wide
+    loha = random_loha((20, 16), 2, 1.0, generator)
+    assert weight_shape(f"unet.{ATTENTION}.to_q", loha) == weight_shape("unet.x", loha) == (20, 16)
+    assert weight_shape(conv, loha) == (20, 16)  # no 3x3 kernel has 16 numbers an output
+    assert weight_shape("unet.x", random_full((6,), generator)) == (6,)
 
 
 def test_modules_of_another_model_are_named() -> None:

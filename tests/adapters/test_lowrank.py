@@ -12,12 +12,13 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter, save_adapter
 from lorascope.adapters.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
 from lorascope.adapters.metadata import kohya_metadata
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import LoraModule, Module
 from lorascope.base.layers import ldm_path, stable_diffusion_layers
 from lorascope.base.loading import Base
 from lorascope.base.saving import save_ldm
 from lorascope.cli.app import main
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, AdapterError
+from random_adapters import random_full, random_loha, random_lokr
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -114,6 +115,48 @@ def test_dora_is_refused() -> None:
     module = LoraModule(torch.randn(4, 8), torch.randn(8, 4), 4.0, dora_scale=torch.ones(8, 1))
     with pytest.raises(AdapterError, match="DoRA"):
         resize(Adapter({Q: module}, "kohya", {}), Target(rank=2))
+
+
+LOHA = random_loha((20, 16, 3, 3), 3, 2.0, generator(1), core=True)
+OTHERS: dict[str, Module] = {
+    "LoHa": random_loha((20, 16, 3, 3), 3, 2.0, generator(1)),
+    "LoHa with cores": LOHA,
+    "LoKr": random_lokr((20, 16, 3, 3), 1, 2.0, generator(1)),
+    "full": random_full((20, 16, 3, 3), generator(1)),
+    "tall": random_full((40, 12), generator(1)),
+}
+
+
+@pytest.mark.parametrize("module", OTHERS.values(), ids=OTHERS)
+def test_other_kinds_become_the_nearest_lora(module: Module) -> None:
+    """The best approximation of the update, of scale 1; a convolution's kernel comes from its layer."""
+    path = Q if module.kernel == () else CONV
+    cut = resize(Adapter({path: module}, "kohya", {}), Target(rank=3))
+    new = cut.adapter.modules[path]
+    update = module.update().double().flatten(1)
+    u, s, v = torch.linalg.svd(update.reshape(module.matrix_shape), full_matrices=False)
+    best = u[:, :3] * s[:3] @ v[:3]
+    assert isinstance(new, LoraModule) and (new.rank, new.scale) == (3, 1.0)
+    assert new.weight_shape == ((20, 16, 3, 3) if path == CONV else (40, 12))
+    assert close(new.update().flatten(1), best.float(), 1e-5)
+    assert cut.energy[path] == pytest.approx(float(s[:3].square().sum() / s.square().sum()), rel=1e-6)
+    torch.testing.assert_close(singular_values(module), s, rtol=1e-6, atol=1e-6 * float(s[0]))
+    assert "1 modules of " in cut.notes[-2 if "full" in module.kind else -1]
+
+
+def test_norms_and_biases_are_left_out_of_a_cut() -> None:
+    norm = random_full((8,), generator())
+    adapter = Adapter(
+        {CONV: OTHERS["full"], f"{CONV}.norm": norm, Q: linear(2)},
+        "kohya",
+        {"ss_network_module": "lycoris.kohya", "ss_network_args": "{}", "ss_seed": "1"},
+    )
+    cut = resize(adapter, Target(rank=2))
+    assert list(cut.adapter.modules) == [CONV, Q] and cut.adapter.metadata == {"ss_seed": "1"}
+    assert cut.notes[1].startswith("1 modules of a full difference became the LoRA nearest")
+    assert cut.notes[2] == "1 norms and 1 biases, which no LoRA holds, are left out"
+    with pytest.raises(AdapterError, match="it changes norms alone, of which there is no LoRA: keep it"):
+        resize(Adapter({f"{CONV}.norm": norm}, "kohya", {}), Target(rank=2))
 
 
 @pytest.mark.parametrize(("rank", "energy"), [(None, None), (0, None), (None, 0.0), (None, 1.5)])
@@ -292,6 +335,12 @@ def test_resize_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["resize", str(source), str(out), "--rank", "1", "--force"]) == EXIT_DONE
     assert main(["resize", str(source), str(tmp_path / "other.safetensors")]) == EXIT_INPUT
     assert "--rank 16 or --energy 0.95" in capsys.readouterr().err
+    full = Adapter({Q: random_full(layers[Q], generator())}, "kohya", {})
+    save_adapter(full, source, "kohya", "fp32", kohya_metadata(full, "style"))
+    assert main(["resize", str(source), str(out), "--rank", "4", "--force"]) == EXIT_DONE
+    assert "1 biases, which no LoRA holds, are left out" in capsys.readouterr().err
+    small = load_adapter(out)
+    assert small.kinds == ("lora",) and small.metadata["ss_network_module"] == "networks.lora"
 
 
 def test_extract_from_the_command_line(

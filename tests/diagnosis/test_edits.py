@@ -7,13 +7,16 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
+from lorascope.adapters.modules import Module
 from lorascope.adapters.targets import Target, resolve_section
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.diagnosis.edits import arm_of, edit_adapters
 from lorascope.diagnosis.weights import scale_intruders
+from lorascope.errors import AdapterError
 from lorascope.evaluation.sweep_rows import SCALED_INTRUDERS, cut_to
 from lorascope.sections import AdapterSection
+from random_adapters import random_full
 
 ARM = Arm(name="r6", rank=6, alpha=12.0, lr=1e-3, seed=0)
 
@@ -68,6 +71,31 @@ def test_a_cut_leaves_layers_whose_group_sets_the_rank(
     cut = resize(Adapter(of_unet, "bank", {}), CutTarget(rank=2)).adapter
     assert_same_updates(edited, Adapter(adapter.modules | cut.modules, "bank", {}))
     assert all(torch.linalg.matrix_rank(edited.modules[path].update().flatten(1)) == 2 for path in of_unet)
+
+
+def test_other_kinds_are_cut_to_lora(base: Base, targets: list[Target], adapter: Adapter) -> None:
+    """Norms, whose weights have no rank, are left out; intruders of LoRA alone are scaled."""
+    generator = torch.Generator().manual_seed(0)
+    part = [item for item in targets if item.component == "unet"]
+    shapes = {item.name_in_files: (item.out_features, *item.down_shape) for item in part}
+    modules: dict[str, Module] = {path: random_full(shape, generator) for path, shape in shapes.items()}
+    norm = {"unet.down_blocks.0.resnets.0.norm1": random_full((16,), generator)}
+    full = Adapter({**norm, **modules}, "bank", {})
+    edited = edit_adapters(base.components, part, {"full": full}, cut_to(3))["full"]
+    assert {(module.kind, module.rank, module.scale) for module in edited.modules.values()} == {
+        ("lora", 3, 1.0)
+    }
+    assert_same_updates(edited, resize(Adapter(modules, "bank", {}), CutTarget(rank=3)).adapter)
+    with pytest.raises(
+        AdapterError, match="is a full difference, not a product of two factors: only LoRA can"
+    ):
+        edit_adapters(base.components, part, {"full": full}, SCALED_INTRUDERS)
+    with pytest.raises(
+        AdapterError, match="is a full difference, not a product of two factors: only LoRA can"
+    ):
+        edit_adapters(
+            base.components, [], {"full": Adapter({**modules, **adapter.modules}, "", {})}, cut_to(3)
+        )
 
 
 def test_weights_that_are_no_edit_are_refused(base: Base, targets: list[Target], adapter: Adapter) -> None:

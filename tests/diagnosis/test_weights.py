@@ -16,7 +16,7 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.lowrank import Target, resize
 from lorascope.adapters.merge import merged_into
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import LoraModule, Module
 from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
@@ -29,6 +29,7 @@ from lorascope.diagnosis.weights import (
     scale_intruders,
 )
 from lorascope.errors import AdapterError
+from random_adapters import random_full, random_loha, random_lokr
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 # Of a few hundred products float64 leaves 1e-14, of a Gram matrix the same of the largest value's square.
@@ -111,6 +112,41 @@ def test_a_tucker_core_and_a_module_without_alpha_are_measured_as_what_they_add(
     found = measure_layer(Q, decompose(weight), module)
     # a Tucker core is folded in fp32: 1.2e-7
     assert found.norm_ratio == pytest.approx(np.linalg.norm(dense(module)) / float(weight.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_other_kinds_are_measured_by_their_whole_update(shape: tuple[int, ...]) -> None:
+    """As the LoRA of full rank with the same update; `update` multiplies in fp32, which both get."""
+    draw = torch.Generator().manual_seed(2)
+    base = decompose(base_weight(shape))
+    for module in (
+        random_loha(shape, 2, 0.1, draw),
+        random_lokr(shape, 1, 0.1, draw),
+        random_full(shape, draw),
+    ):
+        update = module.update().double().reshape(module.matrix_shape)
+        identity = torch.eye(len(update), dtype=torch.float64)
+        same = LoraModule(update, identity, None)
+        found, expected = measure_layer(Q, base, module), measure_layer(Q, base, same)
+        assert found.rank == module.rank and found.rank_95 == expected.rank_95
+        assert (found.num_directions, found.num_intruders) == (
+            expected.num_directions,
+            expected.num_intruders,
+        )
+        for name in ("norm_ratio", "spectral_ratio", "stable_rank"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-8)
+
+
+def test_norms_are_not_measured_and_other_kinds_not_edited(base: Base) -> None:
+    draw = torch.Generator().manual_seed(2)
+    modules: dict[str, Module] = {
+        "unet.conv_norm_out": random_full((16,), draw),
+        Q: random_full((16, 16), draw),
+    }
+    full = {"full": Adapter(modules, "bank", {})}
+    assert [figures.layer for figures in measure_adapters(base.components, full)["full"]] == [Q]
+    with pytest.raises(AdapterError, match="unet.conv_norm_out: is a full difference, not a product of two"):
+        scale_intruders(base.components, full)
 
 
 def test_an_update_along_a_vector_of_the_base_is_no_intruder_and_a_strange_one_is() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lorascope.adapters.adapter import Adapter
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.adapter import Adapter, weight_shape
+from lorascope.adapters.modules import KIND_NAMES, FullModule, LoraModule, Module
 from lorascope.base.configs import read_configs
 from lorascope.base.family import family_of_folder, family_of_tensors
 from lorascope.base.ldm import PREFIXES, canonical_name, list_pairs
@@ -25,6 +25,7 @@ from lorascope.base.weights import PICKLE_SUFFIXES, load_tensors, read_header
 from lorascope.errors import AdapterError
 from lorascope.sections import BaseSection
 
+_NETWORK = ("ss_network_module", "ss_network_args")  # metadata
 _FOLDER_WEIGHTS = {  # a pipeline's weights; the first that is there
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
     "text_encoder": ("model.safetensors", "model.fp16.safetensors"),
@@ -78,10 +79,14 @@ class Cut:
         return f"{len(ranks)} modules, {spread}\nenergy kept: {shares}\nleast in {least}"
 
 
-def singular_values(module: LoraModule) -> torch.Tensor:
-    """Those of the module's update as a matrix [out, in * kh * kw]: float64 [min(r, n, m)], falling. DoRA's
-    magnitude is left out.
+def singular_values(module: Module) -> torch.Tensor:
+    """Those of the module's update as a matrix [out, in * kh * kw]: float64 [min(r, n, m)], of other kinds
+    than LoRA [min(n, m)], falling. DoRA's magnitude is left out.
     """
+    if not isinstance(module, LoraModule):
+        matrix = module.update().double().reshape(module.matrix_shape)
+        short = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+        return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp(min=0).sqrt()
     return torch.linalg.svdvals(_core(module)[1]) * abs(module.scale)
 
 
@@ -127,12 +132,21 @@ def resize(adapter: Adapter, target: Target) -> Cut:
     """The best adapter of a lower rank, module by module.
 
     Every module keeps its scale, so alpha falls with the rank. A module whose rank is not above its new one
-    stays as it is. Raises `AdapterError` for DoRA, whose magnitudes belong to the update as it was trained,
-    and for T-LoRA, whose components are in an order.
+    stays as it is. LoHa, LoKr and full differences become the nearest LoRA, of scale 1; norms and biases,
+    which LoRA does not have, are left out. Raises `AdapterError` for DoRA, whose magnitudes belong to the
+    update as it was trained, for T-LoRA, whose components are in an order, and where only norms are there.
     """
     adapter.require_unscheduled("keep it, or write it with --as-lora before")
-    modules, energy, kept = {}, {}, 0
+    modules: dict[str, Module] = {}
+    energy: dict[str, float] = {}
+    kept = 0
     for path, module in adapter.modules.items():
+        if isinstance(module, FullModule) and module.is_norm:
+            continue
+        if not isinstance(module, LoraModule):
+            update = module.update().double().reshape(weight_shape(path, module))
+            modules[path], energy[path] = _nearest(update, target)
+            continue
         if module.dora_scale is not None:
             raise AdapterError(
                 f"{path}: is DoRA, whose magnitude was trained for the whole update, so a cut would "
@@ -152,7 +166,30 @@ def resize(adapter: Adapter, target: Target) -> Cut:
         if kept
         else []
     )
-    return Cut(replace(adapter, modules=modules), energy, tuple(notes))
+    if adapter.modules and not modules:
+        raise AdapterError("it changes norms alone, of which there is no LoRA: keep it")
+    if all(kind == "lora" for kind in adapter.kinds):
+        return Cut(replace(adapter, modules=modules), energy, tuple(notes))
+    # Of another kind of network than what comes out.
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in _NETWORK}
+    notes += _conversion_notes(adapter)
+    return Cut(replace(adapter, modules=modules, metadata=metadata), energy, tuple(notes))
+
+
+def _conversion_notes(adapter: Adapter) -> list[str]:
+    """What became LoRA, and what LoRA does not hold."""
+    others = [module for module in adapter.modules.values() if not isinstance(module, LoraModule)]
+    full = [module for module in others if isinstance(module, FullModule)]
+    norms = [module for module in full if module.is_norm]
+    biases = [module for module in full if module.bias is not None and not module.is_norm]
+    kinds = " and ".join(KIND_NAMES[kind] for kind in adapter.kinds if kind != "lora")
+    notes = [
+        f"{len(others) - len(norms)} modules of {kinds} became the LoRA nearest to their updates: see how "
+        "much of the energy is kept"
+    ]
+    if norms or biases:
+        notes.append(f"{len(norms)} norms and {len(biases)} biases, which no LoRA holds, are left out")
+    return notes
 
 
 def _share(values: torch.Tensor, rank: int) -> float:
@@ -253,7 +290,8 @@ def extract(base: Checkpoint, tuned: Checkpoint, target: Target) -> Cut:
             f"{_shape(base, unlike[0])}: the two are not the same architecture"
         )
     layers = [path for path in base.layers if not path.endswith("embedding.weight")]
-    modules, energy = {}, {}
+    modules: dict[str, Module] = {}
+    energy: dict[str, float] = {}
     for path in layers:
         difference = _difference(base, tuned, path)
         if difference.any():

@@ -11,7 +11,7 @@ from torch import nn
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.lowrank import Target as CutTarget
 from lorascope.adapters.lowrank import resize
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import FullModule, LoraModule, Module
 from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.diagnosis.weights import scale_intruders
@@ -47,16 +47,26 @@ def arm_of(name: str, adapter: Adapter) -> Arm:
 
 
 def _cut(adapter: Adapter, targets: Sequence[Target], rank: int) -> Adapter:
-    """The adapter at a lower rank. Layers whose group sets a rank keep it, as in an arm of the lower rank."""
+    """The adapter at a lower rank. Layers whose group sets a rank keep it, as in an arm of the lower rank;
+    norms, which have none, are left out.
+    """
     own = {target.name_in_files for target in targets if target.group is None or target.group.rank is None}
-    part = replace(adapter, modules={path: item for path, item in adapter.modules.items() if path in own})
-    return replace(adapter, modules=adapter.modules | resize(part, CutTarget(rank=rank)).adapter.modules)
+    layers = {
+        path: item
+        for path, item in adapter.modules.items()
+        if not (isinstance(item, FullModule) and item.is_norm)
+    }
+    part = replace(adapter, modules={path: item for path, item in layers.items() if path in own})
+    others = {path: item for path, item in layers.items() if path not in own}
+    cut: dict[str, Module] = {**others, **resize(part, CutTarget(rank=rank)).adapter.modules}
+    return replace(adapter, modules={path: cut[path] for path in adapter.modules if path in cut})
 
 
 def _evened(adapter: Adapter) -> Adapter:
     """The same update with modules of one rank, filled up with zeros, and of scale 1."""
-    rank = max(module.rank for module in adapter.modules.values())
-    return replace(adapter, modules={path: _filled(item, rank) for path, item in adapter.modules.items()})
+    modules = adapter.lora_modules("only LoRA can be edited")
+    rank = max(module.rank for module in modules.values())
+    return replace(adapter, modules={path: _filled(item, rank) for path, item in modules.items()})
 
 
 def _filled(module: LoraModule, rank: int) -> LoraModule:

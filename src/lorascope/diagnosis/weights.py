@@ -13,6 +13,8 @@ adapter. A layer of 1280 x 1280 takes one thread 0.6 s once and 0.15 s for each 
 attention and feed-forward in Stable Diffusion v1.5 should take about a minute, and 15 s for each adapter.
 Memory: the weight in float64, up to 240 MB of a wide convolution, and some squares of the shorter side.
 
+LoHa, LoKr and full differences are measured by their whole update, in about the time that the base takes.
+
 Whether a lower rank would do as well: `adapters.lowrank.resize` cuts an adapter, which is then drawn with.
 
 Dimensions: n rows and m columns of a weight as a matrix [out, in * kh * kw], p the smaller of the two, r
@@ -30,7 +32,7 @@ from torch import nn
 
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.lowrank import effective_rank, singular_values
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import FullModule, LoraModule, Module
 from lorascope.console import Tally
 from lorascope.diagnosis.layers import LayerFigures
 from lorascope.errors import AdapterError
@@ -103,7 +105,7 @@ class Directions:
         return self.cosines < threshold
 
 
-def leading_directions(base: BaseLayer, module: LoraModule, count: int = TOP_DIRECTIONS) -> Directions:
+def leading_directions(base: BaseLayer, module: Module, count: int = TOP_DIRECTIONS) -> Directions:
     """The `count` leading singular triplets of the base's weight with an adapter's update added.
 
     There are fewer where W + dW has fewer singular values above zero. Raises `AdapterError` as
@@ -129,8 +131,10 @@ def leading_directions(base: BaseLayer, module: LoraModule, count: int = TOP_DIR
     return Directions(values, left, right, nearest)
 
 
-def _factors(base: BaseLayer, module: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """The update's factors, the scale in the first: float64 [n, r] and [r, m], on the CPU."""
+def _factors(base: BaseLayer, module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The update's factors, the scale in the first: float64 [n, r] and [r, m], on the CPU. Of other kinds
+    than LoRA one of them is the update, by its shorter side, and the other the identity.
+    """
     if module.dora_scale is not None:
         raise AdapterError(
             "its module is DoRA, whose update is no product of two factors: only plain LoRA can be measured"
@@ -138,19 +142,20 @@ def _factors(base: BaseLayer, module: LoraModule) -> tuple[torch.Tensor, torch.T
     parts = {name: part.detach().to("cpu", torch.float64) for name, part in module.tensors().items()}
     if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
         raise AdapterError(f"{bad[0]} has values that are NaN or infinite: take an earlier epoch's adapter")
-    exact = module.with_tensors(parts)
-    up, down = exact.up.flatten(1) * exact.scale, exact.full_down().flatten(1)
-    if (up.shape[0], down.shape[1]) != base.shape:
+    if module.matrix_shape != base.shape:
         raise AdapterError(
-            f"the adapter is for a weight of {up.shape[0]} x {down.shape[1]}, the base's is "
-            f"{base.shape[0]} x {base.shape[1]}: another base model"
+            f"the adapter is for a weight of {module.matrix_shape[0]} x {module.matrix_shape[1]}, the base's "
+            f"is {base.shape[0]} x {base.shape[1]}: another base model"
         )
-    return up, down
+    exact = module.with_tensors(parts)
+    if isinstance(exact, LoraModule):
+        return exact.up.flatten(1) * exact.scale, exact.full_down().flatten(1)
+    update = exact.update().double().reshape(base.shape)
+    identity = torch.eye(min(base.shape), dtype=torch.float64)
+    return (update, identity) if base.is_tall else (identity, update)
 
 
-def measure_layer(
-    layer: str, base: BaseLayer, module: LoraModule, count: int = TOP_DIRECTIONS
-) -> LayerFigures:
+def measure_layer(layer: str, base: BaseLayer, module: Module, count: int = TOP_DIRECTIONS) -> LayerFigures:
     """The figures of one layer.
 
     Raises `AdapterError` for DoRA, for weights that are not finite and for a module of another shape.
@@ -176,7 +181,8 @@ def measure_adapters(
     count: int = TOP_DIRECTIONS,
     tally: Tally | None = None,
 ) -> dict[str, list[LayerFigures]]:
-    """The figures of every layer of each adapter, in the adapter's own order, by the adapter's name.
+    """The figures of every layer of each adapter, in the adapter's own order, by the adapter's name. Norms,
+    whose weights are no matrices, are left out.
 
     `components` are the base's `unet` and `text_encoder` without a bank in place. `tally` counts layers, each
     once for all adapters. Raises `AdapterError` with
@@ -187,14 +193,22 @@ def measure_adapters(
         for name, module in own.items():
             with _named(path):
                 found[name, path] = measure_layer(path, base, module, count)
-    return {name: [found[name, path] for path in adapter.modules] for name, adapter in adapters.items()}
+    return {
+        name: [found[name, path] for path in adapter.modules if (name, path) in found]
+        for name, adapter in adapters.items()
+    }
 
 
 def _layers(
     components: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], tally: Tally | None
-) -> Iterator[tuple[str, BaseLayer, dict[str, LoraModule]]]:
-    """Every layer that some adapter adapts, decomposed, with those adapters' modules by adapter."""
-    paths = dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules)
+) -> Iterator[tuple[str, BaseLayer, dict[str, Module]]]:
+    """Every layer but norms that some adapter adapts, decomposed, with those adapters' modules by adapter."""
+    paths = dict.fromkeys(
+        path
+        for adapter in adapters.values()
+        for path, module in adapter.modules.items()
+        if not (isinstance(module, FullModule) and module.is_norm)
+    )
     weights = {path: _weight(components, path) for path in paths}  # all are there before the long work
     for path, weight in weights.items():
         own = {name: adapter.modules[path] for name, adapter in adapters.items() if path in adapter.modules}
@@ -238,15 +252,16 @@ def scale_intruders(
     to rank r, as PEFT's function does it. So each module has rank r + `count` and keeps its scale, alpha
     growing with the rank; where a layer has fewer intruders, columns and rows of zeros fill it up, so that
     an arm of one rank stays one and goes into an `AdapterBank`. Factors are in the module's own dtype, at
-    least float32. Raises `AdapterError` as `measure_adapters` does.
+    least float32. Raises `AdapterError` as `measure_adapters` does, and for other kinds than LoRA.
     """
     if not 0 <= factor <= 1:
         raise ValueError(f"factor = {factor}: must be in [0, 1]")
     found: dict[tuple[str, str], LoraModule] = {}
+    plain = {name: adapter.lora_modules("only LoRA can be edited") for name, adapter in adapters.items()}
     for path, base, own in _layers(components, adapters, tally):
-        for name, module in own.items():
+        for name in own:
             with _named(path):
-                found[name, path] = _with_scaled_intruders(base, module, factor, count)
+                found[name, path] = _with_scaled_intruders(base, plain[name][path], factor, count)
     return {
         name: replace(adapter, modules={path: found[name, path] for path in adapter.modules})
         for name, adapter in adapters.items()
