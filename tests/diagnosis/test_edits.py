@@ -94,7 +94,7 @@ def test_other_kinds_are_cut_to_lora(base: Base, targets: list[Target], adapter:
         AdapterError, match="is a full difference, not a product of two factors: only LoRA can"
     ):
         edit_adapters(
-            base.components, [], {"full": Adapter({**modules, **adapter.modules}, "", {})}, cut_to(3)
+            base.components, [], {"full": Adapter({**adapter.modules, **modules}, "", {})}, cut_to(3)
         )
 
 
