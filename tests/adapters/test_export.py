@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -254,6 +255,9 @@ def test_nothing_is_overwritten_unasked(run: tuple[RunDir, StudyConfig], tmp_pat
     ):
         export_arm(run_dir, config, "r4", "merged-diffusers", tmp_path / "folder", force=True)
     require_free(run_dir.adapters_dir / "r4", force=True)
+    shutil.copytree(run_dir.adapters_dir / "r4", tmp_path / "full")
+    (tmp_path / "full" / "adapter_config.json").unlink()  # as full differences, which have none
+    require_free(tmp_path / "full", force=True)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])

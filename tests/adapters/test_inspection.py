@@ -23,6 +23,7 @@ from lorascope.base.layers import stable_diffusion_layers
 from lorascope.cli.app import main
 from lorascope.errors import EXIT_DONE, EXIT_GATE_REJECTED, EXIT_INPUT, AdapterError, WeightsError
 from lorascope.store import PEFT_CONFIG
+from random_adapters import random_full, random_lokr
 
 State = dict[str, torch.Tensor]
 LAYERS = stable_diffusion_layers()
@@ -419,6 +420,41 @@ def test_a_peft_folder_and_what_is_wrong_with_one(tmp_path: Path) -> None:
     (folder / "adapter_config.json").unlink()
     with pytest.raises(WeightsError, match=r"is no adapter but holds some: inspect .*other\.safetensors"):
         inspect_adapter(folder)
+
+
+def test_other_kinds_are_told_with_their_readers(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    path, norm = ATTENTION[0], "unet.down_blocks.0.resnets.0.norm1"
+    lokr = Adapter({path: random_lokr(LAYERS[path], 2, 1.0, draw)}, "kohya", {})
+    save_adapter(lokr, tmp_path / "k.safetensors", "kohya", "fp32")
+    found = inspect_adapter(tmp_path / "k.safetensors")
+    said = check_text(found)
+    assert found.what.startswith("LoKr for Stable Diffusion v1") and found.layout == "kohya"
+    assert answers(found) == {
+        "WebUI": "yes",
+        "ComfyUI": "yes",
+        "Forge": "yes",
+        "diffusers": "refuses",
+        "PEFT": "refuses",
+        "sd-scripts": "nothing",
+    }
+    assert "Frobenius norm of the update" in said and "2, alpha 1, so the scale alpha / rank is 0.5" in said
+    save_adapter(lokr, tmp_path / "p", "peft", "fp32")
+    found = inspect_adapter(tmp_path / "p")
+    assert (found.layout, answers(found)["PEFT"], found.modules[0].scale) == ("PEFT folder", "yes", 0.5)
+    full = Adapter({path: random_full(LAYERS[path], draw), norm: random_full((320,), draw)}, "kohya", {})
+    save_adapter(full, tmp_path / "f.safetensors", "kohya", "fp32")
+    found = inspect_adapter(tmp_path / "f.safetensors")
+    assert found.what.startswith("full difference and norm difference for Stable Diffusion v1")
+    assert answers(found)["WebUI"] == "yes" and "1 attention, 1 norm" in check_text(found)
+    save_adapter(full, tmp_path / "f", "peft", "fp32")
+    found = inspect_adapter(tmp_path / "f")
+    assert found.layout == "PEFT" and not found.works_somewhere
+    assert found.remarks[0].startswith("full differences in a folder, which lorascope alone reads")
+    zero = Adapter({path: random_full(LAYERS[path], draw).at_strength(0)}, "kohya", {})
+    save_adapter(zero, tmp_path / "z.safetensors", "kohya", "fp32")
+    because = str(inspect_adapter(tmp_path / "z.safetensors").dead_because)
+    assert because.startswith("the update is zero in every module, as before the first training step")
 
 
 def test_a_peft_configuration_that_does_not_fit_its_tensors(tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ LOKR: dict[str, tuple[int, ...]] = {"lokr_w1": (2, 2), "lokr_w2_a": (3, 1), "lok
             ones(**LOHA, lokr_w1=(2, 2)),
             "tensors of LoHa and of LoKr for one layer: only one of them can be read",
         ),
+        (
+            ones(hada_w1_a=(2**15, 1), hada_w1_b=(1, 2**14), hada_w2_a=(2**15, 1), hada_w2_b=(1, 2**14)),
+            "its tensors mean a weight of 32768 x 16384, which no layer has: a damaged file",
+        ),
+        (
+            ones(lokr_w1=(1, 1), lokr_w2_a=(2, 2**14), lokr_w2_b=(2, 1), lokr_t2=(2, 2, 128, 128)),
+            "its tensors mean a weight of 16384 x 16384, which no layer has",
+        ),
         (without(ones(**LOKR), "w1"), "has lokr_w2_a, lokr_w2_b without lokr_w1: the file is incomplete"),
         (without(ones(**LOKR), "w2_a"), "has lokr_w1, lokr_w2_b without lokr_w2_a: the file is incomplete"),
         (ones(lokr_w1=(2, 2)), "has lokr_w1 without lokr_w2: the file is incomplete"),

@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -104,6 +105,8 @@ def as_2d(state: State) -> State:
 
 
 FIRST = flat(ATTENTION[0])
+NORM = "lora_unet_down_blocks_0_resnets_0_norm1"
+TEXT_NORM = "lora_te_text_model_encoder_layers_0_layer_norm1"
 
 
 def rank_zero(name: str, spelling: tuple[str, str]) -> State:
@@ -150,6 +153,13 @@ VARIANTS: dict[str, tuple[State, dict[str, str]]] = {
     "DoRA": ({**kohya(ATTENTION), f"{FIRST}.dora_scale": torch.ones(8, 1)}, {}),
     "Tucker": ({**kohya(["unet.conv_in"]), "lora_unet_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3)}, {}),
     "LoHa": ({f"{FIRST}.hada_w{n}_{side}": torch.ones(8, 8) for n in (1, 2) for side in "ab"}, {}),
+    "LoKr": ({f"{FIRST}.lokr_w{n}": torch.ones(2, 2) for n in (1, 2)}, {}),
+    "full difference": ({f"{FIRST}.diff": torch.ones(8, 8), f"{NORM}.w_norm": torch.ones(8)}, {}),
+    "norms": ({f"{NORM}.w_norm": torch.ones(8), f"{NORM}.b_norm": torch.ones(8)}, {}),
+    "norms of the text encoder": (
+        {f"{TEXT_NORM}.w_norm": torch.ones(8), f"{TEXT_NORM}.b_norm": torch.ones(8)},
+        {},
+    ),
     "kohya with a stray kohya key": ({**kohya(ATTENTION), "lora_unet_x.foo": torch.ones(8)}, {}),
     "kohya with a stray key": ({**kohya(ATTENTION), "stray": torch.ones(8)}, {}),
     "kohya with a stray lora key": ({**kohya(ATTENTION), "stray.lora": torch.ones(8)}, {}),
@@ -403,6 +413,72 @@ PEFT_VARIANTS: dict[str, tuple[State, dict[str, Any]]] = {
 }
 
 
+def lycoris_state(kind: str, **options: Any) -> State:
+    """What PEFT saves of a LoHa or LoKr of the thin U-Net whose factors are all ones."""
+    config = {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[kind](
+        **{key: value for key, value in {**LYCORIS_CONFIG, **options}.items() if key != "peft_type"}
+    )
+    model = peft.get_peft_model(Pipeline().unet, config)
+    saved = peft.get_peft_model_state_dict(model)
+    return {key: torch.ones_like(tensor) for key, tensor in saved.items()}
+
+
+LYCORIS_CONFIG: dict[str, Any] = {
+    "r": 2,
+    "alpha": 4,
+    "target_modules": ["to_q", "conv1", "proj_in", "ff.net.2"],
+}
+LYCORIS_OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "LoHa": ("LOHA", {}, {}),
+    "LoHa with cores": ("LOHA", {"use_effective_conv2d": True}, {}),
+    "LoHa with fewer targets": ("LOHA", {}, {"target_modules": ["to_q"]}),
+    "LoHa of another rank": ("LOHA", {}, {"r": 3}),
+    "LoHa of rank 0": ("LOHA", {}, {"r": 0}),
+    "LoHa with cores that are not stated": (
+        "LOHA",
+        {"use_effective_conv2d": True},
+        {"use_effective_conv2d": False},
+    ),
+    "LoKr": ("LOKR", {"r": 1}, {}),
+    "LoKr with cores": ("LOKR", {"r": 1, "use_effective_conv2d": True}, {}),
+    "LoKr, whole": ("LOKR", {"r": 64}, {}),
+    "LoKr with a factor": ("LOKR", {"r": 1, "decompose_factor": 2}, {}),
+    "LoKr, both products": ("LOKR", {"r": 1, "decompose_both": True}, {}),
+    "LoKr with another factor": ("LOKR", {"r": 1, "decompose_factor": 2}, {"decompose_factor": 4}),
+    "LoKr under LoHa's name": ("LOKR", {"r": 1}, {"peft_type": "LOHA"}),
+}
+
+
+@pytest.mark.parametrize("variant", LYCORIS_OPTIONS)
+def test_peft_rule_of_loha_and_lokr_is_what_peft_does(variant: str, tmp_path: Path) -> None:
+    kind, options, changes = LYCORIS_OPTIONS[variant]
+    state = lycoris_state(kind, **options)
+    config = {**LYCORIS_CONFIG, "peft_type": kind, **options, **changes}
+    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    error, model = None, Pipeline().unet
+    try:
+        peft.PeftModel.from_pretrained(model, str(tmp_path))
+    except Exception as raised:
+        error = type(raised).__name__
+    ours = reading("PEFT", state, config=config)
+    assert (ours.refusal.partition(":")[0] if ours.refusal else None) == error
+    if error is None:
+        changed = {
+            f"unet.{name}"
+            for name, layer in model.named_modules()
+            if isinstance(layer, LycorisLayer) and layer.get_delta_weight("default").any()
+        }
+        assert ours.taken == changed and bool(changed) == (config["peft_type"] == kind)
+
+
+def test_a_factor_that_peft_does_not_build_is_not_taken() -> None:
+    """PEFT leaves its own, random, in its place."""
+    state = lycoris_state("LOKR", r=64)
+    found = reading("PEFT", state, config={**LYCORIS_CONFIG, "peft_type": "LOKR", "r": 1})
+    assert found.refusal is None and len(found.taken) < len(found.ignored)
+
+
 @pytest.mark.parametrize("variant", PEFT_VARIANTS)
 def test_peft_rule_is_what_peft_does(variant: str, tmp_path: Path) -> None:
     state, changes = PEFT_VARIANTS[variant]
@@ -423,7 +499,8 @@ def test_peft_rule_is_what_peft_does(variant: str, tmp_path: Path) -> None:
 
 def test_peft_refuses_what_is_no_folder_or_no_lora() -> None:
     assert "adapter_config.json" in (reading("PEFT", PEFT_STATE).refusal or "")
-    assert "not LORA" in (reading("PEFT", PEFT_STATE, config={"peft_type": "LOHA"}).refusal or "")
+    refusal = reading("PEFT", PEFT_STATE, config={"peft_type": "OFT"}).refusal or ""
+    assert refusal == "peft_type is 'OFT', not LORA, LOHA or LOKR"
 
 
 @pytest.mark.parametrize(
@@ -444,6 +521,10 @@ def test_peft_refuses_what_is_no_folder_or_no_lora() -> None:
         ("kohya, to_out without its index", {"WebUI": None, "ComfyUI": 96, "Forge": None, "sd-scripts": 96}),
         ("kohya, projections as matrices", {"WebUI": 192, "ComfyUI": 192, "Forge": 192, "sd-scripts": None}),
         ("LoHa", {"WebUI": 1, "ComfyUI": 1, "Forge": 1, "sd-scripts": 0}),
+        ("LoKr", {"WebUI": 1, "ComfyUI": 1, "Forge": 1, "sd-scripts": 0}),
+        ("full difference", {"WebUI": None, "ComfyUI": 2, "Forge": 2, "sd-scripts": 0}),
+        ("norms", {"WebUI": 1, "ComfyUI": 1, "Forge": 1, "sd-scripts": 0}),
+        ("norms of the text encoder", {"WebUI": 1, "ComfyUI": 0, "Forge": 0, "sd-scripts": 0}),
         ("kohya without one lora_up", {"WebUI": None, "ComfyUI": 127, "Forge": 127, "sd-scripts": 127}),
         # diffusers-style saves: FIELD notes, tried with the programs themselves
         ("diffusers", {"WebUI": 0, "ComfyUI": 64, "Forge": None, "sd-scripts": 0}),

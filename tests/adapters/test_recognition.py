@@ -51,6 +51,7 @@ def test_the_model_is_told_by_the_width_of_its_text_or_by_names(
         (lora("unet.mid_block.attn", 8, 8, PEFT), "diffusers lora_A/B"),
         (lora("base_model.model.attn", 8, 8, PEFT), "PEFT"),
         ({"lycoris_x.diff": (8, 8)}, "LyCORIS"),
+        ({"base_model.model.attn.diff": (8, 8)}, "PEFT"),
     ],
 )
 def test_the_layout_is_told_by_the_ends_of_the_keys(shapes: dict[str, Shape], layout: str) -> None:
@@ -65,7 +66,10 @@ def test_modules_are_placed_where_any_name_tells() -> None:
         **lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 768, 3072),
         **lora("lora_unet_elsewhere_conv", 8, 8),
     }
-    cross, text, elsewhere = recognise_modules(modules_of(shapes)).values()
+    shapes |= {"lora_unet_mid_block_attentions_0_norm.w_norm": (1280,), "lora_unet_norm2.w_norm": (8,)}
+    cross, text, elsewhere, norm, other_norm = recognise_modules(modules_of(shapes)).values()
+    assert (norm.path, norm.block) == ("unet.mid_block.attentions.0.norm", "norm")
+    assert (other_norm.path, other_norm.block) == (None, "norm")
     assert cross.path == "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     assert (cross.block, cross.kind, cross.rank, cross.norm) == ("attention", "LoRA", 2, None)
     assert text.path == "text_encoder.text_model.encoder.layers.0.mlp.fc1"

@@ -98,6 +98,14 @@ def tensor_of(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> torch.Tensor:
     return torch.ones(draw(st.sampled_from(shapes))).to(draw(st.sampled_from(DTYPES)))
 
 
+WHOLE = (  # endings that together make an adapter, in the first of their shapes
+    (),
+    (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
+    (".lokr_w1", ".lokr_w2_a", ".lokr_w2_b"),
+    (".diff", ".diff_b"),
+)
+
+
 @st.composite
 def adapters(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     """Keys and shapes near those of an adapter."""
@@ -108,8 +116,14 @@ def adapters(draw: st.DrawFn) -> dict[str, torch.Tensor]:
         ".alpha": [(), (1,), (2,), (0,)],
         ".lora_mid.weight": [(2, 2, 3, 3), (2, 2), (2, 2, 3), (3, 2, 1, 1), ()],
         ".dora_scale": [(320, 1), (1, 320), (7,), (), (0,), (1, 320, 1, 1)],
-        ".hada_w1_a": [(2, 2)],
-        ".lokr_w1": [()],
+        **{f".hada_w{n}_a": [(320, 2), (320, 2), (2, 320), (2, 2), ()] for n in (1, 2)},
+        **{f".hada_w{n}_b": [(2, 320), (2, 320), (3, 320), (0, 2)] for n in (1, 2)},
+        **{f".{name}": [(2, 2, 3, 3), (2, 2), (2, 3, 1, 1)] for name in ("hada_t1", "hada_t2", "lokr_t2")},
+        **{f".lokr_w{n}": [(16, 16), (20, 20), (20, 20, 1, 1), (20, 20, 2), ()] for n in (1, 2)},
+        ".lokr_w2_a": [(20, 2), (2, 20)],
+        ".lokr_w2_b": [(2, 20), (1, 20)],
+        **{f".{name}": [(320, 320), (320,), (320, 320, 1, 1), (0,), ()] for name in ("diff", "w_norm")},
+        **{f".{name}": [(320,), (7,), (320, 1)] for name in ("diff_b", "b_norm")},
     }
     modules = draw(
         st.lists(
@@ -123,6 +137,8 @@ def adapters(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     for module in modules:
         for ending in draw(st.lists(st.sampled_from(list(names)), max_size=5)):
             tensors[module + ending] = tensor_of(draw, names[ending])
+        for ending in draw(st.sampled_from(WHOLE)):
+            tensors[module + ending] = torch.ones(names[ending][0])
         if draw(st.booleans()):
             down, up = (
                 (".lora_down.weight", ".lora_up.weight")

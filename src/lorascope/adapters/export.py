@@ -259,7 +259,11 @@ def require_free(path: Path, force: bool) -> None:
         return
     if not force:
         raise ConfigError(f"{path}: exists: name another path, or replace it with --force")
-    marks = ("model_index.json", PEFT_CONFIG, f"unet/{PEFT_CONFIG}", f"text_encoder/{PEFT_CONFIG}")
+    files = (PEFT_CONFIG, PEFT_WEIGHTS)
+    marks = (
+        "model_index.json",
+        *(f"{part}{file}" for part in ("", "unet/", "text_encoder/") for file in files),
+    )
     if path.is_dir() and not any((path / mark).is_file() for mark in marks):
         raise ConfigError(
             f"{path}: is a folder without a model or an adapter in it, which --force does not replace: "

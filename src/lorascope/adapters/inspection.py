@@ -64,7 +64,11 @@ class Inspection:
         if all(module.scale == 0 for module in self.modules):
             return "alpha is zero in every module, so its strength is zero"
         if all(module.is_zero for module in self.modules):
-            return "B is zero in every module, as before the first training step: it was trained for no step"
+            what = "B" if all(module.kind == "LoRA" for module in self.modules) else "the update"
+            return (
+                f"{what} is zero in every module, as before the first training step: it was trained for no "
+                "step"
+            )
         if all(module.is_near_zero for module in self.modules):
             return f"the updates of all modules are near zero (root mean square below {NEAR_ZERO_RMS:g})"
         return None
@@ -128,6 +132,10 @@ def inspect_adapter(path: Path | str) -> Inspection:
 def _inspect_folder(folder: Path) -> Inspection:
     weights, config_path = folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
     if weights.is_file():
+        if not config_path.exists() and _is_full(content := open_content(weights)):
+            found = _inspect_content(content, folder)
+            note = "full differences in a folder, which lorascope alone reads: others take the kohya file"
+            return replace(found, remarks=(note, *found.remarks))
         try:
             config = json.loads(read_regular(config_path, WeightsError))
         except (OSError, WeightsError, ValueError, RecursionError) as error:
@@ -153,6 +161,12 @@ def _inspect_folder(folder: Path) -> Inspection:
     if config_path.is_file():
         return _no_adapter(folder, f"a PEFT folder without {PEFT_WEIGHTS}", 0)
     return _no_adapter(folder, f"a folder without {PEFT_WEIGHTS}", 0)
+
+
+def _is_full(content: Content) -> bool:
+    """Whether a file holds full differences and nothing else."""
+    kinds = {module.kind for module in file_modules(content.shapes)[0].values()}
+    return bool(kinds) and kinds <= {"full difference", "norm difference"}
 
 
 def _require_one_adapter(folder: Path) -> None:
@@ -257,7 +271,8 @@ def _remarks(modules: tuple[ModuleFacts, ...], incomplete: list[str], leftover: 
             f"{len(faulty)} modules could not be measured: {clean(faulty[0].name)}: "
             f"{clean(str(faulty[0].fault))}"
         )
-    if any(module.kind == "LoRA" and module.alpha is None and not module.fault for module in modules):
+    # those without a rank have no alpha to lack
+    if any(module.rank is not None and module.alpha is None and not module.fault for module in modules):
         remarks.append(
             "modules without alpha: every program takes the strength 1, whatever it was trained with"
         )

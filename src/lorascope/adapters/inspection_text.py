@@ -14,7 +14,7 @@ from lorascope.adapters.recognition import NEAR_ZERO_RMS, ModuleFacts
 from lorascope.console import size
 
 _WIDTH = 100  # columns
-_BLOCKS = ("attention", "feed-forward", "projection", "convolution", "time embedding", "text encoder")
+_BLOCKS = ("attention", "feed-forward", "projection", "convolution", "time embedding", "norm", "text encoder")
 # Metadata that say how a file was trained: key, and what it is called here.
 _TRAINING = {
     "ss_output_name": "name",
@@ -184,7 +184,8 @@ def _figures(inspection: Inspection) -> list[str]:
             f"least {min(norms):.3g}, median {statistics.median(norms):.3g}, most {max(norms):.3g} in "
             f"{clean(most.name)}"
         )
-        lines += _row_lines("Norms", f"Frobenius norm of scale * B A: {figures}")
+        of = "scale * B A" if all(module.kind == "LoRA" for module in measured) else "the update"
+        lines += _row_lines("Norms", f"Frobenius norm of {of}: {figures}")
         used = [module.rank_used for module in measured if module.rank_used]
         if used:
             nominal = statistics.median(module.rank or 0 for module in measured)

@@ -1,5 +1,6 @@
 """The figures of a file's modules: size, rank and faults of each update."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -9,20 +10,21 @@ import torch
 from lorascope.adapters.file_content import Content
 from lorascope.adapters.file_modules import FileModule, num_elements
 from lorascope.adapters.lowrank import effective_rank, singular_values
-from lorascope.adapters.modules import LoraModule
+from lorascope.adapters.modules import FullModule, LokrModule, LoraModule, Module
 from lorascope.adapters.parsing import parse_adapter
 from lorascope.adapters.recognition import ModuleFacts, recognise_modules
 from lorascope.base.weights import count_not_finite
 from lorascope.errors import WeightsError, first_line
 
 _NUMBERS_AT_ONCE = 2**25  # in memory; a full matrix of Stable Diffusion v1.5's largest layer has 2.9e7
+_TOO_LARGE = "too large or too many for an adapter: not measured"
+_READ = ("LoRA", "LoHa", "LoKr", "full difference", "norm difference")  # kinds whose update is computed
 _MAX_MODULES = 4000  # SDXL's adapters have at most some 2,000
 
 
 def measure_modules(modules: Mapping[str, FileModule], content: Content) -> tuple[ModuleFacts, ...]:
     """The figures of every module; the tensors of a few modules are in memory at a time."""
-    unmeasured = "too large or too many for an adapter: not measured"
-    facts = {name: replace(own, fault=unmeasured) for name, own in recognise_modules(modules).items()}
+    facts = {name: replace(own, fault=_TOO_LARGE) for name, own in recognise_modules(modules).items()}
     small = [module for module in modules.values() if _num_numbers(module) <= _NUMBERS_AT_ONCE]
     for group in _groups(small[:_MAX_MODULES]):
         try:
@@ -63,25 +65,29 @@ def _measure(
     facts = replace(facts, num_not_finite=bad)
     if any(tensor.is_complex() for tensor in tensors.values()):
         return replace(facts, fault="it holds complex numbers")
-    if facts.kind != "LoRA":
-        factors = [
-            tensor
-            for ending, tensor in tensors.items()
-            if re.match(r"\.(hada_w|lokr_w|diff$|w_norm$|oft_|b[12]\.)", ending)
-        ]
+    if facts.kind not in _READ:
+        factors = [tensor for ending, tensor in tensors.items() if re.match(r"\.(oft_|b[12]\.)", ending)]
         return replace(
             facts, is_zero=any(not tensor.float().any() for tensor in factors) and not facts.is_dora
         )
-    lora, fault = _as_lora(module, tensors, content)
-    if lora is None:
+    parsed, fault = _as_adapter(module, tensors, content)
+    if parsed is None:
         return replace(facts, fault=fault)
-    facts = replace(facts, rank=lora.rank, alpha=lora.alpha, scale=lora.scale)
-    return facts if bad else _with_norms(facts, lora)
+    if parsed.has_scale:
+        facts = replace(facts, rank=parsed.rank, alpha=parsed.alpha, scale=parsed.scale)
+    if bad:
+        return facts
+    if isinstance(parsed, LoraModule):
+        return _with_norms(facts, parsed)
+    if parsed.num_numbers > _NUMBERS_AT_ONCE:
+        return replace(facts, fault=_TOO_LARGE)
+    norm, count = _norm(parsed), math.prod(parsed.matrix_shape)
+    return replace(facts, norm=norm, rms=norm / count**0.5, is_zero=norm == 0)
 
 
-def _as_lora(
+def _as_adapter(
     module: FileModule, tensors: Mapping[str, torch.Tensor], content: Content
-) -> tuple[LoraModule | None, str | None]:
+) -> tuple[Module | None, str | None]:
     """The module with its alpha, from wherever the file states it; or why it is none."""
     named = {module.name + ending: tensor for ending, tensor in tensors.items()}
     parsed = parse_adapter(named, content.metadata, content.config)
@@ -93,13 +99,12 @@ def _as_lora(
         if any(len(shape) == 4 for shape in module.factors or ())
         else "lora_unet_time_embedding_linear_1"
     )
-    assert module.spelling is not None
-    kohya = {module.spelling[0]: ".lora_down.weight", module.spelling[1]: ".lora_up.weight"}
+    kohya = dict(zip(module.spelling or (), (".lora_down.weight", ".lora_up.weight"), strict=False))
     parsed = parse_adapter(
         {stand_in + kohya.get(ending, ending): tensor for ending, tensor in tensors.items()}, {}, None
     )
-    lora = next(iter(parsed.modules.values()), None)
-    return lora, None if lora else "its tensors make no LoRA: " + (
+    found = next(iter(parsed.modules.values()), None)
+    return found, None if found else f"its tensors make no {module.kind}: " + (
         parsed.faults[0].partition(": ")[2] if parsed.faults else "unknown shapes"
     )
 
@@ -118,3 +123,16 @@ def _with_norms(facts: ModuleFacts, lora: LoraModule) -> ModuleFacts:
         rank_used=used,
         is_zero=is_zero,
     )
+
+
+def _norm(module: Module) -> float:
+    """Frobenius norm of the update, in float64; of a full difference with the bias's."""
+    if isinstance(module, LokrModule):  # that of a Kronecker product is the product of both
+        first, second = (
+            float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in module.whole()
+        )
+        return first * second * abs(module.scale)
+    norm = float(torch.linalg.vector_norm(module.update(), dtype=torch.float64))
+    if isinstance(module, FullModule) and module.bias is not None:
+        norm = math.hypot(norm, float(torch.linalg.vector_norm(module.bias.float(), dtype=torch.float64)))
+    return norm

@@ -87,13 +87,12 @@ def _merged(
     weight: torch.Tensor, module: Module, strength: float, path: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The merged weight in float32, and what it adds to `weight`."""
-    update = module.update().to(weight.device)
     if not module.fits(weight.shape):
         raise AdapterError(
             f"{path}: the adapter is for a weight of shape {list(weight_shape(path, module))}, the base's is "
             f"{list(weight.shape)}"
         )
-    update = update.reshape(weight.shape)
+    update = module.update().to(weight.device).reshape(weight.shape)
     if module.dora_scale is not None:
         adapted = weight + update
         axis = 0 if module.dora_scale.shape[0] == weight.shape[0] else 1

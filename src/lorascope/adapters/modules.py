@@ -43,6 +43,11 @@ class _Module:
         raise NotImplementedError
 
     @property
+    def num_numbers(self) -> int:
+        """Of the largest tensor on the way to its update: a few small ones can mean a huge one."""
+        return math.prod(self.matrix_shape)
+
+    @property
     def has_scale(self) -> bool:
         """Whether alpha acts on it at all."""
         return True
@@ -176,6 +181,12 @@ class LohaModule(_Module):
         """As of every module."""
         return _size_of_product(self.w1_a, self.w1_b, self.t1)
 
+    @property
+    def num_numbers(self) -> int:
+        """As of every module."""
+        inner = 0 if self.kernel is None else self.rank * self.matrix_shape[0] * math.prod(self.kernel)
+        return max(super().num_numbers, inner)
+
 
 @dataclass(frozen=True)
 class LokrModule(_Module):
@@ -250,6 +261,12 @@ class LokrModule(_Module):
         """As of every module."""
         first, second = self.sizes
         return first[0] * second[0], first[1] * second[1]
+
+    @property
+    def num_numbers(self) -> int:
+        """As of every module."""
+        inner = 0 if self.t2 is None else self.rank * self.sizes[1][0] * math.prod(self.t2.shape[2:])
+        return max(super().num_numbers, inner)
 
 
 @dataclass(frozen=True)

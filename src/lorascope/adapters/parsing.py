@@ -26,6 +26,7 @@ from lorascope.adapters.peft_config import (
 )
 
 Found = Mapping[str, torch.Tensor]  # the tensors of one module by field, as `names.Key` has them
+_LARGEST = 2**28  # numbers; the largest layer of Stable Diffusion has 2**25
 _CONVOLUTIONS = ("proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
 
 
@@ -96,7 +97,14 @@ def _module_fault(path: str, found: Found) -> str | None:
     alpha = found.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not alpha.float().isfinite().all()):
         return f"{path}: alpha must be one finite number, is of shape {list(alpha.shape)}"
-    return _magnitude_fault(path, found) if kind == "lora" else None
+    return _magnitude_fault(path, found) if kind == "lora" else _size_fault(path, _module(path, found, None))
+
+
+def _size_fault(path: str, module: Module) -> str | None:
+    if module.num_numbers > _LARGEST:
+        rows, columns = module.matrix_shape
+        return f"{path}: its tensors mean a weight of {rows} x {columns}, which no layer has: a damaged file"
+    return None
 
 
 def _kinds(found: Found) -> dict[ModuleKind, str]:

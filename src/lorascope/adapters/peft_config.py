@@ -261,7 +261,7 @@ def kronecker_factors(size: int, factor: int) -> tuple[int, int]:
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
-    most = math.isqrt(size) if factor < 0 else min(math.isqrt(size), factor)
+    most = math.isqrt(size) if factor == -1 else max(1, min(math.isqrt(size), factor))
     first = next(number for number in range(most, 0, -1) if size % number == 0)
     return first, size // first
 

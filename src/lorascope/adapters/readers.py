@@ -19,7 +19,8 @@ and ComfyUI not of the text of one release:
   `load_state_dict`, not strict)
 - diffusers 0.42: loaders/lora_pipeline.py, lora_conversion_utils.py, lora_base.py and peft.py, with
   transformers 5
-- PEFT 0.21: `PeftModel.from_pretrained` on a folder, utils/save_and_load.py
+- PEFT 0.21: `PeftModel.from_pretrained` on a folder, utils/save_and_load.py, tuners/loha/layer.py and
+  tuners/lokr/layer.py
 """
 
 import json
@@ -40,7 +41,8 @@ from lorascope.adapters.file_modules import (
     file_modules,
     num_elements,
 )
-from lorascope.base.layers import Layers, Shape, ldm_path, stable_diffusion_layers
+from lorascope.adapters.peft_config import kronecker_factors
+from lorascope.base.layers import Layers, Shape, ldm_path, stable_diffusion_layers, stable_diffusion_norms
 from lorascope.store import PEFT_RANK
 
 FORGE_LIMIT = 12  # keys without a match that Forge puts up with
@@ -52,6 +54,9 @@ SAYS = {  # what a user sees of a module that is passed over
     "PEFT": "without a word",
     "sd-scripts": "with a line in its console",
 }
+
+
+_TAKE_NORMS = ("WebUI", "ComfyUI", "Forge")
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def read_by_all(
     modules, leftover = file_modules(shapes)
     file = _File(shapes, modules, leftover, metadata, config)
     model = stable_diffusion_layers() if layers is None else layers
+    with_norms = {**model, **stable_diffusion_norms()}  # sizes do not matter: whole differences are taken
     rules = {
         "WebUI": _webui,
         "ComfyUI": _comfyui,
@@ -110,7 +116,9 @@ def read_by_all(
         "PEFT": _peft,
         "sd-scripts": _sd_scripts,
     }
-    return [_read(name, rule, file, model) for name, rule in rules.items()]
+    return [
+        _read(name, rule, file, with_norms if name in _TAKE_NORMS else model) for name, rule in rules.items()
+    ]
 
 
 class _Refusal(Exception):
@@ -186,7 +194,8 @@ def _webui(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
                 f"AssertionError: {module.name} matched a layer with unsupported "
                 f"type{_missing_index(module.name)}"
             )
-        if module.kind is None or (module.spelling and module.spelling not in (KOHYA, PEFT)):
+        is_half_norm = module.kind == "norm difference" and ".b_norm" not in module.parts
+        if module.kind is None or is_half_norm or (module.spelling and module.spelling not in (KOHYA, PEFT)):
             raise _Refusal(
                 "AssertionError: could not find a module type for the keys "
                 f"{', '.join(sorted(module.parts))} of {module.name}"
@@ -224,7 +233,8 @@ def _comfyui_names(paths: tuple[str, ...], forge: bool) -> dict[str, str]:
             ]
             names.update(dict.fromkeys([*spellings, old, f"unet.{old}"], path))
         else:
-            names.update(dict.fromkeys([f"lora_te_{_flat(rest)}", f"lora_te1_{_flat(rest)}", path], path))
+            if "norm" not in rest:  # it lists the layers that it knows by these names
+                names.update(dict.fromkeys([f"lora_te_{_flat(rest)}", f"lora_te1_{_flat(rest)}", path], path))
             if not forge:
                 names[f"text_encoders.clip_l.transformer.{rest}"] = path
     return names
@@ -575,8 +585,9 @@ def _named(names: Mapping[str, str]) -> list[tuple[str, str]]:
 def _peft(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
     if file.config is None:
         raise _Refusal("ValueError: can't find 'adapter_config.json': PEFT loads folders")
-    if file.config.get("peft_type") != "LORA":
-        raise _Refusal(f"peft_type is {str(file.config.get('peft_type'))!r}, not LORA")
+    kind = _PEFT_KINDS.get(str(file.config.get("peft_type")))
+    if kind is None:
+        raise _Refusal(f"peft_type is {str(file.config.get('peft_type'))!r}, not LORA, LOHA or LOKR")
     if not isinstance(file.config.get("rank_pattern") or {}, dict):
         raise _Refusal(
             f"AttributeError: rank_pattern is a {type(file.config['rank_pattern']).__name__}, not a table"
@@ -587,16 +598,54 @@ def _peft(file: _File, layers: Layers) -> tuple[dict[str, str], list[str]]:
         path = names.get(module.name)
         if (
             path
-            and module.spelling == PEFT
+            and (module.spelling == PEFT if kind == "LoRA" else module.kind == kind)
             and _is_target(module.name.removeprefix("base_model.model."), file.config)
         ):
             taken[module.name] = path
     ranks = {name: _stated_rank(name.removeprefix("base_model.model."), file.config) for name in taken}
-    for name, path in taken.items():
+    for name, path in list(taken.items()):
         module = file.modules[name]
-        if _rank_of(module) != ranks[name] or not module.fits(layers[path], strict=True):
+        if kind == "LoRA":
+            is_right = _rank_of(module) == ranks[name] and module.fits(layers[path], strict=True)
+        else:
+            built = _peft_parts(kind, layers[path], ranks[name], file.config)
+            is_right = all(module.parts.get(ending, shape) == shape for ending, shape in built.items())
+            if not all(ending in module.parts for ending in built):
+                del taken[name]
+        if not is_right:
             raise _Refusal(f"RuntimeError: size mismatch for {name}")
     return taken, []
+
+
+_PEFT_KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+
+
+def _peft_parts(kind: str, layer: Shape, rank: int, config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The tensors of LoHa or LoKr that PEFT builds for a layer, by the ends of their keys."""
+    outputs, inputs, *kernel = layer
+    size = num_elements(tuple(kernel))
+    has_core = bool(config.get("use_effective_conv2d")) and size > 1
+    core = (rank, rank, *kernel)
+    if kind == "LoHa":
+        left, right = (
+            ((rank, outputs), (rank, inputs)) if has_core else ((outputs, rank), (rank, inputs * size))
+        )
+        cores = {f".hada_t{number}": core for number in (1, 2) if has_core}
+        factors = {".hada_w1_a": left, ".hada_w1_b": right, ".hada_w2_a": left, ".hada_w2_b": right}
+        return {**factors, **cores}
+    factor = config.get("decompose_factor", -1)
+    (rows, more_rows), (columns, more_columns) = (
+        kronecker_factors(side, factor if isinstance(factor, int) else -1) for side in (outputs, inputs)
+    )
+    parts: dict[str, Shape] = {".lokr_w1": (rows, columns)}
+    if config.get("decompose_both") and rank < max(rows, columns) / 2:
+        parts = {".lokr_w1_a": (rows, rank), ".lokr_w1_b": (rank, columns)}
+    if rank >= max(more_rows, more_columns) / 2:
+        return {**parts, ".lokr_w2": (more_rows, more_columns, *kernel)}
+    if has_core:
+        left, right = (rank, more_rows), (rank, more_columns)
+        return {**parts, ".lokr_w2_a": left, ".lokr_w2_b": right, ".lokr_t2": core}
+    return {**parts, ".lokr_w2_a": (more_rows, rank), ".lokr_w2_b": (rank, more_columns * size)}
 
 
 def _is_target(path: str, config: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lorascope.adapters.file_modules import FileModule, num_elements
 from lorascope.adapters.foreign import foreign_kind
 from lorascope.base.family import family_of_tensors
-from lorascope.base.layers import Shape, stable_diffusion_layers
+from lorascope.base.layers import Shape, stable_diffusion_layers, stable_diffusion_norms
 
 # An update whose elements have a smaller root mean square is near zero: fp16 numbers of 0.02, the size of the
 # base's weights at their initialization (1/sqrt(3 in)), lie 1.5e-5 apart, so a merge in half precision rounds
@@ -35,11 +35,11 @@ class ModuleFacts:
     name: str  # in the file
     path: str | None  # in Stable Diffusion v1.5, if it has such a layer
     kind: str  # LoRA, LoHa, LoKr, ...
-    block: str  # attention, feed-forward, projection, convolution, time embedding, text encoder, or other
+    block: str  # attention, feed-forward, projection, convolution, time embedding, norm, text encoder, other
     rank: int | None = None
     alpha: float | None = None
     scale: float | None = None  # alpha / rank; 1 without alpha
-    norm: float | None = None  # Frobenius norm of scale * B A
+    norm: float | None = None  # Frobenius norm of the update
     rms: float | None = None  # of the elements of the update
     rank_used: int | None = None  # singular values that hold 95 % of the energy
     is_dora: bool = False
@@ -110,9 +110,9 @@ def describe(
     )
     if is_folder:
         parts = "one model" if all(module.path is None for module in modules) else parts
+    layers = {**stable_diffusion_layers(), **stable_diffusion_norms()}
     fitting = all(
-        module.path and found[module.name].fits(stable_diffusion_layers()[module.path], strict=False)
-        for module in modules
+        module.path and found[module.name].fits(layers[module.path], strict=False) for module in modules
     )
     unknown = (
         "Stable Diffusion v1 or v2, whose layers in it are alike"
@@ -140,6 +140,8 @@ def layout_of(modules: Mapping[str, FileModule], is_folder: bool) -> str:
             if module.spelling
             else "kohya"
             if module.name.startswith("lora_")
+            else "PEFT"
+            if module.name.startswith("base_model.model.")
             else "LyCORIS"
         )
         if spelled == "PEFT" and module.name.startswith(("unet.", "text_encoder.")):
@@ -169,7 +171,7 @@ def recognise_modules(modules: Mapping[str, FileModule]) -> dict[str, ModuleFact
 
 def _paths(modules: Mapping[str, FileModule]) -> dict[str, str]:
     """The layers of Stable Diffusion v1.5 that the modules are meant for, as far as any name tells."""
-    layers = stable_diffusion_layers()
+    layers = {**stable_diffusion_layers(), **stable_diffusion_norms()}
     flat = {re.sub(r"^unet_", "", path.replace(".", "_")): path for path in layers}
     paths = {}
     for name in modules:
@@ -193,6 +195,7 @@ def _block(path: str | None, name: str) -> str:
     if where.startswith("text_encoder."):
         return "text encoder"
     for block, pattern in (
+        ("norm", r"norm\d?(_out)?$"),
         ("attention", r"attn[12][._]"),
         ("feed-forward", r"[._]ff[._]net"),
         ("projection", r"proj_(in|out)$"),
