@@ -30,7 +30,7 @@ LORA, MASKED, IN_TRAINING, DORA, PUBLISHED, PISSA, LOHA, LOKR, FULL = NAMES = (
     "published",
     "pissa",
     "r4-loha",
-    "r2",
+    "r2-lokr",
     "full",
 )
 
@@ -45,14 +45,26 @@ def kinds(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kinds_whose_algebra_is_one_are_trained_in_one_pass(kinds: Path) -> None:
     facts = {name: read_json(kinds / "adapters" / name / "training.json") for name in NAMES}
     assert all(fact["failed"] is None for fact in facts.values())
-    groups = [fact["group"] for fact in facts.values()]
-    assert groups == [[LORA, MASKED, IN_TRAINING]] * 3 + [[DORA]]
+    groups = {tuple(fact["group"]) for fact in facts.values()}
+    assert groups == {
+        (LORA, MASKED, IN_TRAINING),
+        (DORA,),
+        (PUBLISHED, PISSA),
+        (LOKR, LOHA),
+        (FULL,),
+    }
+    assert facts[FULL]["parameters"] > 10 * facts[LORA]["parameters"] == 10 * facts[PISSA]["parameters"]
     assert facts[DORA]["parameters"] > facts[LORA]["parameters"] == facts[MASKED]["parameters"]
     assert [(fact["kind"], fact["min_rank"], fact["mask_when"]) for fact in facts.values()] == [
         ("lora", None, "always"),
         ("tlora", 2, "always"),
         ("tlora", 1, "training"),
         ("dora", None, "always"),
+        ("tlora", 2, "always"),
+        ("lora", None, "always"),
+        ("loha", None, "always"),
+        ("lokr", None, "always"),
+        ("full", None, "always"),
     ]
 
 
@@ -69,41 +81,45 @@ def test_an_arm_in_company_learns_what_it_learns_alone(study_file: Path, kinds: 
     for name in NAMES:
         # The loss hardly depends on the adapter: ten steps of AdamW may differ by 1e-4 of the norm.
         assert losses(tmp_path / "run", name) == pytest.approx(losses(kinds, name), rel=1e-4)
-    assert len({tuple(losses(kinds, name)) for name in NAMES}) == 4
+    assert len({tuple(losses(kinds, name)) for name in NAMES}) == len(NAMES)
 
 
 def test_files_hold_what_their_kind_allows(kinds: Path) -> None:
     adapters = [load_adapter(kinds / "adapters" / name) for name in NAMES]
-    assert [adapter.schedule for adapter in adapters] == [None, RankSchedule(4, 2), None, None]
+    schedules = {name: adapter.schedule for name, adapter in zip(NAMES, adapters, strict=True)}
+    assert {name: found for name, found in schedules.items() if found} == {
+        MASKED: RankSchedule(4, 2),
+        PUBLISHED: RankSchedule(4, 2, halves=True),
+    }
+    kinds_of = [{module.kind for module in adapter.modules.values()} for adapter in adapters]
+    assert kinds_of == [{"lora"}] * 6 + [{"loha"}, {"lokr"}, {"full"}]
     with_magnitudes = [
         any(module.dora_scale is not None for module in adapter.modules.values()) for adapter in adapters
     ]
-    assert with_magnitudes == [False, False, False, True]
+    assert with_magnitudes == [name == DORA for name in NAMES]
     files = [[path.name for path in (kinds / "adapters" / name).glob("tiny-*")] for name in NAMES]
-    assert files == [
-        ["tiny-r4.safetensors"],
-        [],
-        [f"tiny-{IN_TRAINING}.safetensors"],
-        ["tiny-r4-dora.safetensors"],
-    ]
+    assert files == [[] if name in (MASKED, PUBLISHED) else [f"tiny-{name}.safetensors"] for name in NAMES]
     assert (
         f"export   {MASKED}: no kohya file: T-LoRA: 2 to 4 components act"
         in (kinds / "lorascope.log").read_text()
     )
     merges = read_json(kinds / "merge_check.json")
-    assert list(merges) == [LORA, IN_TRAINING, DORA] and all(result["ok"] for result in merges.values())
+    assert list(merges) == [name for name in NAMES if name not in (MASKED, PUBLISHED)]
+    assert all(result["ok"] for result in merges.values())
 
 
 def test_every_kind_is_diagnosed_and_reported(kinds: Path) -> None:
     found = read_json(kinds / "diagnosis.json")["arms"]
     assert list(found) == list(NAMES)
-    assert [item["settings"]["kind"] for item in found.values()] == ["lora", "tlora", "tlora", "dora"]
-    assert (
-        found[DORA]["signals"]["file_ok"]["value"] == 1
-        and found[DORA]["signals"]["norm_ratio"]["value"] is None
-    )
+    assert [item["settings"]["kind"] for item in found.values()][-3:] == ["loha", "lokr", "full"]
+    files = {name: item["signals"]["file_ok"]["value"] for name, item in found.items()}
+    assert files == {name: None if name in (MASKED, PUBLISHED) else 1 for name in NAMES}
+    measured = {name for name, item in found.items() if item["signals"]["norm_ratio"]["value"] is not None}
+    assert measured == {LORA, MASKED, IN_TRAINING, PUBLISHED, PISSA}
     edited = {path.parent.name for path in (kinds / "sweep").glob("*/*") if "intruders" in path.name}
-    assert edited == {LORA, IN_TRAINING}
+    assert edited == {LORA, IN_TRAINING, PISSA}
+    cuts = {path.name for path in (kinds / "sweep" / FULL).iterdir() if "cut" in path.name}
+    assert cuts == {"last-s1.00-g7.5-cut-to-r2", "last-s1.00-g7.5-cut-to-r4"}
     text = (kinds / "report.md").read_text()
     assert f"{MASKED}: T-LoRA, which has no merged weights." in text
     assert "| kind |" in text and "tlora" in text and "min rank" in text

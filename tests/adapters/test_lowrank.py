@@ -10,7 +10,15 @@ from diffusers import UNet2DConditionModel
 from conftest import make_pipeline_folder
 from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.files import load_adapter, save_adapter
-from lorascope.adapters.lowrank import Checkpoint, Target, effective_rank, extract, resize, singular_values
+from lorascope.adapters.lowrank import (
+    Checkpoint,
+    Target,
+    balanced,
+    effective_rank,
+    extract,
+    resize,
+    singular_values,
+)
 from lorascope.adapters.metadata import kohya_metadata
 from lorascope.adapters.modules import LoraModule, Module
 from lorascope.base.layers import ldm_path, stable_diffusion_layers
@@ -380,3 +388,23 @@ def test_extract_from_the_command_line(
     )
     assert "no layer differs" in capsys.readouterr().err
     assert not (tmp_path / "none.safetensors").exists()
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (12, 5, 3, 3), (3, 20)])
+def test_balanced_factors_keep_a_small_update_in_half_precision(shape: tuple[int, ...]) -> None:
+    """Of large factors that nearly cancel, as those of an adapter less what it started from."""
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(4, *shape[1:], generator=generator)
+    up = torch.randn(shape[0], 4, *[1] * (len(shape) - 2), generator=generator)
+    moved = down + 1e-3 * torch.randn(down.shape, generator=generator)
+    module = LoraModule(torch.cat([moved, down]), torch.cat([up, -up], dim=1), alpha=16.0)
+    even = balanced(module)
+    assert even.rank == module.rank and even.scale == module.scale
+    assert even.down.shape == module.down.shape and even.up.shape == module.up.shape
+    norm = float(module.update().norm())
+    # fp32 sums of products of numbers a thousand times larger than the update
+    assert float((even.update() - module.update()).norm()) < 1e-3 * norm
+    halves = {name: tensor.half() for name, tensor in even.tensors().items()}
+    assert float((even.with_tensors(halves).update() - even.update()).norm()) < 2e-3 * norm
+    rough = {name: tensor.half() for name, tensor in module.tensors().items()}
+    assert float((module.with_tensors(rough).update() - module.update()).norm()) > 0.1 * norm

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from lorascope.adapters.adapter import Adapter, weight_shape
 from lorascope.adapters.modules import KIND_NAMES, FullModule, LoraModule, Module
@@ -126,6 +127,20 @@ def _module(
         up=up[..., None, None] if is_conv else up,
         alpha=scale * rank,
     )
+
+
+def balanced(module: LoraModule) -> LoraModule:
+    """The same update, rank and scale from factors that share its singular values, in float32.
+
+    Factors whose product is small though they are large would lose much of it to rounding in half precision.
+    """
+    left, small, right = _core(module)
+    u, values, v = torch.linalg.svd(small, full_matrices=False)
+    missing = module.rank - len(values)  # where the layer has fewer
+    up, down = functional.pad(left @ u, (0, missing)), functional.pad(v @ right.T, (0, 0, 0, missing))
+    shared = functional.pad(values, (0, missing))
+    new = _module(up, shared, down, module.scale, module.full_down().shape[1:])
+    return replace(new, alpha=module.alpha, dora_scale=module.dora_scale)
 
 
 def resize(adapter: Adapter, target: Target) -> Cut:

@@ -16,7 +16,9 @@ from torch.nn import functional
 
 from lorascope.adapters.adapted import AdaptedLayer, Parts, Selection, leaf_of
 from lorascope.adapters.initial import initial_factors
+from lorascope.adapters.lowrank import balanced
 from lorascope.adapters.modules import KIND_NAMES, LoraModule, Module
+from lorascope.adapters.schedule import schedule_of
 from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
 from lorascope.errors import AdapterError
@@ -158,7 +160,7 @@ class _Stacked(AdaptedLayer):
         return parts
 
     def module(self, index: int, parts: Parts) -> LoraModule:
-        """As of every layer; with anchors LoRA of twice the rank, that subtracts in its second half."""
+        """As of every layer; with anchors LoRA of twice the rank, whose second half T-LoRA subtracts."""
         arm, target = self.arms[index], self.target
         down, up, alpha = parts["down"], parts["up"], target.alpha(arm)
         if arm.is_anchored:
@@ -169,10 +171,14 @@ class _Stacked(AdaptedLayer):
         magnitudes = parts.get("magnitudes")
         if magnitudes is not None:
             magnitudes = magnitudes.view(-1, 1, *ones)
-        return LoraModule(down, up.view(*up.shape, *ones), alpha, dora_scale=magnitudes)
+        module = LoraModule(down, up.view(*up.shape, *ones), alpha, dora_scale=magnitudes)
+        # The order of components is T-LoRA's own.
+        return balanced(module) if arm.is_anchored and schedule_of(arm) is None else module
 
     def parts(self, index: int, module: Module) -> Parts:
-        """As of every layer. What is trained apart from A is in A then."""
+        """As of every layer. What is trained apart from A is in A then, and any two halves of a file will do
+        for what was trained and what is subtracted.
+        """
         arm, target = self.arms[index], self.target
         if not isinstance(module, LoraModule):
             raise self.refuse(

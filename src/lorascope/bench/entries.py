@@ -25,7 +25,7 @@ class Entry:
 
     name: str
     label: str
-    kind: Literal["reference", "peft", "kohya", "ours"]
+    kind: Literal["reference", "peft", "kohya", "torch", "ours"]
     ranks: tuple[int, ...]
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     recipe: Recipe | None = None  # of a PEFT entry
@@ -41,7 +41,9 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What tells it from all others: `P4-r16`, `O6x2-r16+r64`."""
+        """What tells it from all others: `P4-r16`, `O6x2-r16+r64`; full fine-tuning has no rank."""
+        if self.adapter == "full":
+            return self.name
         return f"{self.name}-{'+'.join(f'r{rank}' for rank in dict.fromkeys(self.ranks))}"
 
     def within(self, fast_paths: FastPaths) -> "Entry":
@@ -95,7 +97,7 @@ def threads_of(entry: Entry, conditions: Conditions) -> int:
 
 def plan_entries(base: str, device: torch.device, quick: bool) -> list[Entry]:
     """The entries of the table: peers P1 to P4, ours O1 to O7 and kinds of adapter K1 to K3 at ranks 16 and
-    64; the quick ones are at rank 16, without kinds on a CPU.
+    64, full fine-tuning K4 and K5; the quick ones are at rank 16, without kinds on a CPU.
     """
     ranks = _RANKS[:1] if quick else _RANKS
     return [
@@ -168,7 +170,13 @@ def _gpu_entries(rank: int) -> list[Entry]:
 
 
 def _kinds(lora: Entry, recipe: Recipe) -> list[Entry]:
-    """Other kinds of adapter under the conditions of `lora`, and PEFT's DoRA."""
+    """Other kinds of adapter under the conditions of `lora`, PEFT's DoRA, and once full fine-tuning, ours and
+    a plain loop's.
+    """
+    full = replace(lora, name="K4", label="full fine-tuning, ours", adapter="full")
+    plain = replace(
+        full, name="K5", label="full fine-tuning, plain torch", kind="torch", best_attention=False
+    )
     return [
         replace(lora, name="K1", label="T-LoRA, ours", adapter="tlora"),
         replace(lora, name="K2", label="DoRA, ours", adapter="dora"),
@@ -182,6 +190,7 @@ def _kinds(lora: Entry, recipe: Recipe) -> list[Entry]:
             lora.tolerance,
             adapter="dora",
         ),
+        *([full, replace(plain, cuda_graph=False)] if lora.ranks == _RANKS[:1] else []),
     ]
 
 

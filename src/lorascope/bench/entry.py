@@ -16,7 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorascope.adapters.bank import AdapterBank
-from lorascope.adapters.targets import resolve_targets
+from lorascope.adapters.differences import DifferenceLayer
+from lorascope.adapters.targets import resolve_section
 from lorascope.arms import Arm
 from lorascope.base.attention import set_kernels
 from lorascope.base.configs import read_configs
@@ -24,7 +25,7 @@ from lorascope.base.loading import DTYPES, Base, load_base
 from lorascope.base.random_base import build_random_base
 from lorascope.base.weights import save_tensors
 from lorascope.bench.entries import NUM_PICTURES, Conditions, Entry, threads_of
-from lorascope.bench.peers import KohyaStep, PeftStep, ReferenceStep, Step, Workload, gradient_norm
+from lorascope.bench.peers import FullStep, KohyaStep, PeftStep, ReferenceStep, Step, Workload, gradient_norm
 from lorascope.data.encoding import Encoded
 from lorascope.data.pictures import decode_picture
 from lorascope.data.sources import open_source
@@ -32,7 +33,7 @@ from lorascope.errors import first_line
 from lorascope.machine.arithmetic import full_fp32
 from lorascope.machine.memory import is_out_of_memory, peak_memory
 from lorascope.machine.speed import matmul_flops, timed
-from lorascope.sections import REFERENCE_TARGETS, BaseSection, DataSection, TrainSection
+from lorascope.sections import AdapterSection, BaseSection, DataSection, TrainSection
 from lorascope.training.timing import build_workload
 from lorascope.training.trainer import Trainer
 from lorascope.training.tuning import Tuning, tune
@@ -49,7 +50,7 @@ class Trajectory(NamedTuple):
     losses: np.ndarray  # [steps, N]
     norms: np.ndarray  # [steps, N]: gradients before clipping
     # `<layer>.down` [N, r, in], `<layer>.up` [N, out, r] and of DoRA `<layer>.magnitude` [N, out] afterwards,
-    # fp32
+    # of full fine-tuning `<layer>.weight` and `<layer>.bias` [1, ...]; fp32
     weights: dict[str, torch.Tensor]
 
 
@@ -154,7 +155,7 @@ def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
         )
         for index, rank in enumerate(entry.ranks)
     ]
-    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms)
+    bank = AdapterBank(base.components, resolve_section(base.components, AdapterSection(), arms), arms)
     match entry.kind:
         case "ours":
             return _Ours(base, bank, workload, section)
@@ -165,6 +166,8 @@ def build_runner(entry: Entry, conditions: Conditions, folder: Path) -> Runner:
         case "peft":
             assert entry.recipe is not None
             return _Peer(base, workload, section, PeftStep(base, bank, section, entry.recipe))
+        case "torch":
+            return _Peer(base, workload, section, FullStep(base, bank, section))
 
 
 def tune_all(entries: Sequence[Entry], conditions: Conditions, folder: Path) -> None:
@@ -211,8 +214,8 @@ class _Peer:
     def weights(self) -> dict[str, torch.Tensor]:
         parts = {
             f"{name}.{part}": weight
-            for name, pair in self.step.weights.items()
-            for part, weight in zip(_PARTS, pair, strict=False)
+            for name, own in self.step.weights.items()
+            for part, weight in own.items()
         }
         return {name: weight.detach().float().cpu().clone()[None] for name, weight in parts.items()}
 
@@ -241,13 +244,17 @@ class _Ours:
     def weights(self) -> dict[str, torch.Tensor]:
         parts: dict[str, torch.Tensor] = {}
         for name, layer in self.bank.layers.items():
+            if isinstance(layer, DifferenceLayer):
+                plain = layer.layer
+                parts |= {
+                    f"{name}.{part}": (getattr(plain, part).float() + leaf)[None]
+                    for part, leaf in layer.leaves[0].items()
+                }
+                continue
             parts |= {f"{name}.down": layer.down, f"{name}.up": layer.up}
             if layer.magnitudes is not None:
                 parts[f"{name}.magnitude"] = layer.magnitudes.values
         return {name: weight.detach().cpu().clone() for name, weight in parts.items()}
-
-
-_PARTS = ("down", "up", "magnitude")  # the last of DoRA
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -86,11 +86,11 @@ class Workload:
 
 
 class Step(Protocol):
-    """One adapter under training: `weights` are its A, B and, of DoRA, magnitudes by the name of their
-    layer.
+    """One adapter under training: `weights` are by the name of their layer its `down`, `up` and, of DoRA,
+    `magnitude`, or of full fine-tuning the layer's `weight` and `bias`.
     """
 
-    weights: dict[str, tuple[nn.Parameter, ...]]
+    weights: dict[str, dict[str, nn.Parameter]]
     norm: torch.Tensor | None  # of the last step's gradient before clipping; None where nothing is clipped
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -103,7 +103,10 @@ def gradient_norm(step: Step) -> float:
     if step.norm is not None:
         return float(step.norm)
     gradients = [
-        weight.grad.float() for pair in step.weights.values() for weight in pair if weight.grad is not None
+        weight.grad.float()
+        for own in step.weights.values()
+        for weight in own.values()
+        if weight.grad is not None
     ]
     return float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt())
 
@@ -152,19 +155,24 @@ class ReferenceStep:
     def __init__(self, base: Base, bank: AdapterBank, section: TrainSection) -> None:
         self.base, self.section = base, section
         base.unet.set_attn_processor(AttnProcessor())
-        self.weights: dict[str, tuple[nn.Parameter, ...]] = {}
         self.norm: torch.Tensor | None = None
         self.modules: list[PlainLinear] = []
         self.schedule = schedule_of(bank.arms[0], training=True)
-        kind = PlainDora if bank.arms[0].kind == "dora" else PlainLinear
+        is_full = bank.arms[0].kind == "full"
+        self.weights = own_weights(base, bank) if is_full else self._adapt(bank)
+        self.parameters = [weight for own in self.weights.values() for weight in own.values()]
+        self.optimizer = build_adamw(self.parameters, bank.arms[0].lr, section, foreach=False)
+
+    def _adapt(self, bank: AdapterBank) -> dict[str, dict[str, nn.Parameter]]:
+        """Put plain adapted layers in place; their weights."""
+        kind, weights = PlainDora if bank.arms[0].kind == "dora" else PlainLinear, {}
         for target, down, up, scale in initial_weights(bank):
-            layer: Any = base.unet.get_submodule(target.path)
+            layer: Any = self.base.unet.get_submodule(target.path)
             module = kind(layer, down, up, scale)
-            base.unet.set_submodule(target.path, module)
+            self.base.unet.set_submodule(target.path, module)
             self.modules.append(module)
-            self.weights[target.name] = tuple(module.parameters(recurse=False))
-        parameters = [weight for pair in self.weights.values() for weight in pair]
-        self.optimizer = build_adamw(parameters, bank.arms[0].lr, section, foreach=False)
+            weights[target.name] = dict(module.named_parameters(recurse=False))
+        return weights
 
     def step(self, batch: Batch) -> torch.Tensor:
         """As `Step.step`."""
@@ -187,11 +195,52 @@ class ReferenceStep:
         loss = (base.unet(noisy, batch.timesteps, batch.text).sample - target).square().mean()
         loss.backward()
         if self.section.max_grad_norm:
-            self.norm = nn.utils.clip_grad_norm_(
-                [weight for pair in self.weights.values() for weight in pair], self.section.max_grad_norm
-            )
+            self.norm = nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm)
         self.optimizer.step()
         return loss.detach()
+
+
+class FullStep:
+    """Full fine-tuning as a careful user of torch would write it: cached latents and text states, AdamW
+    fused, the weights in fp32 and in half precision autocast around the U-Net.
+    """
+
+    def __init__(self, base: Base, bank: AdapterBank, section: TrainSection) -> None:
+        self.base, self.section, self.dtype = base, section, base.unet.dtype
+        base.unet.float()
+        base.unet.set_attn_processor(diffusers_attention(base))
+        self.norm: torch.Tensor | None = None
+        self.weights = own_weights(base, bank)
+        self.parameters = [weight for own in self.weights.values() for weight in own.values()]
+        self.optimizer = build_adamw(self.parameters, bank.arms[0].lr, section, fused=True)
+        self.scheduler = DDPMScheduler.from_config(base.scheduler_config)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """As `Step.step`."""
+        base, is_half = self.base, self.dtype != torch.float32
+        self.optimizer.zero_grad()
+        latents = batch.mean + batch.std * batch.posterior_noise
+        noisy = self.scheduler.add_noise(latents, batch.noise, batch.timesteps)
+        target = batch.noise
+        if base.prediction_type != "epsilon":
+            target = self.scheduler.get_velocity(latents, batch.noise, batch.timesteps)
+        with torch.autocast(base.device.type, self.dtype, enabled=is_half):
+            prediction = base.unet(noisy, batch.timesteps, batch.text).sample
+        loss = functional.mse_loss(prediction.float(), target)
+        loss.backward()
+        if self.section.max_grad_norm:
+            self.norm = nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def own_weights(base: Base, bank: AdapterBank) -> dict[str, dict[str, nn.Parameter]]:
+    """The U-Net's own weights, made trainable, by the names of the bank's layers."""
+    base.unet.requires_grad_()
+    return {
+        target.name: dict(base.unet.get_submodule(target.path).named_parameters(recurse=False))
+        for target in bank.targets
+    }
 
 
 def initial_weights(bank: AdapterBank) -> Iterator[tuple[Target, torch.Tensor, torch.Tensor, float]]:
@@ -263,7 +312,7 @@ class PeftStep:
                 use_dora=arm.kind == "dora",
             )
         )
-        self.weights: dict[str, tuple[nn.Parameter, ...]] = {}
+        self.weights: dict[str, dict[str, nn.Parameter]] = {}
         self.norm: torch.Tensor | None = None
         for target, down, up, _ in initial_weights(bank):
             layer: Any = unet.get_submodule(target.path)
@@ -271,12 +320,12 @@ class PeftStep:
             for module, value in zip(pair, (down, up), strict=True):
                 module.to(torch.float32 if recipe.fp32_adapters else dtype)
                 module.weight.data.copy_(value)
-            self.weights[target.name] = (pair[0].weight, pair[1].weight)
+            self.weights[target.name] = {"down": pair[0].weight, "up": pair[1].weight}
             if arm.kind == "dora":
                 magnitude = layer.lora_magnitude_vector["default"]
                 magnitude.to(torch.float32 if recipe.fp32_adapters else dtype)
-                self.weights[target.name] += (magnitude.weight,)
-        self.parameters = [weight for pair in self.weights.values() for weight in pair]
+                self.weights[target.name]["magnitude"] = magnitude.weight
+        self.parameters = [weight for own in self.weights.values() for weight in own.values()]
         how = {"fused": True} if recipe.fused else {}
         self.optimizer = build_adamw(self.parameters, arm.lr, section, **how)
         self.scheduler = DDPMScheduler.from_config(base.scheduler_config)
@@ -364,14 +413,14 @@ class KohyaStep:
         network.apply_to([], self.unet, apply_text_encoder=False)
         network.to(base.device)
         network.prepare_grad_etc(None, self.unet)
-        self.weights: dict[str, tuple[nn.Parameter, ...]] = {}
+        self.weights: dict[str, dict[str, nn.Parameter]] = {}
         self.norm: torch.Tensor | None = None
         for target, down, up, _ in initial_weights(bank):
             module = owners[target.path]
             module.lora_down.weight.data.copy_(down)
             module.lora_up.weight.data.copy_(up)
-            self.weights[target.name] = (module.lora_down.weight, module.lora_up.weight)
-        self.parameters = [weight for pair in self.weights.values() for weight in pair]
+            self.weights[target.name] = {"down": module.lora_down.weight, "up": module.lora_up.weight}
+        self.parameters = [weight for own in self.weights.values() for weight in own.values()]
         self.optimizer = build_adamw(self.parameters, arm.lr, section)
         self.scheduler = DDPMScheduler.from_config(base.scheduler_config)
         self.network = network.train()
