@@ -121,7 +121,7 @@ def test_every_kind_is_diagnosed_and_reported(kinds: Path) -> None:
     cuts = {path.name for path in (kinds / "sweep" / FULL).iterdir() if "cut" in path.name}
     assert cuts == {"last-s1.00-g7.5-cut-to-r2", "last-s1.00-g7.5-cut-to-r4"}
     text = (kinds / "report.md").read_text()
-    assert f"{MASKED}: T-LoRA, which has no merged weights." in text
+    assert f"{MASKED}, {PUBLISHED}: T-LoRA, which has no merged weights." in text
     assert "| kind |" in text and "tlora" in text and "min rank" in text
 
 

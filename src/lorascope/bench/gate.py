@@ -64,15 +64,20 @@ def verdict(errors: Mapping[str, float], tolerance: str) -> str | None:
     return f"not the reference's steps: {', '.join(bad)}" if bad else None
 
 
+def work_of(rank: int, kind: Kind) -> str:
+    """What an adapter's step is counted as: `full`, or its rank, such as `r16`."""
+    return "full" if kind == "full" else f"r{rank}"
+
+
 @dataclass
 class References:
-    """The reference's first steps by (rank, clipping, kind of adapter), FLOPs of a step of LoRA by rank, and
-    the device's FLOP/s by dtype.
+    """The reference's first steps by (rank, clipping, kind of adapter), FLOPs of a step of an adapter by its
+    rank and of full fine-tuning, and the device's FLOP/s by dtype.
     """
 
     steps: dict[tuple[int, float, Kind], Trajectory] = field(default_factory=dict)
     start: dict[tuple[int, Kind], dict[str, torch.Tensor]] = field(default_factory=dict)
-    flops: dict[int, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)  # as `work_of` names them
     limit: dict[str, float] = field(default_factory=dict)
 
     def run(self, entries: Iterable[Entry], conditions: Conditions, folder: Path) -> None:
@@ -81,7 +86,10 @@ class References:
             (rank, entry.max_grad_norm, entry.adapter) for entry in entries for rank in entry.ranks
         )
         plain = Entry("R", "plain reference", "reference", ())
-        for rank, norm, kind in wanted:  # one after another: each holds the base in fp32
+        # LoRA's first: its FLOPs are told of other kinds of its rank too
+        for rank, norm, kind in sorted(
+            wanted, key=lambda item: item[2] != "lora"
+        ):  # one after another: each holds the base in fp32
             reference = replace(plain, ranks=(rank,), max_grad_norm=norm, adapter=kind)
             lane = Lane(reference, conditions, folder)
             with closing(lane):
@@ -91,8 +99,8 @@ class References:
                 if (rank, kind) not in self.start:
                     self.start[rank, kind] = lane.trajectory(0).weights
                 self.steps[rank, norm, kind] = lane.trajectory(NUM_GATE_STEPS)
-                if rank not in self.flops and kind == "lora":
-                    self.flops[rank] = lane.ask("flops")
+                if work_of(rank, kind) not in self.flops:
+                    self.flops[work_of(rank, kind)] = lane.ask("flops")
 
     def check(self, entry: Entry, seen: Trajectory) -> dict[str, float]:
         """The entry's errors."""

@@ -14,7 +14,7 @@ import torch
 
 from lorascope.bench.entries import Conditions, Entry
 from lorascope.bench.entry import Lane, LaneError, Trajectory
-from lorascope.bench.gate import NUM_GATE_STEPS, References, verdict
+from lorascope.bench.gate import NUM_GATE_STEPS, References, verdict, work_of
 from lorascope.console import log
 from lorascope.machine.facts import now
 from lorascope.machine.memory import free_bytes
@@ -67,7 +67,7 @@ def measure_all(
             if len(runs) > 1:
                 groups += [[run.entry] for run in runs if run.crowded]
             for run in _race(passed, protocol, result):
-                flops = sum(references.flops[rank] for rank in run.entry.ranks)
+                flops = sum(references.flops[work_of(rank, run.entry.adapter)] for rank in run.entry.ranks)
                 result["entries"][run.entry.key] |= _figures(run, conditions, result["limit"], flops)
         save()
 

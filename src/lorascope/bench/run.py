@@ -104,7 +104,7 @@ def _measure(
     references = References()
     references.run(runnable, conditions, folder)
     result.setdefault("limit", references.limit)
-    result["flops"] |= {f"r{rank}": flops for rank, flops in references.flops.items()}
+    result["flops"] |= references.flops
     measure_all(runnable, conditions, protocol, folder, references, result, lambda: _write(result, out))
 
 

@@ -49,7 +49,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 def _order(key: str) -> tuple[int, bool, str]:
     name, _, ranks = key.partition("-")
-    rank = int(re.findall(r"\d+", ranks)[0]) if "+" not in ranks else 10**6
+    found = re.findall(r"\d+", ranks)  # none of full fine-tuning
+    rank = int(found[0]) if len(found) == 1 else 10**6
     return rank, name.startswith("O"), name
 
 
