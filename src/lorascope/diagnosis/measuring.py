@@ -1,6 +1,6 @@
 """Every signal of a finished training: what its sweep, losses, weights, pictures and files say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from lorascope.diagnosis.read_back import read_back
 from lorascope.diagnosis.signals import (
     ArmSignals,
     Fronts,
+    Signal,
     copying_signals,
     file_signals,
     find_picture_faults,
+    likeness_signal,
     loss_signals,
+    make_signal,
     picture_signals,
     sweep_signals,
     training_signals,
@@ -32,6 +35,7 @@ from lorascope.diagnosis.signals import (
 )
 from lorascope.diagnosis.weights import measure_adapters
 from lorascope.evaluation.front import FrontPoint
+from lorascope.evaluation.scoring import likeness
 from lorascope.evaluation.sweep_rows import Point, Sweep, SweepRow
 from lorascope.store import read_regular
 
@@ -42,11 +46,12 @@ def measure_arms(
     fronts: Fronts,
     chosen: Mapping[str, FrontPoint],
     compared: Mapping[str, Comparison],
+    alike: Mapping[str, Signal],
 ) -> list[ArmSignals]:
     """The signals of every arm of the study; of an arm whose training failed, that it did.
 
-    `fronts` are those of the sweep, `chosen` the points to use the arms at, `compared` what `compare_arms`
-    gives.
+    `fronts` are those of the sweep, `chosen` the points to use the arms at, `compared` and `alike` what
+    `compare_arms` and `measure_likeness` give.
 
     Raises as reading the run folder does.
     """
@@ -77,6 +82,7 @@ def measure_arms(
                 merges.get(name), *(read_back(run, config, arm, adapter) if adapter else (None, None))
             )
             fields |= copying_signals(compared[name].training, compared[name].heldout)
+            fields |= {"likeness": alike[name]}
             is_finite = True if drawn else None
             fields |= picture_signals(find_picture_faults(drawn), base_faults, is_finite)
         found.append(replace(signals, **fields))
@@ -136,6 +142,24 @@ def compare_arms(finished: Finished, sweep: Sweep) -> dict[str, Comparison]:
             [_pixels(finished.run.path / row.image) for row in at_full_strength(sweep, arm.name)], *kinds
         )
         for arm in finished.arms
+    }
+
+
+def measure_likeness(finished: Finished, sweep: Sweep, encoder: Any) -> dict[str, Signal]:
+    """How like every trained arm's drawings at full strength are to the training pictures, by `encoder`, a
+    `features.ClipEncoder`.
+    """
+    encoder = encoder.cached(finished.run.features_safetensors)
+    pictures = encoder.encode_images(list(finished.train_pictures))
+
+    def measure(rows: Sequence[SweepRow]) -> NDArray[np.float64]:
+        return likeness(encoder.encode_images([finished.run.path / row.image for row in rows]), pictures)
+
+    of_base = measure(sweep.of(sweep.points[0]))
+    rows = {arm.name: at_full_strength(sweep, arm.name) for arm in finished.arms}
+    return {
+        name: likeness_signal(measure(own), of_base) if own else make_signal("likeness", None)
+        for name, own in rows.items()
     }
 
 

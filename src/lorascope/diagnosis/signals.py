@@ -82,6 +82,7 @@ _NAMES = {
     "intruder_share": ("intruder directions among the leading ones", "share"),
     "norm_ratio": ("size of the update over the weights', median of layers", "ratio"),
     "copying_excess": ("copies of training pictures beyond those of held-out ones", "share of drawings"),
+    "likeness": ("likeness of drawings to the training pictures", "cosine"),
     "black": ("black pictures", "share of drawings"),
     "constant": ("pictures of one colour", "share of drawings"),
     "saturated": ("saturated pictures", "share of drawings"),
@@ -164,6 +165,7 @@ class ArmSignals:
     intruder_share: Signal = field(default=make_signal("intruder_share", None))
     norm_ratio: Signal = field(default=make_signal("norm_ratio", None))
     copying_excess: Signal = field(default=make_signal("copying_excess", None))
+    likeness: Signal = field(default=make_signal("likeness", None))
     black: Signal = field(default=make_signal("black", None))
     constant: Signal = field(default=make_signal("constant", None))
     saturated: Signal = field(default=make_signal("saturated", None))
@@ -400,6 +402,11 @@ def copying_signals(training: Copying | None, heldout: Copying | None) -> dict[s
         return {}
     copied, chance = ((found.ratios < COPY_THRESHOLD).astype(np.float64) for found in (training, heldout))
     return {"copying_excess": replace(_of_mean("copying_excess", copied - chance), control=heldout.share)}
+
+
+def likeness_signal(drawn: NDArray[np.float64], of_base: NDArray[np.float64]) -> Signal:
+    """How like an arm's drawings are to the training pictures, beside the base's, [n] each."""
+    return replace(_of_mean("likeness", drawn), control=float(of_base.mean()))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from lorascope.console import track
 from lorascope.diagnosis.causes import DEFAULT_THRESHOLDS, Diagnosis, decide_all
 from lorascope.diagnosis.finished import Finished
-from lorascope.diagnosis.measuring import at_full_strength, compare_arms, measure_arms
+from lorascope.diagnosis.measuring import at_full_strength, compare_arms, measure_arms, measure_likeness
 from lorascope.diagnosis.nearest import keep_nearest
 from lorascope.diagnosis.record import Keep, write_diagnosis
 from lorascope.diagnosis.signals import trace_fronts
@@ -35,7 +35,8 @@ def diagnose(
     choice = choose_point(fronts.own, price, settings, resamples)
     chosen = choose_by_arm(fronts.own, choice, price, settings, resamples)
     compared = compare_arms(finished, sweep)
-    found = decide_all(measure_arms(finished, sweep, fronts, chosen, compared), thresholds)
+    alike = measure_likeness(finished, sweep, encoder)
+    found = decide_all(measure_arms(finished, sweep, fronts, chosen, compared, alike), thresholds)
     drawings = {arm: at_full_strength(sweep, arm) for arm in compared}
     keep_nearest(finished.run, drawings, compared, finished.train_pictures, finished.heldout_pictures)
     write_diagnosis(finished.run, found, _keep(choice), thresholds, versions)

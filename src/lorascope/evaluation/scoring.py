@@ -73,6 +73,20 @@ def clip_score(image_features: ArrayLike, text_features: ArrayLike) -> NDArray[n
     return np.asarray(100.0 * np.clip(cosine, -1.0, 1.0))
 
 
+def likeness(image_features: ArrayLike, pictures: ArrayLike) -> NDArray[np.float64]:
+    """The mean cosine of each drawing [n, d] with all pictures [m, d]: float64 [n] in [-1, 1].
+
+    That is the image similarity of studies on single subjects (DreamBooth's CLIP-I).
+    """
+    images, others = np.asarray(image_features, np.float64), np.asarray(pictures, np.float64)
+    if images.ndim != 2 or others.ndim != 2 or images.shape[1] != others.shape[1] or not len(others):
+        raise ValueError(
+            f"features must be [n, d] and [m, d] with m of at least 1, got {images.shape} and {others.shape}"
+        )
+    images, others = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (images, others))
+    return np.asarray(np.clip(images @ others.mean(axis=0), -1.0, 1.0))
+
+
 def derange(prompts: Sequence[tuple[str, str]]) -> list[int] | None:
     """For each (category, prompt) the position of a different prompt: half the category's list further on.
 
