@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.faults.arms import FILE_ARM, FILE_DONOR, FULL_SEEDS, QUICK_SEEDS, Planned, plan_studies
 from benchmarks.faults.files import FILE_FAULTS, check_file_fault, write_findings
 from benchmarks.faults.learn import (
+    Labelled,
     collect,
     collect_files,
     confusion,
@@ -148,12 +149,17 @@ def evaluate(out: Path, studies: Sequence[Planned], quick: bool) -> Result:
     learning, judging = split_seeds(seeds)
     arms = collect(out, studies)
     files = collect_files(out, seeds)
-    cuts = learn_thresholds(arm for arm in arms if arm.seed in learning)
-    held_back = [arm for arm in arms if arm.seed in judging]
+    lora = [arm for arm in arms if arm.adapter == "lora"]
+    cuts = learn_thresholds(arm for arm in lora if arm.seed in learning)
+    held_back = [arm for arm in lora if arm.seed in judging]
     own, package = (
         confusion([*judge(held_back, thresholds), *judge_files(files, held_back, thresholds)])
         for thresholds in (learnt(cuts), Thresholds())
     )
+    others: dict[str, list[Labelled]] = {}
+    for arm in arms:
+        if arm.adapter != "lora":
+            others.setdefault(arm.adapter, []).append(arm)
     device = device_facts(choose_device("auto"))
     return Result(
         quick=quick,
@@ -163,6 +169,7 @@ def evaluate(out: Path, studies: Sequence[Planned], quick: bool) -> Result:
         cuts=cuts,
         matrix=own,
         default_matrix=package,
+        other_matrices={kind: confusion(judge(own, learnt(cuts))) for kind, own in others.items()},
         files=files,
     )
 

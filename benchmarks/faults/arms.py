@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorascope.arms import Arm
+from lorascope.arms import Kind as AdapterKind
 from lorascope.diagnosis.words import Cause
 from lorascope.schema import StudyConfig
 
-Kind = Literal["main", "few", "scrambled"]
-KINDS: tuple[Kind, ...] = ("main", "few", "scrambled")
+Kind = Literal["main", "few", "scrambled", "other", "other-few"]
+KINDS: tuple[Kind, ...] = ("main", "few", "scrambled", "other", "other-few")
+_OF_FEW: tuple[Kind, ...] = ("few", "other-few")
 _RESOLUTION_PX = 64
 # With it the second step is beyond float32: the update is that of the first step to the power of two.
 _BEYOND_NUMBERS = 1e15
@@ -37,12 +39,14 @@ class Fault:
     epochs: int | None = None
     batch_size: int | None = None
     quick: bool = False
+    adapter: AdapterKind = "lora"
 
     def grid(self, seed: int) -> dict[str, Any]:
         """The fault as a table of `[[arms]]`."""
         optional = {"epochs": self.epochs, "batch_size": self.batch_size}
         return {
             "name": self.name,
+            "kind": self.adapter,
             "rank": self.rank,
             "alpha_per_rank": self.alpha_per_rank,
             "lr": self.lr,
@@ -76,6 +80,21 @@ FAULTS = (
     Fault("drift-r16-lr2e-4", "unconditional_drift", "scrambled", 16, 2e-4),
     Fault("drift-r16-lr5e-4", "unconditional_drift", "scrambled", 16, 5e-4, quick=True),
     Fault("drift-r64-lr2e-4", "unconditional_drift", "scrambled", 64, 2e-4),
+    # The same of other kinds of adapter, whose thresholds are those of LoRA: they are judged, never learnt.
+    *(
+        Fault(f"{word}-{adapter}-lr{lr:g}", label, "other", 16, lr, adapter=adapter)
+        for adapter in ("tlora", "dora")
+        for word, label, lr in (
+            ("healthy", "healthy", 2e-5),
+            ("strong", "too_strong", 3e-4),
+            ("diverged", "diverged", 5e-3),
+            ("little", "not_learned", 1e-6),
+        )
+    ),
+    *(
+        Fault(f"overfit-{adapter}", "overfit", "other-few", 16, 5e-4, adapter=adapter)
+        for adapter in ("tlora", "dora")
+    ),
 )
 BY_NAME = {fault.name: fault for fault in FAULTS}
 # Faults are planted into the files of the first of these arms, and the second gives the weights that are
@@ -167,7 +186,7 @@ def _of_seed(seed: int, quick: bool) -> Iterator[Planned]:
 
 def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size: Size) -> StudyConfig:
     """A study of these faults. Its pictures are drawn with the training seed too: no two seeds share them."""
-    few = kind == "few"
+    few = kind in _OF_FEW
     return StudyConfig.model_validate(
         {
             "name": name,

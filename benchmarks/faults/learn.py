@@ -15,6 +15,7 @@ from typing import Literal
 from benchmarks.faults.arms import BY_NAME, FILE_ARM, Planned
 from benchmarks.faults.files import FileFinding, read_findings
 
+from lorascope.arms import Kind as AdapterKind
 from lorascope.diagnosis.causes import Diagnosis, decide_all
 from lorascope.diagnosis.record import read_diagnosis
 from lorascope.diagnosis.signals import ArmSignals
@@ -43,6 +44,11 @@ class Labelled:
     def name(self) -> str:
         """The arm's name."""
         return self.signals.arm.name
+
+    @property
+    def adapter(self) -> AdapterKind:
+        """The kind of its adapter."""
+        return self.signals.arm.kind
 
 
 def collect(out: Path, studies: Iterable[Planned]) -> list[Labelled]:

@@ -1,7 +1,7 @@
 """The result of planted faults as Markdown and as JSON."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.faults.files import FileFinding
@@ -9,6 +9,7 @@ from benchmarks.faults.learn import COLUMNS, Cut, Judged, Matrix
 
 from lorascope.diagnosis.thresholds import Thresholds
 
+_KINDS = {"tlora": "T-LoRA", "dora": "DoRA"}
 _MOST_SHOWN = 40  # of the arms that were called something else
 
 
@@ -17,7 +18,8 @@ class Result:
     """All that a run of the benchmark found.
 
     `matrix` is of arms that nothing was learnt from, by what was learnt; `default_matrix` the same arms by
-    the thresholds of the package.
+    the thresholds of the package. `other_matrices` are of arms of other kinds of adapter, of all seeds, by
+    what was learnt from LoRA.
     """
 
     quick: bool
@@ -28,6 +30,7 @@ class Result:
     matrix: Matrix
     default_matrix: Matrix
     files: Sequence[FileFinding]
+    other_matrices: Mapping[str, Matrix] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The whole as JSON has it."""
@@ -54,6 +57,16 @@ def as_markdown(result: Result) -> str:
         "",
         *_matrix(result.default_matrix),
         "",
+        *(
+            line
+            for kind, matrix in result.other_matrices.items()
+            for line in (
+                f"## {_KINDS[kind]} arms, by the thresholds learnt from LoRA",
+                "",
+                *_matrix(matrix),
+                "",
+            )
+        ),
         "## Thresholds",
         "",
         *_thresholds(result.cuts),

@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, get_peft_model
-from peft.tuners.lokr.layer import factorization
 
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.mixed import MixedBank, open_bank
 from lorascope.adapters.targets import (
     Target,
     count_parameters,
-    near_square_factors,
     resolve_section,
     resolve_targets,
 )
@@ -232,8 +230,3 @@ def test_a_module_of_another_kind_is_refused(base: Base) -> None:
     scaled = LOHA.model_copy(update={"alpha": 4.0})
     with pytest.raises(AdapterError, match=r"has scale 1, the arm 2: it belongs to another arm"):
         loha.load(0, AdapterBank(base.components, loha.targets, [scaled]).adapter(0))
-
-
-@pytest.mark.parametrize("number", [1, 2, 7, 36, 64, 77, 320, 768, 1280, 10240])
-def test_a_dimension_is_split_as_in_lycoris(number: int) -> None:
-    assert near_square_factors(number) == factorization(number)

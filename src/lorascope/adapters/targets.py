@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lorascope.adapters.peft_config import kronecker_factors
 from lorascope.arms import Arm, alpha_in_files
 from lorascope.errors import AdapterError
 from lorascope.sections import AdapterSection, TargetGroup
@@ -78,8 +79,8 @@ class Target:
 
     def _kronecker_parts(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Of LoKr: w1 whole, and w2 too where two factors of this rank would be no smaller, as LyCORIS."""
-        (rows, more_rows), (columns, more_columns) = map(
-            near_square_factors, (self.out_features, self.down_shape[0])
+        (rows, more_rows), (columns, more_columns) = (
+            kronecker_factors(size, -1) for size in (self.out_features, self.down_shape[0])
         )
         kernel = self.down_shape[1:]
         first = {"w1": (rows, columns)}
@@ -215,12 +216,6 @@ def _all_layers(unet: nn.Module) -> Iterator[Target]:
             yield Target(
                 "unet", path, (), len(layer.weight), has_bias=layer.bias is not None, is_for_full=True
             )
-
-
-def near_square_factors(number: int) -> tuple[int, int]:
-    """Two factors of a number whose sum is least, the smaller first."""
-    smaller = next(factor for factor in range(math.isqrt(number), 0, -1) if number % factor == 0)
-    return smaller, number // smaller
 
 
 def count_parameters(targets: Sequence[Target], arm: Arm) -> int:

@@ -170,7 +170,8 @@ def tell_interventions(signals: ArmSignals) -> Iterator[str]:
         )
         if style.value is not None:
             said += f"; style {style.value:.2f}{_reach(style)}, uncut {style.control or 0.0:.2f}"
-        yield f"Cut to the study's lowest rank: {said}."
+        without = ", its norms and biases left out" if signals.arm.kind == "full" else ""
+        yield f"Cut to the study's lowest rank{without}: {said}."
 
 
 def tell_lower_rank(signals: ArmSignals, max_prompt_loss: float) -> str | None:
@@ -180,7 +181,12 @@ def tell_lower_rank(signals: ArmSignals, max_prompt_loss: float) -> str | None:
     kept, style = signals.cut_retention, signals.cut_style
     if kept.low is None or kept.control is None or style.low is None or style.high is None:
         return None
-    if kept.low < kept.control - max_prompt_loss or style.high < (style.control or 0.0) or style.low <= 0:
+    if (
+        signals.arm.kind == "full"
+        or kept.low < kept.control - max_prompt_loss
+        or style.high < (style.control or 0.0)
+        or style.low <= 0
+    ):
         return None
     return (
         "A lower rank may do: cut to the study's lowest, the adapter keeps as much of the prompts, and no "

@@ -121,8 +121,8 @@ def measure_all_losses(
 
 
 def measure_weights(finished: Finished, tally: Tally | None = None) -> dict[Place, list[LayerFigures]]:
-    """The update of every adapter by layer, of kinds whose update is a product of two factors."""
-    measured = {arm.name for arm in finished.arms if arm.has_factors}
+    """The update of every adapter by layer, but of DoRA, whose magnitudes are no update added to a weight."""
+    measured = {arm.name for arm in finished.arms if arm.kind != "dora"}
     by_name = {_name(place): place for place in finished.places if place[0] in measured}
     adapters = {name: finished.adapters[place] for name, place in by_name.items()}
     figures = measure_adapters(finished.base.components, adapters, tally=tally)
