@@ -1,10 +1,12 @@
 """Studies of several kinds of adapter: trained, resumed, exported, read back, drawn and diagnosed."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
+from benchmarks.memorization import main as memorization
 
 from conftest import digests, make_study, run_unreported
 from forked import run_forked
@@ -38,7 +40,7 @@ LORA, MASKED, IN_TRAINING, DORA, PUBLISHED, PISSA, LOHA, LOKR, FULL = NAMES = (
 @pytest.fixture(scope="module")
 def kinds(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("kinds") / "run"
-    make_study(study_file, run, ARMS).run()
+    make_study(study_file, run, ARMS, "sample.prompts=captions", "sample.num_prompts=3").run()
     return run
 
 
@@ -168,3 +170,15 @@ def test_a_killed_study_of_kinds_goes_on_to_the_same_bytes(
     run_unreported(study)
     assert "going on from step" in (tmp_path / "run" / "lorascope.log").read_text()
     assert digests(tmp_path / "run") == digests(kinds)
+
+
+def test_what_was_memorized_is_told_by_kind(
+    kinds: Path, study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert memorization([str(kinds), "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "memorization.md").read_text().splitlines()
+    assert len(lines) == 2 + 1 + len(NAMES) and lines[2].split(" | ")[2] == "the base"
+    assert [line.split(" | ")[2] for line in lines[3:5]] == ["lora r4", "tlora r4"]
+    assert lines[-1].split(" | ")[2] == "full"
+    assert all(re.search(r"\| \d+ % \| \d+ % \| \d+ % \|", line) for line in lines[2:])
+    assert (tmp_path / "memorization.png").stat().st_size > 10_000

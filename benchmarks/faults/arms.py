@@ -55,6 +55,13 @@ class Fault:
         }
 
 
+_OTHER_ADAPTERS: tuple[AdapterKind, ...] = ("tlora", "dora")
+_DOSES: tuple[tuple[str, Cause, float], ...] = (
+    ("healthy", "healthy", 2e-5),
+    ("strong", "too_strong", 3e-4),
+    ("diverged", "diverged", 5e-3),
+    ("little", "not_learned", 1e-6),
+)
 FAULTS = (
     Fault("healthy-r4-lr3e-5", "healthy", "main", 4, 3e-5),
     Fault("healthy-r16-lr1.5e-5", "healthy", "main", 16, 1.5e-5),
@@ -83,17 +90,12 @@ FAULTS = (
     # The same of other kinds of adapter, whose thresholds are those of LoRA: they are judged, never learnt.
     *(
         Fault(f"{word}-{adapter}-lr{lr:g}", label, "other", 16, lr, adapter=adapter)
-        for adapter in ("tlora", "dora")
-        for word, label, lr in (
-            ("healthy", "healthy", 2e-5),
-            ("strong", "too_strong", 3e-4),
-            ("diverged", "diverged", 5e-3),
-            ("little", "not_learned", 1e-6),
-        )
+        for adapter in _OTHER_ADAPTERS
+        for word, label, lr in _DOSES
     ),
     *(
         Fault(f"overfit-{adapter}", "overfit", "other-few", 16, 5e-4, adapter=adapter)
-        for adapter in ("tlora", "dora")
+        for adapter in _OTHER_ADAPTERS
     ),
 )
 BY_NAME = {fault.name: fault for fault in FAULTS}
