@@ -6,14 +6,18 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.memorization import main as memorization
 
 from conftest import digests, make_study, run_unreported
 from forked import run_forked
 from lorascope.adapters.files import load_adapter
+from lorascope.adapters.modules import FullModule
 from lorascope.adapters.schedule import RankSchedule
+from lorascope.base.loading import load_base
 from lorascope.cli.app import main
 from lorascope.config import load_study
+from lorascope.sections import BaseSection
 from lorascope.store import read_json
 from lorascope.study import Study
 
@@ -182,3 +186,25 @@ def test_what_was_memorized_is_told_by_kind(
     assert lines[-1].split(" | ")[2] == "full"
     assert all(re.search(r"\| \d+ % \| \d+ % \| \d+ % \|", line) for line in lines[2:])
     assert (tmp_path / "memorization.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("layout", ["merged-diffusers", "merged-ldm"])
+def test_full_fine_tuning_leaves_as_a_whole_model(kinds: Path, tmp_path: Path, layout: str) -> None:
+    config = load_study(kinds / "study.toml", environment={})
+    out = tmp_path / ("model" if layout == "merged-diffusers" else "model.safetensors")
+    command = ["export", str(kinds), "--arm", FULL, "--format", layout, "--dtype", "fp32", "--out", str(out)]
+    assert main(command) == 0
+    tuned, base = (
+        load_base(BaseSection(model=str(model)), torch.device("cpu"), "fp32").unet.state_dict()
+        for model in (out, config.base.model)
+    )
+    modules = load_adapter(kinds / "adapters" / FULL).modules
+    assert len(modules) > 100
+    for path, module in modules.items():
+        assert isinstance(module, FullModule)
+        name = path.removeprefix("unet.")
+        assert torch.equal(tuned[f"{name}.weight"], base[f"{name}.weight"] + module.weight)
+        if module.bias is not None:
+            assert torch.equal(tuned[f"{name}.bias"], base[f"{name}.bias"] + module.bias)
+    moved = sum(not torch.equal(tuned[name], base[name]) for name in base)
+    assert moved > 0.9 * len(base)
