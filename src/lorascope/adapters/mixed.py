@@ -1,7 +1,7 @@
 """Adapters of all kinds on one base, to draw and to probe with: a bank for each way to compute."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,14 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.targets import Target
 from lorascope.arms import Arm
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which slices of a batch go through which bank, on the device."""
+
+    slices: dict[int, torch.Tensor]  # int64, by bank
+    back: torch.Tensor  # int64 [S]: where each slice lies once they stand bank by bank
 
 
 class MixedBank:
@@ -71,20 +79,22 @@ class MixedBank:
         own: dict[int, list[int]] = {}
         for number, item in enumerate(slices):
             own.setdefault(self._places[item.adapter][0], []).append(number)
-        self._slices = own
-        self._num_slices = len(slices)
         for number, chosen in own.items():
             places = (self._places[slices[index].adapter][1] for index in chosen)
             self.banks[number].select(
                 [replace(slices[index], adapter=place) for index, place in zip(chosen, places, strict=True)]
             )
+        device = self.banks[0].parameters.device
+        indices = {number: torch.tensor(chosen, device=device) for number, chosen in own.items()}
+        back = torch.cat(tuple(indices.values())).argsort()
+        self._layout = _Layout(indices, back)
         for layer in self.layers.values():
-            layer.slices, layer.num_slices = own, len(slices)
+            layer.layout = self._layout
 
     def at(self, timesteps: torch.Tensor, training: bool = False) -> None:
         """As of a bank."""
-        of_slices = timesteps.reshape(self._num_slices, -1)
-        for number, chosen in self._slices.items():
+        of_slices = timesteps.reshape(len(self._layout.back), -1)
+        for number, chosen in self._layout.slices.items():
             self.banks[number].at(of_slices[chosen].flatten(), training)
 
     def load(self, index: int, adapter: Adapter) -> None:
@@ -96,8 +106,7 @@ class MixedBank:
 class _MixedLayer(nn.Module):
     """A layer whose slices go through the adapted layers of several banks."""
 
-    slices: dict[int, list[int]]  # of a batch, by bank
-    num_slices: int
+    layout: _Layout
 
     def __init__(self, plain: nn.Module, own: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -106,16 +115,16 @@ class _MixedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """x [S * samples, ...] -> what each slice's own layer gives of it."""
-        if len(self.slices) == 1:
-            y: torch.Tensor = self.own[next(iter(self.slices))](x)
+        slices, back = self.layout.slices, self.layout.back
+        if len(slices) == 1:
+            y: torch.Tensor = self.own[next(iter(slices))](x)
             return y
-        rows = x.unflatten(0, (self.num_slices, -1))
-        outputs: list[Any] = [None] * self.num_slices
-        for number, chosen in self.slices.items():
-            part = self.own[number](rows[chosen].flatten(0, 1)).unflatten(0, (len(chosen), -1))
-            for index, output in zip(chosen, part, strict=True):
-                outputs[index] = output
-        return torch.cat(outputs)
+        rows = x.unflatten(0, (len(back), -1))
+        parts = [
+            self.own[number](rows[chosen].flatten(0, 1)).unflatten(0, (len(chosen), -1))
+            for number, chosen in slices.items()
+        ]
+        return torch.cat(parts)[back].flatten(0, 1)
 
 
 Bank = AdapterBank | MixedBank
