@@ -99,8 +99,8 @@ def _check_waits(run: Path, seen: dict[str, Any]) -> None:
 def broad(
     library: Path, scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The blocks of SD v1.5's U-Net, thin; fp16, buckets, text encoder, two seeds, several kinds of adapter and
-    an arm that fails.
+    """The blocks of SD v1.5's U-Net, thin; fp16, buckets, text encoder, two seeds, several kinds, an arm that
+    fails.
     """
     folder = tmp_path_factory.mktemp("broad")
     cross = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2

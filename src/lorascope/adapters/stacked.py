@@ -139,9 +139,8 @@ class _Stacked(AdaptedLayer):
                 f"arm {arm.name!r}: init = {arm.init!r}: {target.name} has {min(sides)} singular vectors, "
                 f"fewer than the rank {rank}: lower it, or leave the layer out of adapter.targets"
             )
-        drawn = initial_factors(
-            arm.init, rank, *(target.down_shape, target.out_features), generator, self.layer.weight, scale
-        )
+        shapes, weight = (target.down_shape, target.out_features), self.layer.weight
+        drawn = initial_factors(arm.init, rank, *shapes, generator, weight, scale)
         parts = {"down": drawn.down, "up": drawn.up}
         if arm.is_anchored:
             anchor = drawn.down
@@ -149,14 +148,9 @@ class _Stacked(AdaptedLayer):
                 parts["values"] = drawn.values
                 anchor = _scaled_rows(anchor, drawn.values)
             parts |= {"anchor_down": anchor, "anchor_up": drawn.up}
-        if arm.kind == "dora":  # so that it starts as the base
-            device = self.layer.weight.device
-            down, up = drawn.down[None].to(device), drawn.up[None].to(device)
-            if arm.is_anchored:
-                if drawn.values is not None:
-                    down = _scaled_rows(down, drawn.values[None].to(device))
-                down, up = _less(down, up, down, up)
-            parts["magnitudes"] = self.row_norms(down, up, self.scales[[index]])[0]
+        if arm.kind == "dora":  # so that it starts as the base: nothing is added to the weight yet
+            assert self.magnitudes is not None
+            parts["magnitudes"] = self.magnitudes.squares.sqrt()
         return parts
 
     def module(self, index: int, parts: Parts) -> LoraModule:
