@@ -255,3 +255,45 @@ def test_arm_names_are_distinct_folder_names(arms: list[ArmGrid]) -> None:
     folders = [arm.name.casefold() for arm in expanded]
     assert len(set(folders)) == len(folders)
     assert all(ArmGrid(name=arm.name).name == arm.name for arm in expanded)
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        (
+            '{kind="full", rank=8}',
+            "rank = 8: is of a rank, which full fine-tuning does not have: leave it out",
+        ),
+        ('{kind="full", alpha_per_rank=2}', "alpha_per_rank = 2.0: is of a rank"),
+        ('{kind="full", scaling="rslora"}', 'scaling = "rslora": is of a rank'),
+        (
+            '{kind="loha", init="gaussian"}',
+            'init = "gaussian": is of factors B and A: leave it out',
+        ),
+        ('{kind="lokr", lr_ratio=16}', "lr_ratio = 16.0: is of factors B and A"),
+        ('{kind="full", max_weight_norm=1}', "max_weight_norm = 1.0: is of factors B and A"),
+        ('{init="pissa", max_weight_norm=1}', "is not all that an adapter with init = 'pissa' changes"),
+        ('{rank=4, layers=["*attn*"]}', "is of full fine-tuning: leave it out, or set kind"),
+    ],
+)
+def test_choices_that_do_not_fit_a_kind_are_refused(table: str, told: str) -> None:
+    assert told in refusal(f"arms=[{table}]")
+
+
+def test_full_fine_tuning_is_called_so_and_comes_after_all_ranks() -> None:
+    config = study(
+        'arms=[{rank=512}, {kind="full", lr=[1e-5, 1e-4]}, {kind="full", layers=["*attn*"], name="part"}]'
+    )
+    arms = config.expand_arms()
+    assert [arm.name for arm in arms] == ["r512-lr0.0001", "full-lr1e-05", "full-lr0.0001", "part"]
+    assert {arm.rank for arm in arms[1:]} == {1024} and {arm.scale for arm in arms} == {1.0}
+    assert [arm.layers for arm in arms[1:]] == [("*",), ("*",), ("*attn*",)]
+    assert len({arm.family for arm in arms}) == 4
+
+
+def test_an_arm_may_have_the_gain_of_arms_that_differ_in_their_length() -> None:
+    arms = study(
+        'arms=[{rank=16, lr=1e-3, epochs=[2, 6]}, {rank=64, match_gain="r16", epochs=[2, 6]}]'
+    ).expand_arms()
+    assert [arm.name for arm in arms[2:]] == ["r64-gain-r16-e2", "r64-gain-r16-e6"]
+    assert {arm.lr for arm in arms[2:]} == {5e-4}
