@@ -129,6 +129,9 @@ def test_every_kind_is_diagnosed_and_reported(kinds: Path) -> None:
     text = (kinds / "report.md").read_text()
     assert f"{MASKED}, {PUBLISHED}: T-LoRA, which has no merged weights." in text
     assert "| kind |" in text and "tlora" in text and "min rank" in text
+    low_ranks = text[text.index("What low ranks keep of full fine-tuning") :]
+    rows = [line.split(" | ")[1] for line in low_ranks.splitlines() if line.startswith("| full |")]
+    assert rows == ["all of it", "cut to rank 4", "cut to rank 2"]
 
 
 def test_export_asks_before_it_writes_another_kind(

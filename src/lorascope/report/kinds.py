@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lorascope.arms import Arm
+from lorascope.diagnosis.signals import trace_fronts
 from lorascope.evaluation.choice import choose_by_arm, choose_point
 from lorascope.evaluation.front import FrontPoint
 from lorascope.evaluation.scores import ALL, PairedDifference
+from lorascope.evaluation.sweep_rows import rank_of_cut
 from lorascope.evaluation.verdict import HeldoutLoss
 from lorascope.report.evidence import NOT_MEASURED, Facts, count
 from lorascope.report.tables import Cell, Column, Table, TableRow, cell, row
@@ -170,8 +172,8 @@ def _points(facts: Facts) -> dict[str, tuple[FrontPoint | None, bool]]:
 
 
 def build_kind_tables(facts: Facts) -> tuple[Table, ...]:
-    """Costs by kind, then arms of different kinds at equal file size and at equal time; none in a study of
-    one kind.
+    """Costs by kind, then arms of different kinds at equal file size and at equal time, then low ranks of
+    full fine-tuning; none in a study of one kind.
 
     A table without columns is a sentence: its caption.
     """
@@ -184,6 +186,7 @@ def build_kind_tables(facts: Facts) -> tuple[Table, ...]:
         _cost_table(facts),
         _size_table(facts, candidates_near(facts, sizes)),
         _time_table(facts, candidates_near(facts, seconds)),
+        *_low_rank_tables(facts),
     )
 
 
@@ -282,6 +285,59 @@ def _time_table(facts: Facts, candidates: Sequence[Candidate]) -> Table:
             "pass": lambda item: cell(passes.get(item.arm), "d"),
         },
     )
+
+
+def low_ranks_of_full(facts: Facts) -> list[tuple[str, int | None, FrontPoint]]:
+    """Full fine-tunings of the last epoch at full strength, as trained (None) and cut to ranks, the highest
+    first.
+    """
+    arms = [arm for arm, setting in facts.settings.items() if setting.kind == "full"]
+    if not arms or facts.sweep is None:
+        return []
+    fronts = trace_fronts(facts.sweep, facts.config.score.resamples)
+    cuts = {rank: front for key, front in fronts.edited.items() if (rank := rank_of_cut(key)) is not None}
+    found: list[tuple[str, int | None, FrontPoint]] = []
+    for arm in arms:
+        ranks = sorted((rank for rank in cuts if cuts[rank].full_strength(arm)), reverse=True)
+        points = [
+            (None, fronts.own.full_strength(arm)),
+            *((rank, cuts[rank].full_strength(arm)) for rank in ranks),
+        ]
+        found += [(arm, rank, point) for rank, point in points if ranks and point is not None]
+    return found
+
+
+def _low_rank_tables(facts: Facts) -> list[Table]:
+    """What LoRA of low ranks would keep of full fine-tuning; no table where nothing was cut."""
+    found = low_ranks_of_full(facts)
+    if not found:
+        return []
+    rows = [
+        TableRow(
+            (
+                Cell(arm),
+                Cell("all of it") if rank is None else Cell(f"cut to rank {rank}", rank),
+                cell(point.num_prompts, "d"),
+                _with_interval(
+                    point.retention.value, point.retention.low, point.retention.high, ".1f", 100.0
+                ),
+                _with_interval(point.style.value, point.style.low, point.style.high, "+.2f"),
+            ),
+            starts=rank is None and number > 0,
+        )
+        for number, (arm, rank, point) in enumerate(found)
+    ]
+    columns = ("arm", "weights", "prompts", "prompts kept, %", "style")
+    return [
+        Table(
+            "The best approximation of the whole change by LoRA of a rank, by SVD layer by layer, norms and "
+            "biases left out, drawn at full strength beside the change as it was trained. Fewer prompts may "
+            "be drawn with a cut than without.",
+            tuple(Column(name, name in columns[2:]) for name in columns),
+            tuple(rows),
+            title="What low ranks keep of full fine-tuning",
+        )
+    ]
 
 
 def _near_table(
