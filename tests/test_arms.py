@@ -273,6 +273,11 @@ def test_arm_names_are_distinct_folder_names(arms: list[ArmGrid]) -> None:
         ('{kind="lokr", lr_ratio=16}', "lr_ratio = 16.0: is of factors B and A"),
         ('{kind="full", max_weight_norm=1}', "max_weight_norm = 1.0: is of factors B and A"),
         ('{init="pissa", max_weight_norm=1}', "is not all that an adapter with init = 'pissa' changes"),
+        (
+            '{kind="dora", rank_dropout=0.1}',
+            "rank_dropout = 0.1: would change the norms that DoRA divides by",
+        ),
+        ('{kind="loha", rank_dropout=0.1}', "rank_dropout = 0.1: is of factors B and A"),
         ('{rank=4, layers=["*attn*"]}', "is of full fine-tuning: leave it out, or set kind"),
     ],
 )

@@ -31,7 +31,7 @@ def test_a_key_that_came_later_changes_no_digest_at_its_default() -> None:
     for table in arms:
         later = {"scaling": "alpha/r", "init": "kaiming", "lr_ratio": 1.0, "max_weight_norm": None}
         later |= {"kind": "lora", "min_rank": None, "mask_exponent": 1.0, "mask_when": "always"}
-        later |= {"layers": ["*"]}
+        later |= {"layers": ["*"], "rank_dropout": 0.0}
         assert {key: table.pop(key) for key in later} == later
         if table["match_gain"] is None:
             del table["match_gain"]

@@ -14,6 +14,8 @@ from lorascope.sections import (
     MAX_ARMS,
     BatchSize,
     BatchSizes,
+    Dropout,
+    Dropouts,
     Epochs,
     Name,
     PositiveReal,
@@ -125,6 +127,13 @@ class ArmGrid(Section):
         default=1.0,
         description="learning rate of B over that of A, which is `lr`; LoRA+ recommends 16 with a lower lr",
     )
+    rank_dropout: Dropout | Dropouts = Field(
+        default=0.0,
+        description=(
+            "share of the components that each picture leaves out in each layer of the U-Net in a training "
+            "step; the others are scaled up"
+        ),
+    )
     max_weight_norm: PositiveReal | PositiveReals | None = Field(
         default=None,
         description=(
@@ -169,8 +178,13 @@ class ArmGrid(Section):
                 f"max_weight_norm = {shown(self.max_weight_norm)}: bounds scale x B A, which is not all that "
                 f'{what} changes: leave it out, or set kind = "lora" and another init'
             )
+        if self.kind == "dora" and max(_several(self.rank_dropout)):
+            raise ValueError(
+                f"rank_dropout = {shown(self.rank_dropout)}: would change the norms that DoRA divides by: "
+                'leave it out, or set kind = "lora"'
+            )
         if self.kind in _WITHOUT_FACTORS:
-            self._refuse(("init", "lr_ratio", "max_weight_norm"), "is of factors B and A")
+            self._refuse(("init", "lr_ratio", "rank_dropout", "max_weight_norm"), "is of factors B and A")
         if self.kind == "full":
             keys = ("rank", "alpha", "alpha_per_rank", "scaling", "match_gain")
             self._refuse(keys, "is of a rank, which full fine-tuning does not have")
@@ -242,7 +256,16 @@ class ArmGrid(Section):
 
 
 # What may be a list, besides rank and alpha.
-_MULTIPLIED = ("min_rank", "lr", "lr_ratio", "max_weight_norm", "seed", "batch_size", "epochs")
+_MULTIPLIED = (
+    "min_rank",
+    "lr",
+    "lr_ratio",
+    "rank_dropout",
+    "max_weight_norm",
+    "seed",
+    "batch_size",
+    "epochs",
+)
 
 
 class Arm(Section):
@@ -267,6 +290,7 @@ class Arm(Section):
     init: Init = "kaiming"
     layers: tuple[str, ...] = ("*",)
     lr_ratio: float = 1.0
+    rank_dropout: float = 0.0
     max_weight_norm: float | None = None
     match_gain: str | None = None
 
@@ -313,7 +337,7 @@ class Arm(Section):
         """
         keys = (
             *("kind", "min_rank", "mask_exponent", "mask_when", "init", "layers"),
-            *("lr_ratio", "max_weight_norm"),
+            *("lr_ratio", "rank_dropout", "max_weight_norm"),
         )
         fields = type(self).model_fields
         return {key: value for key in keys if (value := getattr(self, key)) != fields[key].default}
@@ -443,6 +467,8 @@ def _default_name(setting: Mapping[str, Any], varying: set[str]) -> str:
         parts.append(f"lr{setting['lr']:g}")
     if "lr_ratio" in varying and setting["lr_ratio"] != 1:
         parts.append(f"ratio{setting['lr_ratio']:g}")
+    if "rank_dropout" in varying and setting["rank_dropout"]:
+        parts.append(f"dropout{setting['rank_dropout']:g}")
     if "max_weight_norm" in varying and setting["max_weight_norm"] is not None:
         parts.append(f"norm{setting['max_weight_norm']:g}")
     parts += [

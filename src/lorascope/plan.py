@@ -159,6 +159,7 @@ class Plan:
             choices += "  rslora" if arm["scaling"] == "rslora" else ""
             choices += f"  {arm['init']}" if arm["init"] != "kaiming" else ""
             choices += f"  lr ratio {arm['lr_ratio']:g}" if arm["lr_ratio"] != 1 else ""
+            choices += f"  rank dropout {arm['rank_dropout']:g}" if arm["rank_dropout"] else ""
             most = arm["max_weight_norm"]
             choices += "" if most is None else f"  norm at most {most:g}"
             lines.append(f"  {arm['name']:<{width}} {choices}  {parameters}")

@@ -37,6 +37,7 @@ _LATER_KEYS = (
     ("arms", "mask_exponent"),
     ("arms", "mask_when"),
     ("arms", "layers"),
+    ("arms", "rank_dropout"),
     ("diagnose", "num_intervention_prompts"),
     ("diagnose", "scale_intruders"),
     ("diagnose", "cut_rank"),

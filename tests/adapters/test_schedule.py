@@ -223,3 +223,56 @@ def test_a_bank_without_such_arms_masks_nothing(base: Base) -> None:
     bank.at(torch.tensor([5]), training=True)
     layers: list[Any] = list(bank.layers.values())
     assert not bank.is_masked and all(layer.mask is None for layer in layers)
+
+
+def test_components_are_dropped_by_sample_and_layer_in_training_alone(base: Base) -> None:
+    """As kohya's `rank_dropout`: the others are scaled up, and T-LoRA's mask holds too."""
+    rate = 0.25
+    dropping = LORA.model_copy(update={"rank": 64, "alpha": 64.0, "rank_dropout": rate})
+    masked = TLORA.model_copy(update={"rank": 64, "min_rank": 32, "rank_dropout": rate})
+    arms = [dropping, LORA, masked]
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), arms)
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([10, 500] * 3)
+    bank.at(times, training=True, noise=noise)
+    masks = torch.stack([layer.mask for layer in bank.layers.values()])  # (layers, arms, samples, rank)
+    assert masks[:, 1, :, :4].eq(1).all()
+    found = masks[:, 0]
+    assert {round(float(value), 4) for value in found.unique()} == {0.0, round(1 / (1 - rate), 4)}
+    # Of 5,000 chances the share is known to 0.6 %, their mean factor to 0.8 %: four of these.
+    assert float(found.eq(0).float().mean()) == pytest.approx(rate, abs=0.025)
+    assert float(found.mean()) == pytest.approx(1.0, abs=0.033)
+    assert masks[:, 2, 1, 48:].eq(0).all() and masks[:, 2, 1, :48].any()
+    drawn = found.flatten(0, 1)
+    assert len({tuple(row) for row in drawn.tolist()}) == len(drawn), "each sample and layer has its own"
+    pairs = torch.corrcoef(drawn)[~torch.eye(len(drawn), dtype=torch.bool)]
+    # Of 64 pairs of independent chances a correlation has the standard deviation 1 / 8.
+    assert float(pairs.square().mean().sqrt()) == pytest.approx(0.125, rel=0.1)
+    bank.at(times, training=True, noise=noise)
+    again = torch.stack([layer.mask for layer in bank.layers.values()])
+    assert torch.equal(again, masks), "a function of the noise"
+    bank.select_all()
+    bank.at(times)
+    assert bank.layers[bank.targets[0].name].mask[0].eq(1).all(), "nothing is dropped in drawing"
+
+
+def test_an_arm_that_drops_trains_in_company_as_alone(exact_base: Base) -> None:
+    arms = [LORA, LORA.model_copy(update={"name": "dropping", "seed": 3, "rank_dropout": 0.5})]
+    together = make_bank(exact_base, arms)
+    noisy, timesteps, text = inputs_of(torch.tensor([5, 900, 300, 40]))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    together.attach()
+    together.at(timesteps, training=True, noise=noise)
+    exact_base.unet(noisy, timesteps, text).sample.square().sum().backward()
+    together.detach()
+    for index, arm in enumerate(arms):
+        part = slice(2 * index, 2 * index + 2)
+        alone = AdapterBank(exact_base.components, together.targets, [arm])
+        alone.load(0, together.adapter(index))
+        alone.attach()
+        alone.at(timesteps[part], training=True, noise=noise[part])
+        exact_base.unet(noisy[part], timesteps[part], text[part]).sample.square().sum().backward()
+        alone.detach()
+        own = together.unpadded(together.gradients, index)
+        assert own.any()
+        torch.testing.assert_close(own, alone.gradients[0], rtol=1e-5, atol=1e-6 * float(own.abs().max()))

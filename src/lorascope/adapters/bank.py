@@ -45,8 +45,8 @@ class _Mask:
 def _plan_masks(
     targets: Sequence[Target], arms: Sequence[Arm], layers: Mapping[str, Any], device: torch.device
 ) -> list[_Mask]:
-    """What `AdapterBank.at` masks: nothing where no arm is T-LoRA."""
-    if all(schedule_of(arm, training=True) is None for arm in arms):
+    """What `AdapterBank.at` masks: nothing where no arm is T-LoRA or drops components."""
+    if all(schedule_of(arm, training=True) is None and not arm.rank_dropout for arm in arms):
         return []
 
     def table(ranks: Sequence[int], training: bool) -> torch.Tensor:
@@ -67,6 +67,21 @@ def _plan_masks(
         _Mask(members, max(ranks), dtype, table(ranks, True), table(ranks, False))
         for (ranks, dtype), members in alike.items()
     ]
+
+
+def _chances(noise: torch.Tensor, layer: int, count: int) -> torch.Tensor:
+    """Numbers in [0, 1) for `count` components of a layer, for each sample of some noise [B, c, h, w]:
+    float32 [B, count].
+
+    They are the noise's bits, mixed as MurmurHash3 does at its end, and so functions of seed and position
+    alone, as all that is random in training is; a recorded step draws them anew.
+    """
+    bits = noise.float().flatten(1).contiguous().view(torch.int32)
+    places = torch.arange(count, device=noise.device) % bits.shape[1]
+    mixed = (bits[:, places].long() + layer * 0x9E3779B9) & 0xFFFFFFFF
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    return ((mixed ^ (mixed >> 16)) >> 8).float() / 2**24
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,8 @@ class AdapterBank:
             [math.inf if limit is None else limit for limit in limits], device=device
         )
         self._masks = _plan_masks(self.targets, self.arms, self.layers, device)
+        self._drops = any(arm.rank_dropout for arm in self.arms)
+        self._dropouts = torch.tensor([arm.rank_dropout for arm in self.arms], device=device)
         if device.type != "meta":
             self.initialize()
         self.select_all()
@@ -170,15 +187,16 @@ class AdapterBank:
         for layer in self.layers.values():
             layer.select(selection)
 
-    def at(self, timesteps: torch.Tensor, training: bool = False) -> None:
+    def at(self, timesteps: torch.Tensor, training: bool = False, noise: torch.Tensor | None = None) -> None:
         """Let the components of T-LoRA arms act that their schedules have at `timesteps` [S * samples].
 
         Of all other arms all components act, and a bank without T-LoRA arms does nothing. `training` says
-        whether those that are masked in training alone are masked too. Layers of the text encoder, whose
-        states do not depend on a timestep, are not masked.
+        whether those that are masked in training alone are masked too; with the `noise` of a step, float32
+        [S * samples, c, h, w], arms with `rank_dropout` leave out components of each sample and layer. Layers
+        of the text encoder, whose states do not depend on a timestep, are not masked.
         """
         is_masked = training or self.is_masked
-        for mask in self._masks:
+        for number, mask in enumerate(self._masks):
             if not is_masked:
                 for layer in mask.layers:
                     layer.mask = None
@@ -187,8 +205,18 @@ class AdapterBank:
             times = timesteps.long().reshape(len(self._selection), -1)  # (S, samples)
             acting = table[self._selection[:, None], times]
             kept = (torch.arange(mask.rank, device=acting.device) < acting[..., None]).to(mask.dtype)
-            for layer in mask.layers:
+            for place, layer in enumerate(mask.layers):
                 layer.mask = kept
+                if noise is not None and self._drops:
+                    layer.mask = kept * self._undropped(noise, mask, len(self.targets) * number + place)
+
+    def _undropped(self, noise: torch.Tensor, mask: _Mask, layer: int) -> torch.Tensor:
+        """What `rank_dropout` leaves of a layer's components, scaled so that their sum is what it was in the
+        mean, as kohya does it: [S, samples, r].
+        """
+        rates = self._dropouts[self._selection].view(-1, 1, 1)
+        drawn = _chances(noise, layer, mask.rank).unflatten(0, (len(self._selection), -1))
+        return ((drawn >= rates) / (1 - rates)).to(mask.dtype)
 
     def gradient_norms(self) -> torch.Tensor:
         """The l2 norm of each adapter's gradient: float32 [N]."""

@@ -77,6 +77,7 @@ _ARM: Any = {
         "init?": str,
         "layers?": [str],
         "lr_ratio?": Number,
+        "rank_dropout?": Number,
         "max_weight_norm?": Maybe(Number),
         "match_gain?": Text,
     },

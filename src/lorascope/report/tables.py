@@ -25,6 +25,7 @@ _SETTINGS = {
     "layers": "s",
     "lr": "g",
     "lr_ratio": "g",
+    "rank_dropout": "g",
     "max_weight_norm": "g",
     "gain": ".3g",
     "seed": "d",
@@ -32,7 +33,17 @@ _SETTINGS = {
     "epochs": "d",
 }
 # Not told where all arms have the default.
-_SELDOM = {"kind", "min_rank", "mask_exponent", "mask_when", "init", "layers", "lr_ratio", "max_weight_norm"}
+_SELDOM = {
+    "kind",
+    "min_rank",
+    "mask_exponent",
+    "mask_when",
+    "init",
+    "layers",
+    "lr_ratio",
+    "rank_dropout",
+    "max_weight_norm",
+}
 
 # The reference study as published: SD 1.5, 1,500 cartoon pictures, one GPU (its Table 1, Figure 1 and text).
 REFERENCE: dict[str, dict[str, float]] = {

@@ -177,7 +177,7 @@ class Step:
             text = base.text_states(text)
         noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
         target = prediction_target(latents, noise, timesteps, base.alphas_cumprod, base.prediction_type)
-        self.bank.at(timesteps, training=True)
+        self.bank.at(timesteps, training=True, noise=noise)
         prediction = self.unet(noisy.to(base.unet.dtype), timesteps, text.to(base.unet.dtype)).sample
         losses = training_losses(
             prediction, target, timesteps, base.alphas_cumprod, base.prediction_type, section
