@@ -119,7 +119,8 @@ def broad(
             _stretched(png, (side, 56), picture)
             picture.with_suffix(".txt").write_text(f"{kind}, {caption}")
     (folder / "prompts.txt").write_text("[normal]\nwide\nsquare\n")
-    choices = 'lr_ratio = 4, max_weight_norm = 0.1, kind = "tlora", mask_when = "training"'
+    choices = 'kind = "tlora", mask_when = "training", '
+    choices += "lr_ratio = 4, max_weight_norm = 0.1, rank_dropout = 0.1"
     return _walk(
         library,
         f"""
