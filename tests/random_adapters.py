@@ -38,6 +38,16 @@ def layers_of(pipeline: StableDiffusionPipeline) -> dict[str, torch.nn.Module]:
     return found
 
 
+def inputs_of(samples: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """Noisy latents, timesteps and text states for the tiny base's U-Net."""
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(samples, 4, 8, 8, dtype=dtype, generator=generator),
+        torch.randint(1000, (samples,), generator=generator),
+        torch.randn(samples, 77, 32, dtype=dtype, generator=generator),
+    )
+
+
 def randomize(bank: AdapterBank) -> None:
     """Give B values, so that the adapters do something; the padding of smaller ranks stays zero."""
     generator = torch.Generator().manual_seed(2)

@@ -19,6 +19,7 @@ from lorascope.arms import FULL_RANK, Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS, AdapterSection
+from random_adapters import inputs_of
 
 LOHA = Arm(name="loha", rank=4, alpha=8, lr=1e-3, seed=0, kind="loha")
 LOKR = Arm(name="lokr", rank=3, alpha=6, lr=1e-3, seed=1, kind="lokr")
@@ -53,15 +54,6 @@ def make_bank(base: Base, arms: list[Arm], names: tuple[str, ...] = REFERENCE_TA
     bank = AdapterBank(base.components, targets_of(base, arms, names), arms)
     randomize(bank)
     return bank
-
-
-def inputs_of(samples: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(samples, 4, 8, 8, dtype=dtype, generator=generator),
-        torch.randint(1000, (samples,), generator=generator),
-        torch.randn(samples, 77, 32, dtype=dtype, generator=generator),
-    )
 
 
 @pytest.mark.parametrize("names", TARGETS.values(), ids=TARGETS)

@@ -17,7 +17,7 @@ from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS
-from random_adapters import randomize
+from random_adapters import inputs_of, randomize
 
 DORA = Arm(name="dora", rank=4, alpha=8, lr=1e-3, seed=0, kind="dora")
 LORA = Arm(name="lora", rank=6, alpha=6, lr=1e-3, seed=1)
@@ -40,15 +40,6 @@ def make_bank(base: Base, arms: list[Arm], targets: tuple[str, ...] = REFERENCE_
             magnitudes = layer.magnitudes_of(index)
             magnitudes.mul_(1 + 0.2 * torch.rand(magnitudes.shape, generator=generator))
     return bank
-
-
-def inputs_of(samples: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(samples, 4, 8, 8, dtype=dtype, generator=generator),
-        torch.randint(1000, (samples,), generator=generator),
-        torch.randn(samples, 77, 32, dtype=dtype, generator=generator),
-    )
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)

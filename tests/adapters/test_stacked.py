@@ -17,6 +17,7 @@ from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS
+from random_adapters import inputs_of
 
 TLORA = Arm(name="tlora", rank=6, alpha=6, lr=1e-3, seed=0, kind="tlora", min_rank=2, init="random-svd")
 PISSA = Arm(name="pissa", rank=4, alpha=8, lr=1e-3, seed=1, init="pissa")
@@ -38,15 +39,6 @@ def make_bank(base: Base, arms: list[Arm], names: tuple[str, ...] = REFERENCE_TA
                 if not name.startswith("anchor"):
                     view.add_(0.05 * torch.randn(view.shape, generator=generator))
     return bank
-
-
-def inputs_of(samples: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(samples, 4, 8, 8, dtype=dtype, generator=generator),
-        torch.randint(1000, (samples,), generator=generator),
-        torch.randn(samples, 77, 32, dtype=dtype, generator=generator),
-    )
 
 
 @pytest.mark.parametrize("names", TARGETS.values(), ids=TARGETS)
