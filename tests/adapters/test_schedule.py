@@ -1,6 +1,7 @@
 """T-LoRA: how many components act at a timestep, on what samples, and what its files are refused for."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,16 @@ def test_an_arm_that_drops_trains_in_company_as_alone(exact_base: Base) -> None:
         own = together.unpadded(together.gradients, index)
         assert own.any()
         torch.testing.assert_close(own, alone.gradients[0], rtol=1e-5, atol=1e-6 * float(own.abs().max()))
+
+
+def test_each_thread_that_draws_has_its_own_mask(base: Base) -> None:
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [TLORA])
+    layer = bank.layers[bank.targets[0].name]
+    bank.at(torch.tensor([999]), training=True)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: layer.mask).result().sum() == 2, "training masks for all"
+        bank.at(torch.tensor([0]))
+        other.submit(bank.at, torch.tensor([500])).result()
+        assert other.submit(lambda: layer.mask).result().sum() == 4 and layer.mask.sum() == 6
+        bank.at(torch.tensor([999]), training=True)
+        assert layer.mask.sum() == 2

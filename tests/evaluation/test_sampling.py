@@ -15,7 +15,7 @@ from PIL import Image
 
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.targets import resolve_targets
-from lorascope.arms import Arm
+from lorascope.arms import Arm, Kind
 from lorascope.base.loading import Base
 from lorascope.errors import RunError, StorageError
 from lorascope.evaluation.prompts import Prompt
@@ -266,9 +266,15 @@ def test_missing_pictures_are_drawn_again_to_the_same_bytes(
     assert draw_into(tmp_path, base, bank) == whole
 
 
+@pytest.mark.parametrize("kind", ["lora", "tlora"])
 def test_batches_side_by_side_give_pictures_equal_but_for_rounding(
-    base: Base, bank: AdapterBank, tmp_path: Path
+    base: Base, kind: Kind, tmp_path: Path
 ) -> None:
+    """T-LoRA too, of which each thread masks what acts at its own step."""
+    arm = ARM.model_copy(update={"kind": kind, "min_rank": 1 if kind == "tlora" else None})
+    bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [arm])
+    for layer in bank.layers.values():
+        layer.up.detach().normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

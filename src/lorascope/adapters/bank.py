@@ -199,16 +199,17 @@ class AdapterBank:
         for number, mask in enumerate(self._masks):
             if not is_masked:
                 for layer in mask.layers:
-                    layer.mask = None
+                    layer.set_mask(None, training)
                 continue
             table = mask.in_training if training else mask.in_drawing
             times = timesteps.long().reshape(len(self._selection), -1)  # (S, samples)
             acting = table[self._selection[:, None], times]
             kept = (torch.arange(mask.rank, device=acting.device) < acting[..., None]).to(mask.dtype)
             for place, layer in enumerate(mask.layers):
-                layer.mask = kept
+                own = kept
                 if noise is not None and self._drops:
-                    layer.mask = kept * self._undropped(noise, mask, len(self.targets) * number + place)
+                    own = kept * self._undropped(noise, mask, len(self.targets) * number + place)
+                layer.set_mask(own, training)
 
     def _undropped(self, noise: torch.Tensor, mask: _Mask, layer: int) -> torch.Tensor:
         """What `rank_dropout` leaves of a layer's components, scaled so that their sum is what it was in the

@@ -6,6 +6,7 @@ layer, T tokens of a slice over all its samples.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +56,11 @@ class _Stacked(AdaptedLayer):
     selection: torch.Tensor | None  # int64 [S]: which adapter each slice uses; None is 0..N-1
     factors: torch.Tensor  # float32 [S, 1, 1]: strength * scale of each slice; with magnitudes its scale
     strengths: torch.Tensor | None  # float32 [S]; None where all are 1
-    mask: torch.Tensor | None = None  # [S, samples, r]: 1 for the components that act; None is all
 
     def __init__(self, layer: nn.Module, target: Target, arms: Sequence[Arm]) -> None:
         super().__init__(layer, target, arms)
+        self._mask: torch.Tensor | None = None
+        self._masks_of_threads = threading.local()
         self.rank = max(target.rank(arm) for arm in arms)
         down, up = (self.rank, *target.down_shape), (target.out_features, self.rank)
         shapes: dict[str, tuple[int, ...]] = {"down": down, "up": up}
@@ -229,6 +231,22 @@ class _Stacked(AdaptedLayer):
         """Those of adapter `index`, which is DoRA, to read or write: [out]."""
         assert self.magnitudes is not None
         return self.magnitudes.values.detach()[index]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """1 for the components that act, [S, samples, r]; None where all do."""
+        mask: torch.Tensor | None = getattr(self._masks_of_threads, "mask", self._mask)
+        return mask
+
+    def set_mask(self, mask: torch.Tensor | None, training: bool) -> None:
+        """Let components act: in drawing for this thread alone, since threads draw side by side; in training
+        for all, since a backward pass may compute again in a thread of its own.
+        """
+        if training:
+            self._mask = mask
+            self._masks_of_threads.__dict__.pop("mask", None)
+        else:
+            self._masks_of_threads.mask = mask
 
     def _chosen(self, selection: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of each slice, whose scaled product is its update: with anchors of twice the rank."""

@@ -266,8 +266,7 @@ def _draw_all(
     for start in range(0, len(models), at_once):
         chunk = models[start : start + at_once]
         slices = [item for _, item in chunk]
-        # What components act at a timestep is the bank's, which all threads share.
-        is_threaded = base.device.type == "cpu" and not bank.is_masked
+        is_threaded = base.device.type == "cpu"
         num_workers = min(torch.get_num_threads(), at_once // len(chunk)) if is_threaded else 1
         todo = []
         for batch in batches_of(jobs, len(chunk), at_once // num_workers):
