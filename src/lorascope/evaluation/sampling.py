@@ -263,11 +263,12 @@ def _draw_all(
 ) -> None:
     """One pass over the plan with `at_once` pictures at once, over all threads."""
     base, bank, stopped = painter.base, painter.bank, threading.Event()
-    for start in range(0, len(models), at_once):
-        chunk = models[start : start + at_once]
+    num_threads = torch.get_num_threads() if base.device.type == "cpu" else 1
+    most = max(1, at_once // num_threads)  # models at once, so that each thread has a batch
+    for start in range(0, len(models), most):
+        chunk = models[start : start + most]
         slices = [item for _, item in chunk]
-        is_threaded = base.device.type == "cpu"
-        num_workers = min(torch.get_num_threads(), at_once // len(chunk)) if is_threaded else 1
+        num_workers = min(num_threads, at_once // len(chunk))
         todo = []
         for batch in batches_of(jobs, len(chunk), at_once // num_workers):
             paths = [path_of(name, job) for name, _ in chunk for job in batch]
