@@ -266,11 +266,15 @@ def test_missing_pictures_are_drawn_again_to_the_same_bytes(
     assert draw_into(tmp_path, base, bank) == whole
 
 
+@pytest.mark.parametrize("batch_size", [2, 4])
 @pytest.mark.parametrize("kind", ["lora", "tlora"])
 def test_batches_side_by_side_give_pictures_equal_but_for_rounding(
-    base: Base, kind: Kind, tmp_path: Path
+    base: Base, kind: Kind, batch_size: int, tmp_path: Path
 ) -> None:
-    """T-LoRA too, of which each thread masks what acts at its own step."""
+    """T-LoRA too, of which each thread masks what acts at its own step; of two pictures at once each thread
+    has one, and one model follows the other.
+    """
+    section = FEW.model_copy(update={"batch_size": batch_size})
     arm = ARM.model_copy(update={"kind": kind, "min_rank": 1 if kind == "tlora" else None})
     bank = AdapterBank(base.components, resolve_targets(base.unet, REFERENCE_TARGETS), [arm])
     for layer in bank.layers.values():
@@ -278,9 +282,9 @@ def test_batches_side_by_side_give_pictures_equal_but_for_rounding(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = draw_into(tmp_path / "alone", base, bank)
+        alone = draw_into(tmp_path / "alone", base, bank, section)
         torch.set_num_threads(2)
-        together = draw_into(tmp_path / "together", base, bank)
+        together = draw_into(tmp_path / "together", base, bank, section)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

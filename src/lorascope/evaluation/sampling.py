@@ -262,11 +262,11 @@ def _draw_all(
     note: Callable[[Iterable[Path]], None],
 ) -> None:
     """One pass over the plan with `at_once` pictures at once, over all threads."""
-    base, bank, stopped = painter.base, painter.bank, threading.Event()
+    base, bank = painter.base, painter.bank
     num_threads = torch.get_num_threads() if base.device.type == "cpu" else 1
     most = max(1, at_once // num_threads)  # models at once, so that each thread has a batch
     for start in range(0, len(models), most):
-        chunk = models[start : start + most]
+        chunk, stopped = models[start : start + most], threading.Event()
         slices = [item for _, item in chunk]
         num_workers = min(num_threads, at_once // len(chunk))
         todo = []
@@ -277,8 +277,12 @@ def _draw_all(
             else:
                 todo.append(batch)
 
-        def draw(batch: Sequence[Job], chunk: Sequence[tuple[str, Slice]] = chunk) -> list[Path]:
-            pictures, _ = painter.draw(len(chunk), batch, stopped.is_set)
+        def draw(
+            batch: Sequence[Job],
+            chunk: Sequence[tuple[str, Slice]] = chunk,
+            is_stopped: Callable[[], bool] = stopped.is_set,
+        ) -> list[Path]:
+            pictures, _ = painter.draw(len(chunk), batch, is_stopped)
             for (name, _), row in zip(chunk, pictures.numpy(), strict=True):
                 for job, pixels in zip(batch, row, strict=True):
                     writer.save(path_of(name, job), pixels, job, name, painter.section)
