@@ -298,7 +298,7 @@ def test_a_preset_cannot_be_an_override() -> None:
 def test_an_unknown_preset_is_refused_with_the_nearest(tmp_path: Path) -> None:
     assert refusal(preset="pockett").endswith("smoke, style - did you mean 'pocket'?")
     path = write(tmp_path, 'preset = "papr"\n')
-    assert refusal(path=path).startswith(f'{path}: preset = "papr": must be one of paper, ')
+    assert refusal(path=path).startswith(f'{path}: preset = "papr": must be one of memorization, paper, ')
     assert refusal(path=path).endswith(" - did you mean 'paper'?")
     assert ": preset = 3: must be one of " in refusal(path=write(tmp_path, "preset = 3\n"))
     for name in ("../presets/paper", "paper.toml", ""):
@@ -337,7 +337,7 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
     assert refusal(path=missing).startswith(
-        f"{missing}: no such study file: check the path, or use --preset with one of paper, "
+        f"{missing}: no such study file: check the path, or use --preset with one of memorization, "
     )
     assert refusal(path=tmp_path) == (
         f"{tmp_path}: is a folder, where a file is needed: name a file, or put one in its place"

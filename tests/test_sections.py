@@ -66,6 +66,7 @@ def test_every_real_number_is_finite_and_has_bounds(key: str, value: str) -> Non
 # What may be 0, or takes a number by 0 for the smallest that makes a difference.
 HARMLESS = {
     *("data.heldout_share", "data.max_refused_share", "sample.guidance", "train.betas.0"),
+    *("arms.0.rank_dropout", "arms.0.rank_dropout.0"),
     *("train.caption_dropout", "train.noise_offset", "train.weight_decay"),
     *("diagnose.guidances.0", "verdict.max_prompt_loss"),
 }

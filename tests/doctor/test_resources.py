@@ -12,6 +12,7 @@ from lorascope.machine.memory import free_bytes, used_bytes
 CPU = torch.device("cpu")
 
 
+@pytest.mark.figures
 def test_free_memory_is_told_right_here() -> None:
     assert check_memory(CPU).status == "ok"
 
