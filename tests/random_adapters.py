@@ -10,7 +10,9 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank
 from lorascope.adapters.modules import FullModule, LohaModule, LokrModule, LoraModule
 from lorascope.adapters.peft_config import kronecker_factors
+from lorascope.adapters.targets import count_parameters
 from lorascope.base.layers import stable_diffusion_layers
+from lorascope.base.loading import Base
 
 RANK = 4
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -46,6 +48,27 @@ def inputs_of(samples: int, dtype: torch.dtype = torch.float64) -> tuple[torch.T
         torch.randint(1000, (samples,), generator=generator),
         torch.randn(samples, 77, 32, dtype=dtype, generator=generator),
     )
+
+
+def assert_trains_as_alone(base: Base, together: AdapterBank) -> None:
+    """Each adapter of a bank has the gradients that it has in a bank of its own; the base is in float64."""
+    noisy, timesteps, text = inputs_of(len(together.arms))
+    together.attach()
+    base.unet(noisy, timesteps, text).sample.square().sum().backward()
+    together.detach()
+    for index, arm in enumerate(together.arms):
+        alone = AdapterBank(base.components, together.targets, [arm])
+        alone.load(0, together.adapter(index))
+        alone.attach()
+        part = slice(index, index + 1)
+        base.unet(noisy[part], timesteps[part], text[part]).sample.square().sum().backward()
+        alone.detach()
+        own = together.unpadded(together.gradients, index)
+        assert own.shape == alone.gradients[0].shape == (count_parameters(together.targets, arm),)
+        # fp32 gradients of float64 products
+        scale = float(own.abs().max())
+        torch.testing.assert_close(own, alone.gradients[0], rtol=1e-5, atol=1e-6 * scale)
+        assert torch.equal(together.unpadded(together.parameters, index), alone.parameters[0])
 
 
 def randomize(bank: AdapterBank) -> None:

@@ -19,7 +19,7 @@ from lorascope.arms import FULL_RANK, Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS, AdapterSection
-from random_adapters import inputs_of
+from random_adapters import assert_trains_as_alone, inputs_of
 
 LOHA = Arm(name="loha", rank=4, alpha=8, lr=1e-3, seed=0, kind="loha")
 LOKR = Arm(name="lokr", rank=3, alpha=6, lr=1e-3, seed=1, kind="lokr")
@@ -138,23 +138,8 @@ def test_a_fresh_one_is_a_no_op(base: Base, arm: Arm) -> None:
 
 
 def test_kinds_of_one_pass_train_as_alone(exact_base: Base) -> None:
-    base, arms = exact_base, [LOHA, LOKR, LOHA.model_copy(update={"name": "small", "rank": 2, "seed": 4})]
-    together = make_bank(base, arms, TARGETS["conv"])
-    noisy, timesteps, text = inputs_of(3)
-    together.attach()
-    base.unet(noisy, timesteps, text).sample.square().sum().backward()
-    together.detach()
-    for index, arm in enumerate(arms):
-        alone = AdapterBank(base.components, together.targets, [arm])
-        alone.load(0, together.adapter(index))
-        alone.attach()
-        part = slice(index, index + 1)
-        base.unet(noisy[part], timesteps[part], text[part]).sample.square().sum().backward()
-        alone.detach()
-        own = together.unpadded(together.gradients, index)
-        assert own.shape == alone.gradients[0].shape == (count_parameters(together.targets, arm),)
-        scale = float(own.abs().max())
-        torch.testing.assert_close(own, alone.gradients[0], rtol=1e-5, atol=1e-6 * scale)
+    arms = [LOHA, LOKR, LOHA.model_copy(update={"name": "small", "rank": 2, "seed": 4})]
+    assert_trains_as_alone(exact_base, make_bank(exact_base, arms, TARGETS["conv"]))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -12,12 +12,12 @@ from lorascope.adapters.adapter import Adapter
 from lorascope.adapters.bank import AdapterBank, Slice
 from lorascope.adapters.files import Layout, load_adapter, save_adapter
 from lorascope.adapters.merge import merged_into
-from lorascope.adapters.targets import count_parameters, resolve_targets
+from lorascope.adapters.targets import resolve_targets
 from lorascope.arms import Arm
 from lorascope.base.loading import Base
 from lorascope.errors import AdapterError
 from lorascope.sections import REFERENCE_TARGETS
-from random_adapters import inputs_of, randomize
+from random_adapters import assert_trains_as_alone, inputs_of, randomize
 
 DORA = Arm(name="dora", rank=4, alpha=8, lr=1e-3, seed=0, kind="dora")
 LORA = Arm(name="lora", rank=6, alpha=6, lr=1e-3, seed=1)
@@ -108,25 +108,7 @@ def test_a_fresh_one_is_an_exact_no_op(base: Base) -> None:
 
 
 def test_in_company_it_is_as_alone(exact_base: Base) -> None:
-    base, arms = exact_base, [LORA, SECOND, DORA]
-    together = make_bank(base, arms)
-    noisy, timesteps, text = inputs_of(3)
-    together.attach()
-    base.unet(noisy, timesteps, text).sample.square().sum().backward()
-    together.detach()
-    for index, arm in enumerate(arms):
-        alone = AdapterBank(base.components, together.targets, [arm])
-        alone.load(0, together.adapter(index))
-        alone.attach()
-        part = slice(index, index + 1)
-        base.unet(noisy[part], timesteps[part], text[part]).sample.square().sum().backward()
-        alone.detach()
-        own = together.unpadded(together.gradients, index)
-        assert own.shape == alone.gradients[0].shape == (count_parameters(together.targets, arm),)
-        # fp32 gradients of float64 products
-        scale = float(own.abs().max())
-        torch.testing.assert_close(own, alone.gradients[0], rtol=1e-5, atol=1e-6 * scale)
-        assert torch.equal(together.unpadded(together.parameters, index), alone.parameters[0])
+    assert_trains_as_alone(exact_base, make_bank(exact_base, [LORA, SECOND, DORA]))
 
 
 @pytest.fixture

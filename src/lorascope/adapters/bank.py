@@ -294,7 +294,7 @@ class AdapterBank:
 
 def _adapted(layer: nn.Module, target: Target, arms: Sequence[Arm]) -> AdaptedLayer:
     """A layer with room for these arms' adapters, which are of kinds that compute in one way."""
-    if any(arm.kind in ("loha", "lokr", "full") for arm in arms):
+    if any(arm.family != "lora" for arm in arms):
         return DifferenceLayer(layer, target, arms)
     if isinstance(layer, nn.Linear):
         return StackedLinear(layer, target, arms)
