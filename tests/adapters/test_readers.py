@@ -449,18 +449,26 @@ LYCORIS_OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def loaded_by_peft(
+    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any]
+) -> tuple[Any, str | None]:
+    """A U-Net that PEFT itself was told to load an adapter into, and the error that it raised."""
+    safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model = Pipeline().unet
+    try:
+        peft.PeftModel.from_pretrained(model, str(folder))
+    except Exception as raised:
+        return model, type(raised).__name__
+    return model, None
+
+
 @pytest.mark.parametrize("variant", LYCORIS_OPTIONS)
 def test_peft_rule_of_loha_and_lokr_is_what_peft_does(variant: str, tmp_path: Path) -> None:
     kind, options, changes = LYCORIS_OPTIONS[variant]
     state = lycoris_state(kind, **options)
     config = {**LYCORIS_CONFIG, "peft_type": kind, **options, **changes}
-    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    error, model = None, Pipeline().unet
-    try:
-        peft.PeftModel.from_pretrained(model, str(tmp_path))
-    except Exception as raised:
-        error = type(raised).__name__
+    model, error = loaded_by_peft(tmp_path, state, config)
     ours = reading("PEFT", state, config=config)
     assert (ours.refusal.partition(":")[0] if ours.refusal else None) == error
     if error is None:
@@ -483,14 +491,7 @@ def test_a_factor_that_peft_does_not_build_is_not_taken() -> None:
 def test_peft_rule_is_what_peft_does(variant: str, tmp_path: Path) -> None:
     state, changes = PEFT_VARIANTS[variant]
     config = {key: value for key, value in {**PEFT_CONFIG, **changes}.items() if value is not ...}
-    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    error = None
-    model = Pipeline().unet
-    try:
-        peft.PeftModel.from_pretrained(model, str(tmp_path))
-    except Exception as raised:
-        error = type(raised).__name__
+    model, error = loaded_by_peft(tmp_path, state, config)
     ours = reading("PEFT", state, config=config)
     assert (ours.refusal.partition(":")[0] if ours.refusal else None) == error
     if error is None:
