@@ -5,6 +5,7 @@ Everything here goes to stderr; results go to stdout and are the command line's 
 off under `NO_COLOR`.
 """
 
+import json
 import logging
 import re
 import sys
@@ -29,6 +30,7 @@ from rich.text import Text
 from lorascope.store import require_regular, storage_errors
 
 PLAIN_LINE_EVERY_S = 5.0
+_PROGRESS_EVERY_S = 1.0
 _UNBROKEN = 10_000  # columns of a table in a file, more than its longest line has
 log = logging.getLogger("lorascope")
 
@@ -80,6 +82,21 @@ class Tally(Protocol):
         """Count `count` units as done by an earlier run."""
 
 
+_progress_files: list[Path] = []
+
+
+@contextmanager
+def progress_to_file(path: Path) -> Iterator[None]:
+    """Keep in `path` how far the stage under way is, for whoever looks on; it goes when the work ends."""
+    _progress_files.append(path)
+    try:
+        yield
+    finally:
+        _progress_files.remove(path)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 class Task:
     """Progress of one stage: `advance` it, with a short text of current figures."""
 
@@ -92,7 +109,9 @@ class Task:
             None  # when, and with how much done, the rate starts to count
         )
         self._has_lines = False
+        self._next_write = 0.0
         self._task = progress.add_task(label, total=total, completed=completed, note="") if progress else None
+        self._write()
 
     def set_total(self, total: int) -> None:
         """The number of units, once it is known."""
@@ -108,6 +127,7 @@ class Task:
         now = time.monotonic()
         since, done = self._paced_from = self._paced_from or (now, self.completed)
         rate = (self.completed - done) / (now - since) if now > since else 0.0
+        self._write(rate, plain(note))
         note = plain(f"{rate:.1f} {self.unit}/s  " * (rate > 0) + note).rstrip()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self.completed, note=note)
@@ -119,6 +139,30 @@ class Task:
                 else ""
             )
             log.info("%s", f"{self.label:<8} {self.completed}/{self.total}  {note}{left}".rstrip())
+
+    def _write(self, rate: float = 0.0, note: str = "") -> None:
+        """Put what there is to say into the progress files, once a second at most. They need not outlive a
+        machine that goes down, and a full disk is met where there is more to write.
+        """
+        now = time.monotonic()
+        if not _progress_files or now < self._next_write:
+            return
+        self._next_write = now + _PROGRESS_EVERY_S
+        left = (self.total - self.completed) / rate if rate > 0 else None
+        facts = {
+            "stage": self.label,
+            "done": self.completed,
+            "total": self.total,
+            "unit": self.unit,
+            "rate": round(rate, 3),
+            "left_s": None if left is None else round(left, 1),
+            "note": note,
+        }
+        for path in _progress_files:
+            partial = path.with_name(f".{path.name}.partial")
+            with suppress(OSError):
+                partial.write_text(json.dumps(facts), encoding="utf-8")
+                partial.replace(path)
 
     def skip(self, count: int) -> None:
         """Count `count` units as done by an earlier run: they are no part of the rate."""

@@ -194,6 +194,7 @@ class RunDir:
         self.groups_json = path / "groups.json"
         self.metrics_jsonl = path / "metrics.jsonl"
         self.metrics_dir = path / "metrics"
+        self.progress_json = path / "progress.json"
         self.scores_parquet = path / "scores.parquet"
         self.sweep_parquet = path / "sweep.parquet"
         self.diagnosis_json = path / "diagnosis.json"

@@ -25,7 +25,7 @@ from lorascope.arms import Arm
 from lorascope.base.configs import count_tokens, load_tokenizer, read_configs
 from lorascope.base.loading import Base, load_base
 from lorascope.config import load_study
-from lorascope.console import duration, log, log_to_file, track
+from lorascope.console import duration, log, log_to_file, progress_to_file, track
 from lorascope.data.dataset import Dataset, load_dataset, prepare_data
 from lorascope.data.encoding import Encoded, default_cache_dir, encode_dataset
 from lorascope.diagnosis.finished import Finished
@@ -148,7 +148,7 @@ class Study:
         require_apart(self.run_dir, self.config)
         with access_errors(StorageError), self.run_dir.lock():
             freeze(self.run_dir, self.config)
-            with log_to_file(self.run_dir.log_path):
+            with log_to_file(self.run_dir.log_path), progress_to_file(self.run_dir.progress_json):
                 self._describe(command)
                 yield
 

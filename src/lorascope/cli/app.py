@@ -15,6 +15,7 @@ from lorascope import __version__
 from lorascope.cli import files, more, pictures, stages
 from lorascope.cli.doctor import doctor
 from lorascope.cli.next import next_study
+from lorascope.cli.web import web
 from lorascope.console import say
 from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, LorascopeError
 
@@ -52,7 +53,7 @@ app.command(pictures.caption, group=_PICTURES)
 for _command in (files.export, files.convert, files.inspect, files.extract, files.resize):
     app.command(_command, group=_FILES)
 app.command(next_study, name="next", group=_MORE)
-for _command in (more.bench, doctor, more.presets, more.keys, more.env):
+for _command in (web, more.bench, doctor, more.presets, more.keys, more.env):
     app.command(_command, group=_MORE)
 
 

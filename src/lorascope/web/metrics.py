@@ -1,0 +1,172 @@
+"""The curves of a run while it trains: read as they grow, and made short for a page."""
+
+import itertools
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorascope.evaluation.scores import BASE
+from lorascope.run_folder import RunDir
+
+MAX_POINTS = 240
+
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Curves:
+    """What an arm's records say: training loss by step, and held-out loss minus the base's by epoch."""
+
+    loss: Points = field(default_factory=list)
+    heldout: Points = field(default_factory=list)
+    step: int = 0
+    epoch: float = 0.0
+
+
+class MetricsReader:
+    """Reads what was added to the records of a run since the last look."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._read: dict[Path, tuple[int, int]] = {}  # inode and bytes
+        self.arms: dict[str, Curves] = {}
+        self._lock = threading.Lock()  # several browsers may look at one run
+
+    def update(self) -> dict[str, Curves]:
+        """The curves of every arm as they are now."""
+        with self._lock:
+            self._update()
+            return self.arms
+
+    def _update(self) -> None:
+        run = self._run
+        joined = run.metrics_jsonl.exists()
+        parts = sorted(run.metrics_dir.glob("*.jsonl")) if run.metrics_dir.is_dir() else []
+        files = [run.metrics_jsonl] if joined else parts
+        if any(self._was_replaced(path) for path in files) or set(self._read) - set(files):
+            self._read, self.arms = {}, {}
+        for path in files:
+            self._read_on(path)
+
+    def _was_replaced(self, path: Path) -> bool:
+        """Whether a file is another one than before, or was cut back by a run that goes on."""
+        known = self._read.get(path)
+        try:
+            status = path.stat()
+        except OSError:
+            return known is not None
+        return known is not None and (status.st_ino != known[0] or status.st_size < known[1])
+
+    def _read_on(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                start = self._read.get(path, (0, 0))[1]
+                file.seek(start)
+                content = file.read()
+                inode = path.stat().st_ino
+        except OSError:
+            return
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read[path] = (inode, start + len(whole))
+        for line in whole.splitlines():
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue  # what is damaged is said by the report, which reads with more care
+
+    def _take(self, record: dict[str, Any]) -> None:
+        arm = str(record["arm"])
+        if arm == BASE:
+            return
+        curves = self.arms.setdefault(arm, Curves())
+        if record["kind"] == "train":
+            curves.step, curves.epoch = int(record["step"]), float(record["epoch"])
+            if record["loss"] is not None:
+                curves.loss.append((curves.step, float(record["loss"])))
+        elif record["split"] == "heldout" and record["band"] == "all" and record["conditional"]:
+            curves.heldout.append((float(record["epoch"]), float(record["difference"])))
+
+
+def shortened(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> Points:
+    """At most `most` points for many: the mean of each of as many stretches of equal count."""
+    if len(points) <= most:
+        return list(points)
+    edges = [round(index * len(points) / most) for index in range(most + 1)]
+    stretches = [points[start:end] for start, end in itertools.pairwise(edges)]
+    return [
+        (stretch[-1][0], sum(value for _, value in stretch) / len(stretch))
+        for stretch in stretches
+        if stretch
+    ]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: `points` as SVG has them; `index` gives its colour and dashes."""
+
+    name: str
+    index: int
+    points: str
+    last: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A small chart to be drawn by a template: 480 x 200 units, the plot from (44, 10) to (470, 172).
+
+    `x_ticks` and `y_ticks` are places in units and their labels.
+    """
+
+    title: str
+    x_name: str
+    lines: tuple[Line, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    zero: float | None  # where 0 lies, if it lies within
+    alt: str
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 470.0, 10.0, 172.0
+
+
+def draw_chart(title: str, x_name: str, series: dict[str, Points], order: Sequence[str]) -> Chart | None:
+    """A chart of several series; None where there is nothing to draw. Colours go by the place in `order`."""
+    drawn = {name: shortened(points) for name, points in series.items() if points}
+    if not drawn:
+        return None
+    xs = [x for points in drawn.values() for x, _ in points]
+    ys = [y for points in drawn.values() for _, y in points]
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = min(ys), max(ys)
+    x_high += x_high == x_low
+    margin = (y_high - y_low) * 0.06 or abs(y_high) * 0.1 or 1.0
+    y_low, y_high = y_low - margin, y_high + margin
+
+    def x_place(x: float) -> float:
+        return round(_LEFT + (x - x_low) / (x_high - x_low) * (_RIGHT - _LEFT), 1)
+
+    def y_place(y: float) -> float:
+        return round(_BOTTOM - (y - y_low) / (y_high - y_low) * (_BOTTOM - _TOP), 1)
+
+    lines = tuple(
+        Line(
+            name,
+            (order.index(name) if name in order else 0) % 6,
+            " ".join(f"{x_place(x)},{y_place(y)}" for x, y in drawn[name]),
+            drawn[name][-1][1],
+        )
+        for name in sorted(drawn, key=lambda name: order.index(name) if name in order else len(order))
+    )
+    last = ", ".join(f"{line.name} {line.last:.4f}" for line in lines)
+    return Chart(
+        title,
+        x_name,
+        lines,
+        tuple((x_place(x), f"{x:g}") for x in (x_low, x_high)),
+        tuple((y_place(y), f"{y:.3g}") for y in (y_low + margin, y_high - margin)),
+        y_place(0) if y_low < 0 < y_high else None,
+        f"{title} by {x_name}; last: {last}.",
+    )
