@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -60,20 +61,43 @@ def load_study(
     the key away. Raises `ConfigError`, one line with origin, key, value, constraint and the nearest known
     word.
     """
+    with _in_one_line():
+        text = None if path is None else _read_text(Path(path))
+        return _load(text, Path(path or "study"), preset, overrides, _or_own(environment))
+
+
+def parse_study(text: str, name: str = "study", environment: Mapping[str, str] | None = None) -> StudyConfig:
+    """A study from the text of a study file, with the layers that `load_study` has around a file; messages
+    call it `name`, and so is the study where the text does not name it.
+    """
+    with _in_one_line():
+        return _load(text, Path(name), None, (), _or_own(environment))
+
+
+def _or_own(environment: Mapping[str, str] | None) -> Mapping[str, str]:
+    return os.environ if environment is None else environment
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Names and keys of files may hold ends of lines: messages show them escaped."""
     try:
-        return _load(path, preset, overrides, os.environ if environment is None else environment)
-    except ConfigError as error:  # names and keys of files may hold ends of lines
+        yield
+    except ConfigError as error:
         text = re.sub(_LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode(), str(error))
         raise ConfigError(text) from error.__cause__
 
 
 def _load(
-    path: Path | str | None, preset: str | None, overrides: Sequence[str], environment: Mapping[str, str]
+    text: str | None,
+    path: Path,
+    preset: str | None,
+    overrides: Sequence[str],
+    environment: Mapping[str, str],
 ) -> StudyConfig:
     layers: list[tuple[str, dict[str, Any]]] = []
-    if path is not None:
-        path = Path(path)
-        table = _parse_toml(_read_text(path), str(path))
+    if text is not None:
+        table = _parse_toml(text, str(path))
         in_file = table.pop("preset", None)
         if in_file is not None and in_file not in preset_names():
             near = _did_you_mean(str(in_file), preset_names())

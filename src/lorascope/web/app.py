@@ -26,6 +26,7 @@ from lorascope.web.pages import page, problem, render, static_file
 from lorascope.web.queue import Queue
 from lorascope.web.runs import Runs
 from lorascope.web.services import Services
+from lorascope.web.starting import TakenError
 from lorascope.web.supervisor import Supervisor
 from lorascope.web.workspace import MissingError, OutsideError, Workspace
 
@@ -90,8 +91,8 @@ def _enter(
 
 
 async def _on_user_error(request: Request, error: Exception) -> Response:
-    status = 404 if isinstance(error, MissingError) else 403 if isinstance(error, OutsideError) else 400
-    return problem(request, status, str(error))
+    statuses: dict[type[Exception], int] = {MissingError: 404, OutsideError: 403, TakenError: 409}
+    return problem(request, statuses.get(type(error), 400), str(error))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
