@@ -150,8 +150,8 @@ def short_arm() -> ArmSignals:
     """Ten steps."""
     return signals_of(
         an_arm("ten-steps", epochs=1),
-        a_point(1.0, 1.0, 0.01, reach=0.02),
-        a_point(0.5, 1.0, 0.0, reach=0.02),
+        a_point(1.0, 1.0, 0.01, reach=0.02, style_reach=0.03),
+        a_point(0.5, 1.0, 0.0, reach=0.02, style_reach=0.02),
         heldout=an_interval("heldout", -0.006, 0.002),
         gain_ratio=0.63,
         train_gap=0.0,

@@ -15,9 +15,11 @@ from lorascope.arms import Kind as AdapterKind
 from lorascope.diagnosis.words import Cause
 from lorascope.schema import StudyConfig
 
-Kind = Literal["main", "few", "scrambled", "other", "other-few"]
-KINDS: tuple[Kind, ...] = ("main", "few", "scrambled", "other", "other-few")
+Kind = Literal["mild", "gross", "few", "scrambled", "other", "other-few"]
+KINDS: tuple[Kind, ...] = ("mild", "gross", "few", "scrambled", "other", "other-few")
 _OF_FEW: tuple[Kind, ...] = ("few", "other-few")
+# Whether little style was gained, and prompts were kept by a narrow margin, takes more drawings to see.
+_OF_LITTLE: tuple[Kind, ...] = ("mild", "other")
 _RESOLUTION_PX = 64
 # With it the second step is beyond float32: the update is that of the first step to the power of two.
 _BEYOND_NUMBERS = 1e15
@@ -63,24 +65,24 @@ _DOSES: tuple[tuple[str, Cause, float], ...] = (
     ("little", "not_learned", 1e-6),
 )
 FAULTS = (
-    Fault("healthy-r4-lr3e-5", "healthy", "main", 4, 3e-5),
-    Fault("healthy-r16-lr1.5e-5", "healthy", "main", 16, 1.5e-5),
-    Fault("healthy-r16-lr2e-5", "healthy", "main", 16, 2e-5, quick=True),
-    Fault("healthy-r64-lr1e-5", "healthy", "main", 64, 1e-5),
-    Fault("strong-r4-lr1e-4", "too_strong", "main", 4, 1e-4),  # mild
-    Fault("strong-r16-lr5e-5", "too_strong", "main", 16, 5e-5),  # mild
-    Fault("strong-r16-lr3e-4", "too_strong", "main", 16, 3e-4),
-    Fault("strong-r64-lr2e-4", "too_strong", "main", 64, 2e-4),
-    Fault("strong-r16-lr1.4e-3", "too_strong", "main", 16, 1.4e-3, quick=True),
-    Fault("strong-r16-alpha-x4", "too_strong", "main", 16, 3e-4, alpha_per_rank=8.0),
-    Fault("diverged-r64-lr2e-3", "diverged", "main", 64, 2e-3),
-    Fault("diverged-r64-lr4e-3", "diverged", "main", 64, 4e-3, quick=True),
-    Fault("diverged-r16-lr5e-3", "diverged", "main", 16, 5e-3),
-    Fault("little-r16-lr1e-6", "not_learned", "main", 16, 1e-6, quick=True),
-    Fault("little-r64-lr1e-6", "not_learned", "main", 64, 1e-6),
+    Fault("healthy-r4-lr3e-5", "healthy", "mild", 4, 3e-5),
+    Fault("healthy-r16-lr1.5e-5", "healthy", "mild", 16, 1.5e-5),
+    Fault("healthy-r16-lr2e-5", "healthy", "mild", 16, 2e-5, quick=True),
+    Fault("healthy-r64-lr1e-5", "healthy", "mild", 64, 1e-5),
+    Fault("strong-r4-lr1e-4", "too_strong", "mild", 4, 1e-4),
+    Fault("strong-r16-lr5e-5", "too_strong", "mild", 16, 5e-5, quick=True),
+    Fault("strong-r16-lr3e-4", "too_strong", "gross", 16, 3e-4),
+    Fault("strong-r64-lr2e-4", "too_strong", "gross", 64, 2e-4),
+    Fault("strong-r16-lr1.4e-3", "too_strong", "gross", 16, 1.4e-3, quick=True),
+    Fault("strong-r16-alpha-x4", "too_strong", "gross", 16, 3e-4, alpha_per_rank=8.0),
+    Fault("diverged-r64-lr2e-3", "diverged", "gross", 64, 2e-3),
+    Fault("diverged-r64-lr4e-3", "diverged", "gross", 64, 4e-3, quick=True),
+    Fault("diverged-r16-lr5e-3", "diverged", "gross", 16, 5e-3),
+    Fault("little-r16-lr1e-6", "not_learned", "mild", 16, 1e-6, quick=True),
+    Fault("little-r64-lr1e-6", "not_learned", "mild", 64, 1e-6),
     # Batches of 60 make 10 steps of an epoch of 600.
-    Fault("little-r16-10-steps", "not_learned", "main", 16, 2e-4, epochs=1, batch_size=60),
-    Fault("not-finite-r16", "numerical", "main", 16, _BEYOND_NUMBERS, quick=True),
+    Fault("little-r16-10-steps", "not_learned", "mild", 16, 2e-4, epochs=1, batch_size=60),
+    Fault("not-finite-r16", "numerical", "gross", 16, _BEYOND_NUMBERS, quick=True),
     Fault("overfit-r16", "overfit", "few", 16, 5e-4, quick=True),
     Fault("overfit-r64", "overfit", "few", 64, 5e-4),
     Fault("overfit-r16-longer", "overfit", "few", 16, 5e-4, epochs=20),
@@ -101,7 +103,7 @@ FAULTS = (
 BY_NAME = {fault.name: fault for fault in FAULTS}
 # Faults are planted into the files of the first of these arms, and the second gives the weights that are
 # taken for it: both have its rank and alpha.
-FILE_ARM, FILE_DONOR = "healthy-r16-lr2e-5", "strong-r16-lr1.4e-3"
+FILE_ARM, FILE_DONOR = "healthy-r16-lr2e-5", "strong-r16-lr5e-5"
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,13 @@ class Size:
     num_tried: int  # of these, for interventions
     steps: int
     strengths: tuple[float, ...]
+    num_drawings: int  # sampling seeds of the kinds in `_OF_LITTLE`; 1 of the others
 
 
-FULL = Size(600, 64, 3, 16, 12, 16, 20, 20, 10, (0.25, 0.5, 1.0))
-QUICK = Size(100, 20, 4, 12, 3, 4, 8, 4, 7, (0.5, 1.0))
+FULL = Size(600, 64, 3, 16, 12, 16, 20, 20, 10, (0.25, 0.5, 1.0), 4)
+QUICK = Size(100, 20, 4, 12, 3, 4, 7, 4, 7, (0.5, 1.0), 1)
 FULL_SEEDS, QUICK_SEEDS = 8, 3
+_OTHER_SEEDS = 2  # training seeds of other kinds of adapter, which are judged alone
 
 
 def plan_studies(num_seeds: int, quick: bool = False) -> list[Planned]:
@@ -181,7 +185,7 @@ def plan_studies(num_seeds: int, quick: bool = False) -> list[Planned]:
 def _of_seed(seed: int, quick: bool) -> Iterator[Planned]:
     for kind in KINDS:
         faults = tuple(fault for fault in FAULTS if fault.kind == kind and (fault.quick or not quick))
-        if faults:
+        if faults and (seed < _OTHER_SEEDS or not kind.startswith("other")):
             size = QUICK if quick else FULL
             yield Planned(kind, seed, faults, study_config(f"{kind}-s{seed}", kind, seed, faults, size))
 
@@ -189,6 +193,8 @@ def _of_seed(seed: int, quick: bool) -> Iterator[Planned]:
 def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size: Size) -> StudyConfig:
     """A study of these faults. Its pictures are drawn with the training seed too: no two seeds share them."""
     few = kind in _OF_FEW
+    # The first is the training seed, so that no two share the noise of a drawing.
+    drawings = [seed + 100 * place for place in range(size.num_drawings if kind in _OF_LITTLE else 1)]
     return StudyConfig.model_validate(
         {
             "name": name,
@@ -208,14 +214,14 @@ def study_config(name: str, kind: Kind, seed: int, faults: Sequence[Fault], size
                 "batch_size": 4,
                 "num_probe": size.num_probe,
             },
-            "sample": {"num_prompts": size.num_prompts, "steps": size.steps, "seeds": [seed]},
+            "sample": {"num_prompts": size.num_prompts, "steps": size.steps, "seeds": drawings},
             "diagnose": {
                 "strengths": list(size.strengths),
                 "num_prompts": size.num_prompts,
                 "num_intervention_prompts": size.num_tried,
                 "scale_intruders": False,  # these two decide nothing
                 "cut_rank": False,
-                "seeds": [seed],
+                "seeds": drawings,
                 "steps": size.steps,
                 "guidances": [],
             },

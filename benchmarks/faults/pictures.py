@@ -33,13 +33,15 @@ def draw_causes(out: Path, seed: int, path: Path) -> None:
     """
     rows: list[tuple[str, list[SweepRow], RunDir]] = []
     for name in (None, *SHOWN):
-        kind: Kind = "main" if name is None else BY_NAME[name].kind
+        kind: Kind = "gross" if name is None else BY_NAME[name].kind
         run = RunDir(out / f"{kind}-s{seed}")
         sweep = read_sweep(run)
         guidance = sweep.points[0].guidance
         point = Point(BASE, "last", 0.0, guidance) if name is None else Point(name, "last", 1.0, guidance)
         label = "the base" if name is None else f"{WORDS[BY_NAME[name].label]}\n{name}"
-        rows.append((label, [row for row in sweep.of(point) if row.category == "normal"], run))
+        found = [row for row in sweep.of(point) if row.category == "normal"]
+        first = min(row.seed for row in found)
+        rows.append((label, [row for row in found if row.seed == first], run))
     prompts = [row.prompt for row in rows[0][1][:_NUM_PROMPTS]]
     sheet = _sheet(prompts, [(label, _pictures(run, found, prompts)) for label, found, run in rows])
     path.parent.mkdir(parents=True, exist_ok=True)

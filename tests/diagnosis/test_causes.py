@@ -86,9 +86,11 @@ def test_a_loss_above_the_bases_is_a_collapse_unless_training_pictures_gained() 
     ("points", "expected"),
     [
         # no style, prompts kept
-        ((a_point(1.0, 0.99, 0.01),), ("not_learned", "high")),
+        ((a_point(1.0, 0.99, 0.01, style_reach=0.03),), ("not_learned", "high")),
         # no style, and whether prompts are kept is open
-        ((a_point(1.0, 0.93, 0.01),), ("not_learned", "medium")),
+        ((a_point(1.0, 0.93, 0.01, style_reach=0.03),), ("not_learned", "medium")),
+        # little style, and more than the base's own variation is not ruled out
+        ((a_point(1.0, 0.99, 0.03),), ("cannot_tell", "low")),
         # no style, but prompts are lost: something did change
         ((a_point(1.0, 0.2, -0.01), GONE), ("cannot_tell", "low")),
         # a lower strength shows style: it was learned

@@ -206,8 +206,8 @@ def test_the_result_in_words() -> None:
 def a_study(study_file: Path, seed: int) -> Planned:
     """The two arms into whose files faults are planted, and one that fails, on the tiny base."""
     faults = (
-        Fault(FILE_ARM, "healthy", "main", 4, 1e-2),
-        Fault(FILE_DONOR, "too_strong", "main", 4, 5e-2),
+        Fault(FILE_ARM, "healthy", "mild", 4, 1e-2),
+        Fault(FILE_DONOR, "too_strong", "mild", 4, 5e-2),
         BY_NAME["not-finite-r16"],
     )
     config = load_study(
@@ -216,7 +216,7 @@ def a_study(study_file: Path, seed: int) -> Planned:
         environment={},
     )
     values = {**config.model_dump(), "arms": [fault.grid(seed) for fault in faults]}
-    return Planned("main", seed, faults, type(config).model_validate(values))
+    return Planned("mild", seed, faults, type(config).model_validate(values))
 
 
 def test_studies_are_run_once_and_give_a_result(
@@ -231,14 +231,14 @@ def test_studies_are_run_once_and_give_a_result(
     monkeypatch.setattr("benchmarks.faults.__main__.plan_studies", lambda *_: studies)
     assert main(["--out", str(tmp_path), "--quick"]) == 0
     printed = capsys.readouterr().out
-    assert "main-s0: finished" in printed and "main-s1: finished" in printed
+    assert "mild-s0: finished" in printed and "mild-s1: finished" in printed
     kept = json.loads((tmp_path / "quick" / "matrix.json").read_text())
     assert kept["matrix"]["num_judged"] == 3 + 5
     assert "doubled-alpha | 2 of 2 | 2 of 2 | 2 of 2 |" in (tmp_path / "quick" / "matrix.md").read_text()
     result = evaluate(tmp_path / "quick", studies, quick=True)
     assert result.matrix.counts["numerical"] == {"numerical": 1}
     assert result.matrix.counts["file_fault"] == {"file_fault": 3, "refused": 2}
-    other = Planned("main", 0, studies[0].faults, studies[1].config)
+    other = Planned("mild", 0, studies[0].faults, studies[1].config)
     with pytest.raises(ConfigError, match="made with another configuration"):
         run_study(other, tmp_path / "quick")
     monkeypatch.setattr("benchmarks.faults.__main__.plan_studies", lambda *_: [other, studies[1]])

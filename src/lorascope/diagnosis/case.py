@@ -31,13 +31,20 @@ class Case:
         return "lost" if kept.high is not None and kept.high < self.least_kept else "open"
 
     def style_at(self, point: PointSignals) -> Literal["gained", "none", "open", "not measured"]:
-        """Whether a point has style: its interval above 0 and its value beyond the base's own variation."""
+        """Whether a point has style: its interval above 0 and its value beyond the base's own variation.
+
+        That there is none takes an interval that lies within that variation: what an interval leaves open is
+        not shown to be absent.
+        """
         style, null = point.style, point.style.control or 0.0
         if style.value is None:
             return "not measured"
         if style.low is not None and style.low > 0 and style.value > null:
             return "gained"
-        return "none" if style.low is not None and style.value <= max(null, 0.0) else "open"
+        if style.high is None:
+            return "open"
+        is_none = style.high <= null if null > 0 else style.value <= 0
+        return "none" if is_none else "open"
 
     def is_broken(self, point: PointSignals) -> bool:
         """Whether the pictures lie farther from the style's than the base's do."""
