@@ -208,6 +208,8 @@ class RunDir:
         self.sweep_dir = path / "sweep"
         self.copying_dir = path / "copying"
         self.previews_dir = path / "previews"
+        self.tries_dir = path / "tries"
+        self.votes_jsonl = path / "votes.jsonl"
         self.figures_dir = path / "figures"
         self.report_html = path / "report.html"
         self.report_md = path / "report.md"

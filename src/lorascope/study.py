@@ -37,6 +37,15 @@ from lorascope.evaluation.merging import compare_merged
 from lorascope.evaluation.prompts import OWN_CAPTIONS, Prompt, check_prefix, describe_cut, load_prompts
 from lorascope.evaluation.sampling import Job, draw_all, latent_shape_of, plan_jobs
 from lorascope.evaluation.scoring import MAX_REAL, list_pictures, score_run
+from lorascope.evaluation.sweep_rows import Epoch
+from lorascope.evaluation.tries import (
+    Try,
+    checked_prompt,
+    checked_settings,
+    folder_of,
+    note_try,
+    plan_pictures,
+)
 from lorascope.inputs import (
     data_inputs,
     diagnose_inputs,
@@ -84,6 +93,7 @@ class Study:
     def __init__(self, config: StudyConfig, run_dir: Path | str, cache_dir: Path | None = None) -> None:
         self.config = config
         self.run_dir = RunDir(Path(run_dir))
+        self._is_reader = False  # whether what is found goes into no manifest
         self.cache_dir = cache_dir or default_cache_dir()
         self.device = choose_device(config.device)
 
@@ -189,7 +199,7 @@ class Study:
         precision = self.config.train.precision
         tuning = tune(configs["unet"], workload, self.device, precision, kept, self.fast_paths)
         if tuning.to_json() != kept:
-            self.run_dir.describe(tuning=tuning.to_json())
+            self._note(tuning=tuning.to_json())
         for note in (f"U-Net in {tuning.precision}", *tuning.notes):
             log.info("tuning   %s", note)
         return tuning
@@ -211,7 +221,7 @@ class Study:
             base.prediction_type,
             base.digest[:12],
         )
-        self.run_dir.describe(base={**shown, "model": self.config.base.model})
+        self._note(base={**shown, "model": self.config.base.model})
         return base
 
     @functools.cached_property
@@ -222,8 +232,13 @@ class Study:
             *self.config.adapter.targets,
             *(name for group in self.config.adapter.groups for name in group.targets),
         ]
-        self.run_dir.describe(adapter={"modules": len(targets), "targets": names})
+        self._note(adapter={"modules": len(targets), "targets": names})
         return targets
+
+    def _note(self, **facts: Any) -> None:
+        """Set facts of the manifest, unless another process may work in the folder."""
+        if not self._is_reader:
+            self.run_dir.describe(**facts)
 
     @contextmanager
     def _stage(self, name: str, inputs: str) -> Iterator[Callable[..., None]]:
@@ -357,11 +372,12 @@ class Study:
             self.run_dir.require_unchanged(arm.name)
         return arms
 
-    def load_bank(self, arms: Sequence[Arm], base: Base) -> Bank:
+    def load_bank(self, arms: Sequence[Arm], base: Base, epoch: Epoch = "last") -> Bank:
         """The trained adapters of `arms` in one bank on `base`, not attached."""
         bank = open_bank(base.components, self.targets, arms)
         for index, arm in enumerate(arms):
-            bank.load(index, load_adapter(self.run_dir.adapters_dir / arm.name))
+            folder = self.run_dir.adapters_dir / arm.name
+            bank.load(index, load_adapter(folder / "best" if epoch == "best" else folder))
         return bank
 
     # -- sample ----------------------------------------------------------------------------------------------
@@ -417,6 +433,81 @@ class Study:
         return not all(
             self.run_dir.image_path(name, job.file_name).exists() for name in ("base", *names) for job in jobs
         )
+
+    # -- prompts of one's own --------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        prompt: str,
+        arms: Sequence[str] | None = None,
+        strengths: Sequence[float] = (1.0,),
+        seed: int = 0,
+        epoch: Epoch = "last",
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Try:
+        """Draw a prompt with the base and with arms at any strengths, all from the same initial noise; `arms`
+        are all that were trained where none are named.
+
+        Once training has ended it can be called while other stages work in the folder: it writes in `tries/`
+        alone. Pictures that are there stay. Raises `ConfigError` for a prompt, arm, strength or setting that
+        cannot be drawn and where no training has ended, and otherwise as `sampling.draw_all` does.
+        """
+        text, section = checked_prompt(prompt), checked_settings(self.config.sample, steps, guidance)
+        chosen = self._arms_to_draw(arms, epoch)
+        pictures = plan_pictures([arm.name for arm in chosen], epoch, strengths)
+        self._is_reader = True
+        job = Job(Prompt("own", 0, text), seed)
+        folder = folder_of(self.run_dir, text, seed, section)
+        shape = latent_shape_of(self.base, self.config.data.resolution_px)
+        places = {arm.name: index for index, arm in enumerate(chosen)}
+        todo = {drawn.name: drawn for drawn in pictures if not (folder / drawn.picture).exists()}
+        models = [(name, Slice(places.get(drawn.arm, 0), drawn.strength)) for name, drawn in todo.items()]
+
+        def path_of(name: str, job: Job) -> Path:
+            return folder / todo[name].picture
+
+        if words := describe_cut(
+            [(section.prompt_prefix or "") + text],
+            functools.partial(count_tokens, self.base.tokenizer),
+            self.base.tokenizer.model_max_length,
+        ):
+            log.warning("prompts  %s", words)
+        with access_errors(StorageError), track("draw", len(pictures), "pictures") as task:
+            task.advance(len(pictures) - len(models))
+            if models:
+                bank = self.load_bank(chosen, self.base, epoch).attach()
+                try:
+                    draw_all(self.base, bank, models, [job], shape, section, path_of, task.advance)
+                finally:
+                    bank.detach()
+        made = Try(folder.name, text, seed, section.steps, section.guidance, now(), tuple(pictures))
+        return note_try(folder, made)
+
+    def _arms_to_draw(self, names: Sequence[str] | None, epoch: Epoch) -> list[Arm]:
+        """The arms of these names, in the study's order; raise `ConfigError` where one cannot be drawn."""
+        run = self.run_dir
+        if "train" not in run.manifest()["stages"]:
+            raise ConfigError(
+                f"{run.path}: no training has ended here: run `lorascope train {run.path}` first"
+            )
+        known = {arm.name: arm for arm in self.config.expand_arms()}
+        for name in names or ():
+            if name not in known:
+                raise ConfigError(
+                    f"--arm {name[:80]}: is no arm of this study: name one of {', '.join(known)}"
+                )
+            if reason := run.failure(name):
+                raise ConfigError(f"--arm {name}: its training failed ({reason}): name another arm")
+        wanted = set(names or [name for name in known if run.failure(name) is None])
+        arms = [arm for name, arm in known.items() if name in wanted]
+        for arm in arms:
+            run.require_unchanged(arm.name)
+            if epoch == "best" and run.training(arm.name).get("best") is None:
+                raise ConfigError(
+                    f"--checkpoint best: {arm.name} has none, for want of held-out pictures: leave it out"
+                )
+        return arms
 
     # -- merge -----------------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ for _place, _stage in enumerate(stages.STAGES):
         app.command(_data)
     else:
         app.command(_command, group=_STAGES, sort_key=_place)
+app.command(stages.draw, group=_STAGES, sort_key=len(stages.STAGES))
 app.command(pictures.caption, group=_PICTURES)
 for _command in (files.export, files.convert, files.inspect, files.extract, files.resize):
     app.command(_command, group=_FILES)

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from lorascope import __version__
 from lorascope.cli.options import AsJson, Overrides, Preset, Quiet, Run, Verbose, set_level
@@ -110,6 +111,43 @@ def stage_command(name: str) -> Callable[..., int]:
     command.__name__ = name
     command.__doc__ = STAGES[name]
     return command
+
+
+def draw(
+    run: Run,
+    *,
+    prompt: Annotated[str, Parameter(help="what to draw")],
+    arm: Annotated[
+        list[str] | None, Parameter(help="arm to draw with; may be repeated; all when absent", negative="")
+    ] = None,
+    strength: Annotated[
+        list[float] | None,
+        Parameter(help="weight of the adapter, 0 to 2; may be repeated; 1 when absent", negative=""),
+    ] = None,
+    seed: Annotated[int, Parameter(help="seed of the initial noise", validator=Number(gte=0, lt=2**63))] = 0,
+    checkpoint: Annotated[
+        Literal["last", "best"], Parameter(help="adapter of the last step, or of the lowest held-out loss")
+    ] = "last",
+    steps: Annotated[int | None, Parameter(help="denoising steps; those of the study when absent")] = None,
+    guidance: Annotated[float | None, Parameter(help="guidance scale; that of the study when absent")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Draw a prompt of your own with the base and trained arms, all from the same noise (tries/).
+
+    For example:
+
+    lorascope draw runs/pocket --prompt "a red fox" --arm r16 --strength 0.6 --strength 1
+    """
+    set_level(quiet, verbose)
+    made = _import_study().open(run).draw(prompt, arm, strength or [1.0], seed, checkpoint, steps, guidance)
+    folder = run / "tries" / made.folder
+    if as_json:
+        say(json.dumps({**asdict(made), "folder": str(folder)}))
+    else:
+        say(folder)
+    return EXIT_DONE
 
 
 def _print_scores(job: "Study", as_json: bool) -> None:
