@@ -9,6 +9,7 @@ anything only from a page of this server.
 import hashlib
 import hmac
 import ipaddress
+import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -134,18 +135,18 @@ class Gate:
         if scope["type"] != "http":
             return  # there are no web sockets here
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        reply = _Reply(send)
         path, method = scope["path"], scope["method"]
+        reply = _Reply(send, is_json=path.startswith("/api/"))
         if not self.access.knows_host(headers.get("host", "")):
-            await reply.text(421, "this server is not known by that name: use the address that it printed")
+            await reply.refuse(421, "this server is not known by that name: use the address that it printed")
             return
         if method not in _SAFE and not self._is_from_here(headers):
-            await reply.text(403, "sent from another site: open the page by the address that it printed")
+            await reply.refuse(403, "sent from another site: open the page by the address that it printed")
             return
         limit = MAX_UPLOAD_BYTES if path.startswith(UPLOADS) else MAX_BODY_BYTES
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
-            await reply.text(413, f"larger than {limit:,} bytes: send less at once")
+            await reply.refuse(413, f"larger than {limit:,} bytes: send less at once")
             return
         if path.startswith(_OPEN):
             await self.app(scope, _bounded(receive, limit), reply.send)
@@ -161,7 +162,9 @@ class Gate:
             await self.app(scope, _bounded(receive, limit), reply.send)
             return
         if path.startswith("/api/") or "text/html" not in headers.get("accept", ""):
-            await reply.text(401, "no token: send `Authorization: Bearer TOKEN`, or open the printed address")
+            await reply.refuse(
+                401, "no token: send `Authorization: Bearer TOKEN`, or open the printed address"
+            )
             return
         await reply.html(401, self.sign_in(path))
 
@@ -191,8 +194,8 @@ class Gate:
 class _Reply:
     """Sends answers, each with the headers that all of them have."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, is_json: bool) -> None:
+        self._send, self._is_json = send, is_json
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Pass a message of the application on; what it says of a header stands."""
@@ -206,8 +209,12 @@ class _Reply:
             message = {**message, "headers": [*message.get("headers", []), *added]}
         await self._send(message)
 
-    async def text(self, status: int, text: str) -> None:
-        await self._whole(status, text.encode() + b"\n", "text/plain; charset=utf-8")
+    async def refuse(self, status: int, text: str) -> None:
+        """Say why a request is not answered, as the API says it or as text."""
+        if self._is_json:
+            await self._whole(status, json.dumps({"error": text}).encode(), "application/json")
+        else:
+            await self._whole(status, text.encode() + b"\n", "text/plain; charset=utf-8")
 
     async def html(self, status: int, content: bytes) -> None:
         await self._whole(status, content, "text/html; charset=utf-8")

@@ -20,7 +20,7 @@ from lorascope import __version__
 from lorascope.console import log, say
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import ConfigError, LorascopeError, StorageError
-from lorascope.web import home, run_page
+from lorascope.web import api, home, run_page
 from lorascope.web.access import Access, Gate, check_csrf, kept_token
 from lorascope.web.pages import page, problem, render, static_file
 from lorascope.web.queue import Queue
@@ -61,6 +61,7 @@ def build_app(services: Services, access: Access) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     for router in _ROUTERS:
         app.include_router(router, include_in_schema=False)
+    app.include_router(api.router)
     app.add_api_route("/static/{name}", _static, include_in_schema=False)
     app.add_api_route("/enter", _enter, methods=["POST"], include_in_schema=False)
     return app
@@ -108,6 +109,8 @@ async def _on_bad_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
+    if first["loc"] == ("body",) or first["type"] == "json_invalid":
+        where, first["msg"] = "body", "is no JSON object: send one, with `Content-Type: application/json`"
     return problem(request, 422, f"{where}: {first['msg']}")
 
 

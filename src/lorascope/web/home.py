@@ -71,17 +71,26 @@ def ask_delete(request: Request, name: str) -> Response:
 @router.post("/runs/{name}/delete")
 def delete(request: Request, name: str, sure: Annotated[str, Form()]) -> Response:
     """Delete the run folder, where its name was typed and nobody works in it."""
-    services = services_of(request)
-    folder = services.workspace.run_dir(name)
     if sure != name:
         raise ConfigError(f"{sure!r} is not the name of the run: type {name!r} to delete it")
+    delete_run(services_of(request), name)
+    return RedirectResponse("/", 303)
+
+
+def delete_run(services: Services, name: str) -> int:
+    """Delete a run folder and forget its jobs; the bytes that it took.
+
+    Raises `ConfigError` where it is in the queue, and `StorageError` where a process works in it.
+    """
+    folder = services.workspace.run_dir(name)
     job = services.queue.last_of(name)
     if job is not None and job.state in ("running", "queued"):
         raise ConfigError(f"{name}: is in the queue: cancel it first")
+    freed = _disk_bytes(folder)
     with RunDir(folder).lock():  # whoever works in the folder holds it
         shutil.rmtree(folder)
     services.queue.forget(name)
-    return RedirectResponse("/", 303)
+    return freed
 
 
 def inside(folder: Path, path: str, suffix: str) -> Path:

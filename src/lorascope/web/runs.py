@@ -69,7 +69,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunCard:
-    """A run at a glance. `picture` is relative to the run folder; `job` is its newest in the queue.
+    """A run at a glance. `picture` is relative to the run folder; `job` is its newest in the queue; `keep` is
+    that of `diagnosis.json`.
 
     `is_elsewhere` says that a process works in the folder that this queue did not start.
     """
@@ -88,6 +89,7 @@ class RunCard:
     is_elsewhere: bool
     started: float
     failed_arms: dict[str, str]
+    keep: dict[str, Any] | None = None
 
 
 class Runs:
@@ -148,6 +150,7 @@ class Runs:
             is_elsewhere=is_worked_in and (job is None or job.state != "running"),
             started=run.study_toml.stat().st_mtime,
             failed_arms=failed,
+            keep=keep,
         )
 
     def _state(self, job: Job | None, is_worked_in: bool, is_reported: bool) -> RunState:
