@@ -15,6 +15,7 @@ from lorascope import __version__
 from lorascope.cli import files, more, pictures, stages
 from lorascope.cli.doctor import doctor
 from lorascope.cli.next import next_study
+from lorascope.cli.preflight import preflight
 from lorascope.cli.web import web
 from lorascope.console import say
 from lorascope.errors import EXIT_DONE, EXIT_FAULT, EXIT_INPUT, EXIT_INTERRUPTED, LorascopeError
@@ -40,6 +41,7 @@ app = App(
 )
 
 app.command(stages.study)
+app.command(preflight)
 for _place, _stage in enumerate(stages.STAGES):
     _command = stages.stage_command(_stage)
     if _stage == "data":

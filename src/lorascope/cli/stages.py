@@ -141,7 +141,7 @@ def draw(
     lorascope draw runs/pocket --prompt "a red fox" --arm r16 --strength 0.6 --strength 1
     """
     set_level(quiet, verbose)
-    made = _import_study().open(run).draw(prompt, arm, strength or [1.0], seed, checkpoint, steps, guidance)
+    made = import_study().open(run).draw(prompt, arm, strength or [1.0], seed, checkpoint, steps, guidance)
     folder = run / "tries" / made.folder
     if as_json:
         say(json.dumps({**asdict(made), "folder": str(folder)}))
@@ -178,7 +178,7 @@ def _new_study(config: StudyConfig, run_dir: Path | None) -> "Study":
         config.name,
         ", ".join(arm.name for arm in config.expand_arms()),
     )
-    return _import_study()(config, run_dir or Path("runs") / config.name)
+    return import_study()(config, run_dir or Path("runs") / config.name)
 
 
 def _open_study(
@@ -190,7 +190,7 @@ def _open_study(
                 f"{run}: has its study.toml already, so --study, --preset and --set cannot change it: "
                 "leave them out or name a new run folder"
             )
-        return _import_study().open(run)
+        return import_study().open(run)
     if not (study_file or preset):
         raise ConfigError(
             f"{run}: no study.toml here: name a run folder, or give --study FILE or --preset NAME to "
@@ -199,7 +199,7 @@ def _open_study(
     return _new_study(load_study(study_file, preset, overrides or []), run)
 
 
-def _import_study() -> "type[Study]":
+def import_study() -> "type[Study]":
     """Import what a study needs, thousands of modules, without looking for garbage among them: that is a
     seventh of the time.
     """
