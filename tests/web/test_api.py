@@ -32,7 +32,6 @@ def client(services: Services) -> Iterator[TestClient]:
     with web_client(services, signed_in=False) as client:
         client.headers["authorization"] = f"Bearer {TOKEN}"
         client.headers["accept"] = "*/*"
-        services.supervisor.stop()  # what a test puts into the queue waits there
         yield client
 
 

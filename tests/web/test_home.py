@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
+from lorascope.errors import ConfigError
 from lorascope.run_folder import RunDir
-from lorascope.web.home import inside
+from lorascope.web.home import delete, inside
 from lorascope.web.services import Services
 from lorascope.web.workspace import MissingError, OutsideError
 from web_client import make_services, web_client
@@ -58,6 +60,9 @@ def test_a_run_is_deleted_once_its_name_is_typed(services: Services, client: Tes
     assert "frees" in client.get("/runs/tiny/delete").text
     wrong = client.post("/runs/tiny/delete", data={"sure": "tin"})
     assert (wrong.status_code, folder.exists()) == (400, True)
+    request = Request({"type": "http", "app": client.app.app})  # type: ignore[attr-defined]  # behind the gate
+    with pytest.raises(ConfigError, match="type 'tiny' to delete it"):
+        delete(request, "tiny", "tin")
     done = client.post("/runs/tiny/delete", data={"sure": "tiny"})
     assert (done.status_code, folder.exists()) == (303, False)
     assert client.get("/runs/tiny").status_code == 404

@@ -43,7 +43,7 @@ def test_a_name_is_given_once(services: Services) -> None:
 
 def test_what_cannot_be_queued_leaves_no_folder(services: Services) -> None:
     services.queue._connection.execute("PRAGMA query_only = 1")
-    with pytest.raises(StorageError, match="the queue cannot be written"):
+    with pytest.raises(StorageError, match="the queue cannot be used"):
         start_study(services, "one", parse_study('preset = "smoke"'))
     assert list(services.workspace.runs_dir.iterdir()) == []
 

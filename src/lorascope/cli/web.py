@@ -55,7 +55,8 @@ def web(
         raise ConfigError(
             f"lorascope web needs {error.name}, which is not installed: pip install 'lorascope[web]'"
         ) from error
-    allowed = [*(allow or []), *([] if listen else [Path.home()])]
+    home = Path("~").expanduser()
+    allowed = [*(allow or []), *([home] if not listen and home.is_dir() else [])]
     options = Options(listen or "127.0.0.1", port, tuple(host_name or ()), browser)
     serve(Workspace.open(folder, allowed), options)
     return EXIT_DONE

@@ -11,17 +11,18 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode
 
 from fastapi import HTTPException, Request
 
 from lorascope.errors import StorageError
-from lorascope.store import storage_errors
+from lorascope.store import read_regular, storage_errors
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -31,8 +32,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_BODY_BYTES = 2**20
 MAX_UPLOAD_BYTES = 8 * 2**30
 UPLOADS = ("/pictures/upload", "/files/upload")  # what may send more
-_OPEN = ("/static/", "/enter")  # without a token
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -77,16 +78,13 @@ class Access:
 
     def knows_host(self, host: str) -> bool:
         """Whether the Host of a request is this server: an own name, or an IP address, which no other site
-        can have.
+        can have. Any port will do, since a tunnel or a container may have the server at another one.
         """
-        try:
-            parts = urlsplit(f"//{host}")
-            name, port = parts.hostname or "", parts.port
-        except ValueError:
+        found = _HOST.fullmatch(host)
+        if found is None:
             return False
-        if port not in (None, self.port) and not self.names:
-            return False
-        if name in _LOOPBACK_NAMES or name in self.names:
+        name = (found[1] or found[2]).lower()
+        if name in _LOOPBACK_NAMES or name in (own.lower() for own in self.names):
             return True
         try:
             ipaddress.ip_address(name)
@@ -105,12 +103,12 @@ def kept_token(path: Path) -> str:
     It stays the same, so that an open page goes on after the server was started again.
     """
     try:
-        token = path.read_text(encoding="ascii").strip()
-        if len(token) >= 32:
+        token = read_regular(path, limit_bytes=1000).decode("ascii").strip()
+        if re.fullmatch(r"[!-~]{32,}", token):
             return token
     except FileNotFoundError:
         pass
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise StorageError(f"{path}: the token cannot be read ({error}): delete the file") from error
     token = secrets.token_urlsafe(32)
     with storage_errors(path):
@@ -133,10 +131,16 @@ class Gate:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            return  # there are no web sockets here
+            await send({"type": "websocket.close", "code": 1008})  # there are no web sockets here
+            return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         path, method = scope["path"], scope["method"]
         reply = _Reply(send, is_json=path.startswith("/api/"))
+        if not scope.get("query_string", b"").isascii():
+            await reply.refuse(
+                400, "an address holds letters, digits and signs of ASCII alone: escape others"
+            )
+            return
         if not self.access.knows_host(headers.get("host", "")):
             await reply.refuse(421, "this server is not known by that name: use the address that it printed")
             return
@@ -144,14 +148,13 @@ class Gate:
             await reply.refuse(403, "sent from another site: open the page by the address that it printed")
             return
         limit = MAX_UPLOAD_BYTES if path.startswith(UPLOADS) else MAX_BODY_BYTES
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > limit:
+        if not _fits(headers.get("content-length", "0"), limit):
             await reply.refuse(413, f"larger than {limit:,} bytes: send less at once")
             return
-        if path.startswith(_OPEN):
+        if path.startswith("/static/") or path == "/enter":
             await self.app(scope, _bounded(receive, limit), reply.send)
             return
-        given = _tokens(scope)
+        given = _query(scope).get("token", [])
         bearer = headers.get("authorization", "")
         by_token = bearer.startswith("Bearer ") and self.access.knows_token(bearer.removeprefix("Bearer "))
         if given and method == "GET" and self.access.knows_token(given[0]):
@@ -166,16 +169,13 @@ class Gate:
                 401, "no token: send `Authorization: Bearer TOKEN`, or open the printed address"
             )
             return
-        await reply.html(401, self.sign_in(path))
+        await reply.html(401, self.sign_in(_without_token(scope)))
 
     def _is_from_here(self, headers: dict[str, str]) -> bool:
         """Whether a request that changes something was sent by a page of this server, or by no page."""
-        origin = headers.get("origin")
+        origin, host = headers.get("origin"), headers.get("host", "").lower()
         if origin is not None:
-            return urlsplit(origin).netloc == headers.get("host") and urlsplit(origin).scheme in (
-                "http",
-                "https",
-            )
+            return origin.lower() in (f"http://{host}", f"https://{host}")
         return headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
     def _has_cookie(self, headers: dict[str, str]) -> bool:
@@ -247,16 +247,21 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     return bounded
 
 
-def _tokens(scope: Scope) -> list[str]:
-    return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [])
+def _fits(length: str, limit: int) -> bool:
+    """Whether a Content-Length is a number of bytes that may be sent."""
+    return re.fullmatch("[0-9]{1,15}", length) is not None and int(length) <= limit
+
+
+def _query(scope: Scope) -> dict[str, list[str]]:
+    return parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
 
 
 def _without_token(scope: Scope) -> str:
     """The address asked for, without the token, so that it stays in no history."""
-    rest = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+    rest = _query(scope)
     rest.pop("token", None)
-    # Two slashes in front would name another machine.
-    path = "/" + scope["path"].lstrip("/\\")
+    # Two slashes in front would name another machine, and browsers leave out tabs and line feeds.
+    path = quote("/" + scope["path"].lstrip("/\\"))
     return path + (f"?{urlencode(rest, doseq=True)}" if rest else "")
 
 

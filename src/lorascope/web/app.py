@@ -1,11 +1,12 @@
 """The web app: all pages behind one gate, and the server around them."""
 
 import asyncio
-import logging
+import ipaddress
+import os
 import socket
 import webbrowser
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from lorascope import __version__
 from lorascope.console import log, say
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import ConfigError, LorascopeError, StorageError
+from lorascope.store import storage_errors
 from lorascope.web import api, home, run_page
 from lorascope.web.access import Access, Gate, check_csrf, kept_token
 from lorascope.web.pages import page, problem, render, static_file
@@ -39,11 +41,8 @@ def build_app(services: Services, access: Access) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.closing = asyncio.Event()
-        services.supervisor.start()
         yield
         app.state.closing.set()
-        services.supervisor.stop()
 
     app = FastAPI(
         title="lorascope",
@@ -54,7 +53,7 @@ def build_app(services: Services, access: Access) -> FastAPI:
         redoc_url=None,
         openapi_url="/api/openapi.json",
     )
-    app.state.services, app.state.access = services, access
+    app.state.services, app.state.access, app.state.closing = services, access, asyncio.Event()
     app.add_exception_handler(LorascopeError, _on_user_error)
     app.add_exception_handler(RefusedError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -131,43 +130,57 @@ def serve(workspace: Workspace, options: Options) -> None:
     workspace.
     """
     lock = FileLock(workspace.state_dir / "lock")
-    workspace.state_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StorageError(
-            f"{workspace.folder}: another server works in this folder: open its address, or name "
-            "another folder"
-        ) from error
-    with lock:
-        listener = _listen(options)
-        port = listener.getsockname()[1]
-        token = kept_token(workspace.state_dir / "token")
-        access = Access(token, port, options.names, is_open=options.host not in ("127.0.0.1", "::1"))
+    with storage_errors(workspace.state_dir):
+        workspace.state_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StorageError(
+                f"{workspace.folder}: another server works in this folder: open its address, or name "
+                "another folder"
+            ) from error
+    with lock, _listen(options) as listener:
+        host, port = listener.getsockname()[:2]
+        is_open = not ipaddress.ip_address(host).is_loopback
+        names = (*options.names, options.host)
+        access = Access(kept_token(workspace.state_dir / "token"), port, names, is_open)
         queue = Queue(workspace.state_dir / "queue.sqlite")
         supervisor = Supervisor(workspace, queue)
-        services = Services(workspace, queue, supervisor, Runs(workspace, queue))
-        app = Gate(build_app(services, access), access, _sign_in)
-        shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={token}"
-        say(f"lorascope works in {workspace.folder}", f"Open {address}")
-        if access.is_open:
-            log.warning("web      open to the network without encryption: better a tunnel, see docs/web.md")
-        if options.opens_browser:
-            webbrowser.open(address)
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        app = build_app(Services(workspace, queue, supervisor, Runs(workspace, queue)), access)
         config = uvicorn.Config(
-            app,
+            Gate(app, access, _sign_in),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=_CLOSING_S,
             server_header=False,
             ws="none",
         )
+        shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={access.token}"
+        say(f"lorascope works in {workspace.folder}", f"Open {address}")
+        if is_open:
+            log.warning("web      open to the network without encryption: better a tunnel, see docs/web.md")
+        if options.opens_browser:
+            webbrowser.open(address)
+        supervisor.start()
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            with suppress(KeyboardInterrupt):  # uvicorn ends what it does first, and passes Ctrl-C on then
+                _Server(config, app.state.closing).run(sockets=[listener])
         finally:
+            supervisor.stop()
             queue.close()
+
+
+class _Server(uvicorn.Server):
+    """Has streams of events, which never end by themselves, end before it waits for all connections to."""
+
+    def __init__(self, config: uvicorn.Config, closing: asyncio.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._closing.set()
+        await super().shutdown(sockets)
 
 
 def _sign_in(path: str) -> bytes:
@@ -177,7 +190,8 @@ def _sign_in(path: str) -> bytes:
 def _listen(options: Options) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # elsewhere it would let two servers have one port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((options.host, options.port))
     except OSError as error:

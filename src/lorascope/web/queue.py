@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorascope.errors import StorageError
+from lorascope.store import storage_errors
 from lorascope.web.workspace import MissingError
 
 State = Literal["queued", "running", "paused", "done", "failed", "cancelled"]
@@ -64,49 +65,69 @@ class Job:
 
 
 class Queue:
-    """Jobs in SQLite, in WAL mode, from any thread of one process. `version` grows with every change."""
+    """Jobs in SQLite, in WAL mode, from any thread of one process.
+
+    Raises `StorageError` where the file is damaged or cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.RLock()
-        self.version = 0
-        try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._lock = threading.RLock()  # one connection for all threads
+        with self._errors():
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            raise StorageError(
-                f"{path}: the queue cannot be read ({error}): move it away; run folders are not touched"
-            ) from error
+        try:
+            with self._errors():
+                self._connection.row_factory = sqlite3.Row
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute(_SCHEMA)
+                if (found := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                    raise sqlite3.DatabaseError(found)
+            self.jobs()
+        except BaseException:
+            self._connection.close()
+            raise
 
     def close(self) -> None:
         """Let go of the file."""
-        self._connection.close()
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say in one line what SQLite says: which file, why, what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # full, read-only, no rights
+            raise StorageError(
+                f"{self._path}: the queue cannot be used ({error}): free space and check its rights; what "
+                "runs goes on"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"{self._path}: the queue is damaged ({error}): move it away; run folders are not touched"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, self._errors():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise StorageError(
-                    f"the queue cannot be written ({error}): free space, then try again"
-                ) from error
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
-            self.version += 1
 
     def _read(self, where: str, *values: Any) -> list[Job]:
-        with self._lock:
+        with self._lock, self._errors():
             rows = self._connection.execute(f"SELECT * FROM jobs {where}", values).fetchall()
-        return [_job(row) for row in rows]
+            try:
+                return [_job(row) for row in rows]
+            except (LookupError, TypeError, ValueError) as error:  # a table of something else, no JSON
+                raise sqlite3.DatabaseError(str(error)) from error
 
     def add(self, kind: str, title: str, arguments: Sequence[str], run: str = "", first: bool = False) -> Job:
         """Put a command at the end of the queue, or before everything that waits."""
@@ -124,7 +145,7 @@ class Queue:
 
     def job(self, number: int) -> Job:
         """The job of this number; raise `MissingError` where there is none."""
-        found = self._read("WHERE id = ?", number)
+        found = self._read("WHERE id = ?", number) if abs(number) < 2**63 else []
         if not found:
             raise MissingError(f"job {number}: is not in the queue")
         return found[0]
@@ -152,14 +173,14 @@ class Queue:
 
     def move(self, number: int, earlier: bool) -> None:
         """Have a waiting job change places with the one before or after it."""
-        waiting = self.jobs("queued")
-        index = next((place for place, job in enumerate(waiting) if job.id == number), None)
-        if index is None:
-            return
-        other = index - 1 if earlier else index + 1
-        if 0 <= other < len(waiting):
-            one, two = waiting[index], waiting[other]
-            with self._writing() as connection:
+        with self._writing() as connection:
+            waiting = self.jobs("queued")
+            index = next((place for place, job in enumerate(waiting) if job.id == number), None)
+            if index is None:
+                return
+            other = index - 1 if earlier else index + 1
+            if 0 <= other < len(waiting):
+                one, two = waiting[index], waiting[other]
                 for job, place in ((one, two.place), (two, one.place)):
                     connection.execute("UPDATE jobs SET place = ? WHERE id = ?", (place, job.id))
 

@@ -47,7 +47,8 @@ class Supervisor:
         """Stop looking after the queue; what runs goes on, and is taken up by the next server."""
         self._stop.set()
         self._wake.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def job_dir(self, number: int) -> Path:
         """The folder of a job's files."""

@@ -1,13 +1,16 @@
 """The folder that the web app works in, and the folders on the machine that it may look into."""
 
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorascope.errors import ConfigError, LorascopeError, shown
+from lorascope.store import storage_errors
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")  # Windows drops dots at the end
 STUDY_FILE = "study.toml"
 
 
@@ -33,7 +36,8 @@ class Workspace:
     @classmethod
     def open(cls, folder: Path, allowed: Iterable[Path] = ()) -> "Workspace":
         """The workspace in `folder`, which is made; raise `ConfigError` where a folder to allow is none."""
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         folder = folder.resolve()
         roots = [folder]
         for path in allowed:
@@ -70,19 +74,18 @@ class Workspace:
     def run_dir(self, name: str) -> Path:
         """The run folder of this name; raise `MissingError` where there is none."""
         path = self.runs_dir / require_name(name)
-        if path.is_symlink() or not (path / STUDY_FILE).is_file():
+        if not _is_run(path):
             raise MissingError(f"no run {shown(name)} in {self.runs_dir}: it may have been deleted")
         return path
 
     def run_names(self) -> list[str]:
         """Names of all runs, the last changed first."""
-        if not self.runs_dir.is_dir():
+        try:
+            names = os.listdir(self.runs_dir)
+        except OSError:
             return []
-        found = [
-            (max((path / name).stat().st_mtime_ns for name in _marks(path)), path.name)
-            for path in self.runs_dir.iterdir()
-            if _NAME.fullmatch(path.name) and not path.is_symlink() and (path / STUDY_FILE).is_file()
-        ]
+        runs = [self.runs_dir / name for name in names if _NAME.fullmatch(name)]
+        found = [(_last_change(path), path.name) for path in runs if _is_run(path)]
         return [name for _, name in sorted(found, reverse=True)]
 
     def resolve(self, text: str) -> Path:
@@ -92,28 +95,22 @@ class Workspace:
         Raises `OutsideError` where it is not below an allowed folder, is hidden or is spelled in a way that
         another system reads otherwise, and `MissingError` where it is not there.
         """
-        if "\0" in text or text.startswith(
-            ("\\\\", "//")
-        ):  # Windows would ask another machine for the latter
+        if text[:1] in ("/", "\\") and text[1:2] in ("/", "\\"):  # Windows would ask another machine
             raise OutsideError(f"{shown(text)}: is no path on this machine: name a folder by its path")
         try:
-            path = (self.folder / text).resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            # Whether something outside is there is not said.
-            if self._root_of((self.folder / text).resolve()) is None:
-                raise self._outside(text) from error
-            raise MissingError(f"{shown(text)}: is not there: check the path") from error
-        root = self._root_of(path)
-        if root is None or any(part.startswith(".") for part in path.relative_to(root).parts):
+            path = (self.folder / text).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle; what no path can hold
+            raise self._outside(text) from error
+        # Looked at in this order, so that whether something outside is there is not said.
+        if not any(_is_seen_below(root, path) for root in self.roots):
             raise self._outside(text)
+        if not os.path.exists(path):
+            raise MissingError(f"{shown(text)}: is not there: check the path")
         return path
 
     def shown_path(self, path: Path) -> str:
         """A path as pages show and name it: relative where it lies in the workspace."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
-
-    def _root_of(self, path: Path) -> Path | None:
-        return next((root for root in self.roots if path.is_relative_to(root)), None)
 
     def _outside(self, text: str) -> OutsideError:
         return OutsideError(
@@ -122,9 +119,24 @@ class Workspace:
         )
 
 
-def _marks(run: Path) -> Iterator[str]:
-    """Files that change as a run goes on."""
-    return (name for name in (STUDY_FILE, "manifest.json", "report.html") if (run / name).exists())
+def _is_run(path: Path) -> bool:
+    return os.path.isfile(path / STUDY_FILE) and not path.is_symlink()
+
+
+def _last_change(run: Path) -> int:
+    """When a run last came further; it may be deleted meanwhile."""
+    newest = 0
+    for name in (STUDY_FILE, "manifest.json", "report.html"):
+        with suppress(OSError):
+            newest = max(newest, (run / name).stat().st_mtime_ns)
+    return newest
+
+
+def _is_seen_below(root: Path, path: Path) -> bool:
+    """Whether a path lies below a folder, and no part of it from there is hidden."""
+    return path.is_relative_to(root) and not any(
+        part.startswith(".") for part in path.relative_to(root).parts
+    )
 
 
 def require_name(name: str) -> str:
