@@ -118,7 +118,10 @@ def verdict_of(run: RunDir) -> Answer:
     return answer_of(Facts(run))
 
 
-def _verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
+def verdict_content(facts: Facts, answer: Answer) -> dict[str, Any]:
+    """The verdict as a page shows it: headline in three parts, sentences, what stands beside them, the rule,
+    and the pictures that show it, base first.
+    """
     verdict = facts.verdict
     verb, _, rest = answer.headline.partition(" ")
     if verdict is not None and verdict.keep is not None:
@@ -234,11 +237,11 @@ def _content(facts: Facts, answer: Answer, figures: Mapping[str, Figure]) -> dic
         "dateline": f"finished {str(manifest['finished'])[:16].replace('T', ' ')} UTC"
         if manifest.get("finished")
         else "not finished",
-        "verdict": _verdict_content(facts, answer),
+        "verdict": verdict_content(facts, answer),
         "conditions": conditions,
         "fair_summary": _fair_summary(conditions),
         "sections": _sections(facts, figures),
-        "why": _why_content(facts),
+        "why": why_content(facts),
         "price": price_choices(facts),
         "command": manifest.get("command", "lorascope study study.toml"),
         "facts": build_fact_tables(facts),
@@ -331,8 +334,8 @@ def _trade_texts(facts: Facts) -> tuple[str, ...]:
     )
 
 
-def _why_content(facts: Facts) -> dict[str, Any]:
-    """The rows that are shown at once, and those of many arms that are not."""
+def why_content(facts: Facts) -> dict[str, Any]:
+    """Why each arm wins or fails: the rows that are shown at once, and those of many arms that are not."""
     rows, focus = explain_arms(facts), arms_in_focus(facts)
     is_few = len(facts.settings) <= MAX_DETAILED
     first = [row for arm in focus for row in rows if row.arm == arm] if not is_few else rows

@@ -18,7 +18,7 @@ from lorascope.console import duration, plain, size
 # The report's own style and viewer are used here too, so that there is one look.
 _STATIC = {
     **dict.fromkeys(("report.css", "viewer.js"), "report/templates"),
-    **dict.fromkeys(("web.css", "live.js", "htmx.min.js", "sse.min.js"), "web/static"),
+    **dict.fromkeys(("web.css", "live.js", "files.js", "htmx.min.js", "sse.min.js"), "web/static"),
 }
 _KINDS = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 
@@ -47,11 +47,11 @@ def _ago(seconds: float | None) -> str:
 
 
 def _template(name: str) -> str | None:
-    try:
-        place = resources.files("lorascope") / "web" / "templates" / name
-        return place.read_text(encoding="utf-8")
-    except OSError:
-        return None
+    for wing in ("web", "report"):  # parts of the report's page are parts of pages here
+        place = resources.files("lorascope") / wing / "templates" / name
+        if place.is_file():
+            return place.read_text(encoding="utf-8")
+    return None
 
 
 @functools.cache
