@@ -62,6 +62,16 @@ def test_a_plan_tells_what_share_of_the_time_the_diagnosis_takes(pipeline_folder
     assert without.diagnosis_share == 0 and "diagnosis" not in without.as_text()
 
 
+def test_losses_are_counted_on_as_many_pictures_as_are_held_out(pipeline_folder: Path) -> None:
+    def share(*overrides: str) -> float:
+        base = f"base.model={pipeline_folder}"
+        plan = plan_study(load_study(preset="smoke", overrides=[base, *overrides], environment={}))
+        assert plan.diagnosis_share is not None
+        return plan.diagnosis_share
+
+    assert share("data.num_heldout=8") < share("data.num_heldout=100") == share("data.num_heldout=")
+
+
 def test_a_plan_of_as_many_arms_as_there_may_be_answers_soon(pipeline_folder: Path) -> None:
     config = StudyConfig.model_validate(
         {

@@ -311,7 +311,8 @@ def _diagnosis_flops(config: StudyConfig, flops: Mapping[str, int], parts: Seque
     if not parts:
         return 0.0
     num_models = 1 + len(config.expand_arms())
-    probes = num_models * (2 * MAX_PICTURES + NUM_DRAWINGS) * 2 * NUM_BANDS * flops["unet"]
+    num_heldout = min(config.data.num_heldout or MAX_PICTURES, MAX_PICTURES)  # as many of training are taken
+    probes = num_models * (2 * num_heldout + NUM_DRAWINGS) * 2 * NUM_BANDS * flops["unet"]
     return probes + sum(part.num_pictures * _drawing_flops(part.section, flops) for part in parts)
 
 
