@@ -19,6 +19,7 @@ from lorascope.data.pictures import (
     choose_bucket,
     decode_picture,
     examine_picture,
+    picture_size,
     plan_buckets,
 )
 from samples import SIDE, encode, pixels
@@ -340,12 +341,31 @@ def test_facts() -> None:
     np.testing.assert_array_equal(np.frombuffer(facts.thumbnail, np.uint8).reshape(SIDE, SIDE, 3), middle)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-def test_sizes_are_those_of_the_upright_picture(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_sizes_are_those_of_the_upright_picture(kind: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    facts = examine_picture(encode(Image.new("RGB", (30, 20), "red"), kind, exif=exif))
-    assert (facts.width_px, facts.height_px) == (20, 30)
+    exif[0x0112] = orientation
+    content = encode(Image.new("RGB", (30, 20), "red"), kind, exif=exif)
+    facts = examine_picture(content)
+    assert (facts.width_px, facts.height_px) == ((20, 30) if orientation == 6 else (30, 20))
+    assert picture_size(io.BytesIO(content)) == (facts.width_px, facts.height_px)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"not a picture", "not an image in a known format"),
+        (encode(pixels(1))[:20], "image"),
+        (encode(Image.new("1", (9000, 8000))), "9000 x 8000 pixels are more than the limit"),
+        (encode(Image.new("1", (20_000, 10_000))), "the picture has more pixels than the limit"),
+    ],
+    ids=["text", "cut", "large", "huge"],
+)
+def test_headers_of_pictures_that_cannot_be_used(content: bytes, reason: str) -> None:
+    with pytest.raises(RefusedError, match=reason):
+        picture_size(io.BytesIO(content))
 
 
 def test_large_jpegs_are_looked_at_in_an_eighth_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,10 +141,11 @@ def complete_caption(caption: str, section: DataSection) -> str:
     """
     complete = unicodedata.normalize("NFC", (section.caption_prefix or "") + caption).strip()
     word = unicodedata.normalize("NFC", section.trigger_word or "").strip()
-    return complete if not word or _holds_word(complete, word) else f"{word}, {complete}"
+    return complete if not word or holds_word(complete, word) else f"{word}, {complete}"
 
 
-def _holds_word(text: str, word: str) -> bool:
+def holds_word(text: str, word: str) -> bool:
+    """Whether a word or several stand in a text as such, in upper or lower case."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
@@ -160,7 +161,7 @@ def shuffled_caption(
     So does a first tag that holds `trigger_word`, which is not counted among them. Empty tags are left out.
     """
     tags = [tag for part in caption.split(",") if (tag := part.strip())]
-    num_kept = keep_tags + bool(trigger_word and tags and _holds_word(tags[0], trigger_word))
+    num_kept = keep_tags + bool(trigger_word and tags and holds_word(tags[0], trigger_word))
     moved = tags[num_kept:]
     generator.shuffle(moved)
     return ", ".join((*tags[:num_kept], *moved))

@@ -10,9 +10,10 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from lorascope.errors import first_line
 
@@ -97,6 +98,35 @@ def open_picture(content: bytes) -> Image.Image:
     return _decode(content, reduced=False)[0]
 
 
+def picture_size(file: BinaryIO) -> tuple[int, int]:
+    """The upright width and height of an image file, from its header alone.
+
+    Raises `RefusedError` where the header shows that the picture cannot be used.
+    """
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            width, height = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned at once by some versions of Pillow
+                width, height = image.tag_v2[256], image.tag_v2[257]
+            # A PNG whose EXIF does not stand before its pixels would be decoded by the question.
+            asked = image.format != "PNG" or "exif" in image.info
+            if asked and _orientation(image) >= 5:
+                width, height = height, width
+    except UnidentifiedImageError as error:
+        raise _unknown_format() from error
+    except Image.DecompressionBombError as error:
+        raise RefusedError(f"the picture has more pixels than the limit of {MAX_PIXELS}") from error
+    except Exception as error:  # decoders raise errors of any type on damaged files
+        raise RefusedError(f"unreadable image: {first_line(error)}") from error
+    if width * height > MAX_PIXELS:
+        raise RefusedError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+    return width, height
+
+
+def _unknown_format() -> RefusedError:
+    return RefusedError(f"not an image in a known format ({', '.join(_FORMATS)}): convert it to one of these")
+
+
 def decode_picture(content: bytes, width_px: int, height_px: int) -> np.ndarray:
     """The picture of an image file, centre-cropped to a shape and resized: uint8 [height_px, width_px, 3],
     RGB.
@@ -147,9 +177,7 @@ def _decode(content: bytes, reduced: bool) -> tuple[Image.Image, list[str], tupl
     except Image.DecompressionBombError as error:
         raise RefusedError(f"the picture has more pixels than the limit of {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
-        raise RefusedError(
-            f"not an image in a known format ({', '.join(_FORMATS)}): convert it to one of these"
-        ) from error
+        raise _unknown_format() from error
     except Exception as error:  # decoders raise errors of any type on damaged files
         raise RefusedError(f"unreadable image: {first_line(error)}") from error
     if declared in _TURNS:
@@ -197,11 +225,18 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
 
 def _crop(picture: Image.Image, width: int, height: int) -> Image.Image:
     """The largest centred part of the picture with the shape of `width` x `height`, to the nearest pixel."""
-    scale = max(width / picture.width, height / picture.height)
-    part_width = min(picture.width, max(1, round(width / scale)))
-    part_height = min(picture.height, max(1, round(height / scale)))
-    left, top = (picture.width - part_width) // 2, (picture.height - part_height) // 2
-    return picture.crop((left, top, left + part_width, top + part_height))
+    return picture.crop(crop_box(picture.width, picture.height, width, height))
+
+
+def crop_box(width_px: int, height_px: int, to_width: int, to_height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part of a picture that is kept for the shape of `to_width` x
+    `to_height`.
+    """
+    scale = max(to_width / width_px, to_height / height_px)
+    part_width = min(width_px, max(1, round(to_width / scale)))
+    part_height = min(height_px, max(1, round(to_height / scale)))
+    left, top = (width_px - part_width) // 2, (height_px - part_height) // 2
+    return left, top, left + part_width, top + part_height
 
 
 def _difference_hash(square: Image.Image) -> int:

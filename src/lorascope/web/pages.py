@@ -18,7 +18,9 @@ from lorascope.console import duration, plain, size
 # The report's own style and viewer are used here too, so that there is one look.
 _STATIC = {
     **dict.fromkeys(("report.css", "viewer.js"), "report/templates"),
-    **dict.fromkeys(("web.css", "live.js", "files.js", "htmx.min.js", "sse.min.js"), "web/static"),
+    **dict.fromkeys(
+        ("web.css", "live.js", "files.js", "pictures.js", "htmx.min.js", "sse.min.js"), "web/static"
+    ),
 }
 _KINDS = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 
