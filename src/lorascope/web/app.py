@@ -6,7 +6,7 @@ import os
 import socket
 import webbrowser
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -164,8 +164,7 @@ def serve(workspace: Workspace, options: Options) -> None:
             webbrowser.open(address)
         supervisor.start()
         try:
-            with suppress(KeyboardInterrupt):  # uvicorn ends what it does first, and passes Ctrl-C on then
-                _Server(config, app.state.closing).run(sockets=[listener])
+            _Server(config, app.state.closing).run(sockets=[listener])
         finally:
             supervisor.stop()
             queue.close()

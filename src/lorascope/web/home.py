@@ -1,5 +1,6 @@
 """The home page: all runs with picture, verdict and state, the queue, and how a run is deleted."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from lorascope.console import size
 from lorascope.errors import ConfigError
 from lorascope.run_folder import RunDir
+from lorascope.store import storage_errors
 from lorascope.web.live import event_stream
 from lorascope.web.pages import page, render
 from lorascope.web.services import Services, services_of
@@ -43,7 +45,8 @@ def _runs(request: Request, services: Services) -> str:
 
 def _queue(request: Request, services: Services) -> str:
     jobs = services.queue.jobs("running", "queued")
-    return render("_queue.html.j2", jobs=jobs, csrf=request.app.state.access.csrf)
+    trouble = services.supervisor.trouble
+    return render("_queue.html.j2", jobs=jobs, trouble=trouble, csrf=request.app.state.access.csrf)
 
 
 @router.get("/runs/{name}/picture")
@@ -87,9 +90,12 @@ def delete_run(services: Services, name: str) -> int:
     if job is not None and job.state in ("running", "queued"):
         raise ConfigError(f"{name}: is in the queue: cancel it first")
     freed = _disk_bytes(folder)
-    with RunDir(folder).lock():  # whoever works in the folder holds it
-        shutil.rmtree(folder)
-    services.queue.forget(name)
+    with storage_errors(folder):
+        with RunDir(folder).lock():  # whoever works in the folder holds it
+            shutil.rmtree(folder, ignore_errors=os.name != "posix")  # Windows keeps what is open
+        if folder.exists():
+            shutil.rmtree(folder)
+    services.supervisor.forget(name)
     return freed
 
 

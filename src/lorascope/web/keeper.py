@@ -2,9 +2,9 @@
 
 Command:  python -m lorascope.web.keeper JOB_FOLDER
 
-The folder holds `job.json` {arguments, cwd}. The keeper writes `started.json` {keeper, keeper_born, command,
-command_born}, the command's stdout to `output`, its stderr to `log`, and at the end `result.json`
-{exit_code, ended}.
+The folder holds `job.json` {arguments, cwd}. The keeper writes `started.json` {keeper, command} (numbers of
+processes), the command's stdout to `output`, its stderr to `log`, and at the end `result.json` {exit_code,
+ended}. Signals pass it by: whoever wants the command to stop asks the command.
 """
 
 import json
@@ -14,52 +14,54 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
-import psutil
-
+from lorascope.errors import StorageError
 from lorascope.store import write_json
+
+_TRY_AGAIN_S = 2.0
+_NUM_TRIES = 1800
 
 
 def keep(folder: Path) -> int:
-    """Run the command of a job folder to its end; a SIGTERM or Ctrl-C is passed on to it."""
+    """Run the command of a job folder to its end.
+
+    Raises `StorageError` where it cannot be noted that the command runs, which is stopped then, or, after an
+    hour, how it ended.
+    """
+    # Handlers: what is ignored here would be ignored by the command too.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    environment = {**os.environ, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "output").open("wb") as output, (folder / "log").open("ab") as log:
         command = subprocess.Popen(
-            [sys.executable, "-m", "lorascope", *job["arguments"]],
+            command_line(job["arguments"]),
             cwd=job["cwd"],
-            env=environment,
+            env={**os.environ, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=log,
         )
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        command.send_signal(signal.SIGTERM)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    write_json(
-        folder / "started.json",
-        {
-            "keeper": os.getpid(),
-            "keeper_born": psutil.Process().create_time(),
-            "command": command.pid,
-            "command_born": _born(command.pid),
-        },
-    )
+    try:
+        write_json(folder / "started.json", {"keeper": os.getpid(), "command": command.pid})
+    except StorageError:
+        command.terminate()
+        command.wait()
+        raise
     exit_code = command.wait()
-    write_json(folder / "result.json", {"exit_code": exit_code, "ended": time.time()})
+    result = {"exit_code": exit_code, "ended": time.time()}
+    for _ in range(_NUM_TRIES):  # a full disk gets room again
+        try:
+            write_json(folder / "result.json", result)
+            return 0
+        except StorageError:
+            time.sleep(_TRY_AGAIN_S)
+    write_json(folder / "result.json", result)
     return 0
 
 
-def _born(number: int) -> float:
-    """When a process started, 0 where it ended at once."""
-    try:
-        return float(psutil.Process(number).create_time())
-    except psutil.Error:
-        return 0.0
+def command_line(arguments: list[str]) -> list[str]:
+    """A command of lorascope's as a process; `-P`: files in the working folder are no modules."""
+    return [sys.executable, "-P", "-m", "lorascope", *arguments]
 
 
 if __name__ == "__main__":

@@ -184,10 +184,13 @@ class Queue:
                 for job, place in ((one, two.place), (two, one.place)):
                     connection.execute("UPDATE jobs SET place = ? WHERE id = ?", (place, job.id))
 
-    def forget(self, run: str) -> None:
-        """Remove the jobs of a run folder that is gone."""
+    def forget(self, run: str) -> list[int]:
+        """Remove the jobs of a run folder that is gone, and give their numbers."""
         with self._writing() as connection:
-            connection.execute("DELETE FROM jobs WHERE run = ? AND state NOT IN ('running')", (run,))
+            gone = connection.execute(
+                "DELETE FROM jobs WHERE run = ? AND state != 'running' RETURNING id", (run,)
+            ).fetchall()
+        return [row["id"] for row in gone]
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -5,6 +5,7 @@ go on when the browser or the server goes. Files in the job's folder say how the
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ import psutil
 from lorascope.console import log
 from lorascope.errors import EXIT_DONE, EXIT_INTERRUPTED
 from lorascope.store import write_json
+from lorascope.web.keeper import command_line
 from lorascope.web.queue import Job, Queue, State
 from lorascope.web.workspace import Workspace
 
 _POLL_S = 0.25
 _LOG_TAIL_BYTES = 64_000
-_GRACE_S = 5.0  # for a keeper to write down what it started
+_GRACE_S = 30.0  # for a keeper that an earlier server started to write down that it did
+_KILLED = -9  # Windows has no name for it
 _GONE = (
     "stopped without an end, as when the machine goes down or a process is killed; it goes on from its last "
     "checkpoint"
@@ -32,10 +35,14 @@ _GONE = (
 
 
 class Supervisor:
-    """Runs the queue in a thread."""
+    """Runs the queue in a thread. `trouble` says in one line why it does not go on, such as a full disk."""
 
     def __init__(self, workspace: Workspace, queue: Queue) -> None:
         self.workspace, self.queue = workspace, queue
+        self.trouble = ""
+        # What a request asks for and a look at the queue never overlap: a job is cancelled or started.
+        self._lock = threading.RLock()
+        self._keepers: dict[int, subprocess.Popen[bytes]] = {}
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
 
@@ -71,19 +78,25 @@ class Supervisor:
         self._end(number, "cancel", "cancelled")
 
     def _end(self, number: int, wish: str, state: State) -> None:
-        job = self.queue.job(number)
-        if job.state == "running":
-            self.queue.change(number, wish=wish)
-            self._signal(number)
-        elif job.is_open:
-            self.queue.change(number, state=state, ended=time.time())
+        with self._lock:
+            job = self.queue.job(number)
+            if job.state == "running":
+                self._ask_to_stop(self.queue.change(number, wish=wish))
+            elif job.is_open and job.state != state:
+                self.queue.change(number, state=state, ended=time.time(), message="")
 
     def resume(self, number: int) -> None:
         """Put a paused, failed or cancelled command back into the queue: the same command goes on."""
-        job = self.queue.job(number)
-        if job.state not in ("queued", "running"):
-            self.queue.change(number, state="queued", wish="", ended=None, exit_code=None, message="")
-            self._wake.set()
+        with self._lock:
+            if self.queue.job(number).state not in ("queued", "running"):
+                self.queue.change(number, state="queued", wish="", ended=None, exit_code=None, message="")
+        self._wake.set()
+
+    def forget(self, run: str) -> None:
+        """Forget the commands of a run folder that is gone, and what they said."""
+        with self._lock:
+            for number in self.queue.forget(run):
+                shutil.rmtree(self.job_dir(number), ignore_errors=True)
 
     # -- the thread ------------------------------------------------------------------------------------------
 
@@ -91,83 +104,93 @@ class Supervisor:
         while not self._stop.is_set():
             try:
                 self.look()
+                self.trouble = ""
             except Exception as error:  # the queue goes on at the next look
-                log.warning("queue    %s", error)
+                if str(error) != self.trouble:
+                    log.warning("queue    %s", error)
+                self.trouble = str(error)
             self._wake.wait(_POLL_S)
             self._wake.clear()
 
     def look(self) -> None:
         """One look at the queue: settle what ended, start what is next."""
-        running = self.queue.jobs("running")
-        for job in running:
-            self._settle(job)
-        if not self.queue.jobs("running") and (waiting := self.queue.jobs("queued")):
-            self._start(waiting[0])
+        with self._lock:
+            for job in self.queue.jobs("running"):
+                self._settle(job)
+            if not self.queue.jobs("running") and (waiting := self.queue.jobs("queued")):
+                self._start(waiting[0])
 
     def _start(self, job: Job) -> None:
         folder = self.job_dir(job.id)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("started.json", "result.json", "output"):
+        for name in ("started.json", "result.json", "asked", "output"):
             (folder / name).unlink(missing_ok=True)
         arguments = list(job.arguments)
         write_json(folder / "job.json", {"arguments": arguments, "cwd": str(self.workspace.folder)})
         # Noted as running first: a server that ends between the two finds a job without a process, not a
         # process that nobody knows.
         self.queue.change(job.id, state="running", started=time.time(), ended=None, wish="", message="")
-        with (folder / "log").open("ab") as keeper_log:
-            keeper = subprocess.Popen(
-                [sys.executable, "-m", "lorascope.web.keeper", str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=keeper_log,
-                stderr=keeper_log,
-                start_new_session=True,
-            )
-        # Reaped by whoever is its parent: this thread as long as the server runs.
-        threading.Thread(target=keeper.wait, daemon=True).start()
+        try:
+            with (folder / "log").open("ab") as keeper_log:
+                self._keepers[job.id] = subprocess.Popen(
+                    [sys.executable, "-P", *_keeper_words(folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=keeper_log,
+                    stderr=keeper_log,
+                    start_new_session=True,
+                    creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # Windows: no Ctrl-C of ours
+                )
+        except OSError as error:
+            message = f"could not be started: {error}"
+            self.queue.change(job.id, state="failed", ended=time.time(), message=message)
 
     def _settle(self, job: Job) -> None:
         """Take note of how a running job ended, if it did."""
         folder = self.job_dir(job.id)
-        result = _read(folder / "result.json")
-        if result is not None:
-            self._note_end(job, int(result["exit_code"]), float(result["ended"]))
-            return
         started = _read(folder / "started.json")
-        if started is None:
-            if time.time() - (job.started or 0) > _GRACE_S:
-                self._note_gone(job)
-        elif not _lives(started, "keeper") and not _lives(started, "command"):
-            if _read(folder / "result.json") is None:  # it may have been written meanwhile
-                self._note_gone(job)
-        elif job.wish:  # also where the server that was asked is not the one that runs now
-            self._signal(job.id)
+        # Whether it lives is asked before what it wrote last is read.
+        lives = _lives(started, job, folder) if started else self._is_starting(job)
+        result = _read(folder / "result.json") or {}
+        if isinstance(result.get("exit_code"), int):
+            self._note_end(job, result["exit_code"], float(result.get("ended") or time.time()))
+        elif not lives:
+            self._note_gone(job)
+        else:
+            if job.wish:  # it had not started when it was asked, or another server was
+                self._ask_to_stop(job)
+            return
+        if (keeper := self._keepers.pop(job.id, None)) is not None:
+            keeper.wait()  # at its very end; unasked, it would stay a zombie
+
+    def _is_starting(self, job: Job) -> bool:
+        """Whether a keeper may still be about to write down that it started."""
+        if (keeper := self._keepers.get(job.id)) is not None:
+            return keeper.poll() is None
+        return abs(time.time() - (job.started or 0)) < _GRACE_S
 
     def _note_end(self, job: Job, exit_code: int, ended: float) -> None:
-        state: State = "done" if exit_code == EXIT_DONE else "failed"
-        if exit_code in (EXIT_INTERRUPTED, -signal.SIGTERM):
-            state = "cancelled" if job.wish == "cancel" else "paused"
-        elif exit_code == -signal.SIGKILL:
+        if exit_code == _KILLED:
             self._note_gone(job)
             return
-        message = "" if state == "done" else self.last_line(job.id)
+        state: State = "done" if exit_code == EXIT_DONE else "failed"
+        # Asked to stop before it could listen, a command ends by the signal; Windows has a code for it.
+        if exit_code in (EXIT_INTERRUPTED, -signal.SIGTERM, signal.SIGTERM):
+            state = "cancelled" if job.wish == "cancel" else "paused"
+        message = "" if state == "done" else self.last_line(job.id) or f"ended with exit code {exit_code}"
         self.queue.change(job.id, state=state, exit_code=exit_code, ended=ended, message=message, wish="")
 
     def _note_gone(self, job: Job) -> None:
         state: State = "cancelled" if job.wish == "cancel" else "paused"
         self.queue.change(job.id, state=state, ended=time.time(), message=_GONE, wish="")
 
-    def _signal(self, number: int) -> None:
-        """Ask the command to stop; once it was, a step may take a while, and it is not asked again."""
-        folder = self.job_dir(number)
-        started = _read(folder / "started.json")
-        if started is None or ((folder / "asked").exists() and _same(folder, started)):
-            return
-        for who in ("keeper", "command"):
-            if _lives(started, who):
-                with suppress(psutil.Error):
-                    psutil.Process(started[who]).send_signal(signal.SIGTERM)
-                break
-        (folder / "asked").write_text(str(started["keeper_born"]))
+    def _ask_to_stop(self, job: Job) -> None:
+        """Ask the command to stop, once: the first time it ends its step, a second time it would not."""
+        folder = self.job_dir(job.id)
+        started, asked = _read(folder / "started.json"), folder / "asked"
+        if started and not asked.exists() and _is(started.get("command"), _command_words(job)):
+            asked.touch()
+            with suppress(psutil.Error):
+                psutil.Process(started["command"]).send_signal(signal.SIGTERM)
 
     # -- what it said ----------------------------------------------------------------------------------------
 
@@ -204,18 +227,27 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _same(folder: Path, started: dict[str, Any]) -> bool:
-    """Whether the process that was asked to stop is the one that runs."""
-    with suppress(OSError):
-        return (folder / "asked").read_text() == str(started["keeper_born"])
-    return False
+def _keeper_words(folder: Path) -> list[str]:
+    return ["-m", "lorascope.web.keeper", str(folder)]
 
 
-def _lives(started: dict[str, Any], who: str) -> bool:
-    """Whether a process still runs, and is not another one of the same number."""
+def _command_words(job: Job) -> list[str]:
+    return command_line(list(job.arguments))[1:]
+
+
+def _lives(started: dict[str, Any], job: Job, folder: Path) -> bool:
+    """Whether the command of a job or its keeper still runs."""
+    return _is(started.get("keeper"), _keeper_words(folder)) or _is(
+        started.get("command"), _command_words(job)
+    )
+
+
+def _is(number: Any, words: list[str]) -> bool:
+    """Whether the process of this number was started with these words, and is not another one that was given
+    the number since. (When it was started is no sign: clocks are set.)
+    """
     try:
-        process = psutil.Process(int(started[who]))
-        same = abs(process.create_time() - float(started[f"{who}_born"])) < 1
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, KeyError, TypeError, ValueError):
+        process = psutil.Process(int(number))
+        return process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[-len(words) :] == words
+    except (psutil.Error, OSError, TypeError, ValueError):
         return False
