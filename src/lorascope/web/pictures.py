@@ -194,6 +194,8 @@ def _set_page(request: Request, services: Services, found: PictureSet, view: Vie
         shows=_SHOWS,
         resolutions=sorted({*RESOLUTIONS, view.resolution} - {0}),
         last_change=found.last_change(),
+        opens_check=check is not None and (view.show in check.KINDS or not check.found["would_start"]),
+        has_duplicates=check is not None and check.found["duplicates"] is not None,
         check=_check_part(found, check, view, csrf),
         blip=_blip_part(services, found, view, csrf),
         is_checked=check is not None,
@@ -336,33 +338,38 @@ def caption_by_model(
     folder: Annotated[str, Form()],
     model: Annotated[str, Form()] = "",
     prompt: Annotated[str, Form()] = "",
+    max_tokens: Annotated[str, Form()] = "",
     overwrite: Annotated[bool, Form()] = False,
 ) -> Response:
     """Put `lorascope caption` into the queue."""
     services = services_of(request)
     found = PictureSet.open(services.workspace, folder)
-    start_captions(services, found, model.strip(), prompt.strip(), overwrite)
+    more = {"model": model, "prompt": prompt, "max-tokens": max_tokens}
+    start_captions(services, found, {name: text.strip() for name, text in more.items()}, overwrite)
     view = View(found.address)
     if request.headers.get("hx-request"):
         return HTMLResponse(_blip_part(services, found, view, request.app.state.access.csrf))
     return RedirectResponse(f"/pictures/set?{view.query()}", 303)
 
 
-def start_captions(services: Services, found: PictureSet, model: str, prompt: str, overwrite: bool) -> Job:
-    """Put `lorascope caption` into the queue; raise `ConfigError` where it is there already for this set."""
+def start_captions(services: Services, found: PictureSet, options: dict[str, str], overwrite: bool) -> Job:
+    """Put `lorascope caption` into the queue, with those options that are not empty.
+
+    Raises `ConfigError` where it is there already for this set.
+    """
     job = _blip_job(services, found)
     if job is not None and job.state in ("queued", "running"):
         raise ConfigError(f"{found.folder.name}: is being captioned already: cancel that first")
-    arguments = ["caption", str(found.folder)]
-    if model:
-        arguments.append(f"--model={_model(services, model)}")
-    if prompt:
-        arguments.append(f"--prompt={prompt}")
+    if options.get("model"):
+        options = {**options, "model": _model(services, options["model"])}
+    # In one word with its name: a text that begins with a dash is no option.
+    given = [f"--{name}={text}" for name, text in options.items() if text]
     if overwrite:
-        arguments.append("--overwrite")
+        given.append("--overwrite")
     if found.lists == ["metadata.jsonl"]:
-        arguments.append("--out=jsonl")
-    return services.supervisor.enqueue("caption", f"Captions for {found.folder.name}", arguments)
+        given.append("--out=jsonl")
+    title = f"Captions for {found.folder.name}"
+    return services.supervisor.enqueue("caption", title, ["caption", str(found.folder), *given])
 
 
 def _model(services: Services, text: str) -> str:
@@ -424,7 +431,7 @@ def check_set(
 def _check_part(found: PictureSet, check: Check | None, view: View, csrf: str) -> str:
     counts = {
         kind: sum(any(of == kind for of, _ in notes) for notes in check.notes.values()) if check else 0
-        for kind in ("refused", "duplicate", "treated")
+        for kind in Check.KINDS
     }
     known = set(found.pictures)
     others = [

@@ -30,7 +30,7 @@
       parent.append(node);
       return node;
     };
-    add("p", `${taken.pictures} pictures and ${taken.captions} captions were taken, ${taken.leftOut.length} files left out.`);
+    add("p", `Pictures taken: ${taken.pictures}. Captions taken: ${taken.captions}. Left out: ${taken.leftOut.length}.`);
     const list = add("ul", "");
     for (const [name, reason] of taken.leftOut.slice(0, 500)) add("li", `${name}: ${reason}`, list);
     if (taken.leftOut.length > 500) add("p", `And ${taken.leftOut.length - 500} more.`);
