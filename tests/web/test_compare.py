@@ -277,3 +277,10 @@ def test_a_failed_try_is_told_with_its_command(services: Services, client: TestC
     assert "out of memory" in text and "lorascope draw runs/tiny --prompt=red" in text
     stamp = re.search(r"seen=(\w+)", text)[1]  # type: ignore[index]
     assert client.get(f"/runs/tiny/compare/tries?seen={stamp}").status_code == 204
+
+
+def test_the_styles_of_all_pages_are_whole(client: TestClient) -> None:
+    """A brace that is left out hides every rule after it, of every page."""
+    text = client.get("/static/web.css").text
+    depths = [text[:end].count("{") - text[:end].count("}") for end in range(0, len(text), 50)]
+    assert text.count("{") == text.count("}") and max(depths) <= 2 and min(depths) >= 0
