@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 import lorascope.data.captioning
+import lorascope.data.metadata
 from captioners import make_blip
 from conftest import make_pictures
 from lorascope.cli.app import main
@@ -189,13 +190,32 @@ def test_metadata_keeps_all_other_rows_columns_and_bytes(pictures: Path) -> None
     }
 
 
+def test_a_caption_that_is_written_while_the_model_looks_is_kept(pictures: Path) -> None:
+    def caption(batch: Sequence[Image.Image]) -> list[str]:
+        (pictures / "1.txt").write_text("by hand")
+        return ["words"] * len(batch)
+
+    result = caption_folder(pictures, caption)
+    assert (pictures / "1.txt").read_text() == "by hand"
+    assert (result.num_kept, result.num_written) == (1, 6)
+
+
+def test_a_new_line_has_the_column_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file_name": "1.png", "caption": "a"}\n')
+    file = lorascope.data.metadata.MetadataFile(path)
+    file.put("2.png", "b")
+    file.save()
+    assert path.read_text().splitlines()[1] == '{"file_name": "2.png", "caption": "b"}'
+
+
 def test_metadata_is_written_now_and_then_and_not_for_nothing(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
-    real = lorascope.data.captioning.write_text
+    real = lorascope.data.metadata.write_text
     monkeypatch.setattr(
-        lorascope.data.captioning, "write_text", lambda path, text: (saved.append(path), real(path, text))
+        lorascope.data.metadata, "write_text", lambda path, text: (saved.append(path), real(path, text))
     )
     caption_folder(pictures, stub(), out="jsonl", batch_size=1)
     assert len(saved) == 1

@@ -229,8 +229,11 @@ def test_captions_by_a_model_go_into_the_queue(client: TestClient, services: Ser
     with pytest.raises(ConfigError, match="already"):
         start_captions(services, PictureSet.open(services.workspace, "art"), {}, False)
     assert "Waiting in the queue" in client.get("/pictures/set?folder=art").text
-    services.queue.change(job.id, state="done")
     (art / "metadata.jsonl").write_text("")
+    services.queue.change(job.id, state="running")
+    values = {"folder": "art", "name": "0.png", "text": "lost"}
+    assert "wait for it" in client.post("/pictures/caption", data=values).text
+    services.queue.change(job.id, state="done")
     assert client.post("/pictures/blip", data={"folder": "art"}).status_code == 303
     assert services.queue.recent("caption")[0].arguments == ("caption", str(art), "--out=jsonl")
 

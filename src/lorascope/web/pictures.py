@@ -262,7 +262,7 @@ def save_caption(
     index: Annotated[int, Form()] = 0,
 ) -> Response:
     """Save a caption, or say that another text was saved meanwhile."""
-    found = PictureSet.open(services_of(request).workspace, folder)
+    found = _open_to_change(services_of(request), folder)
     saved = found.save(name, text, version)
     view = View(found.address)
     is_part = bool(request.headers.get("hx-request"))
@@ -295,7 +295,7 @@ def change_all(
     same_case: Annotated[bool, Form()] = False,
 ) -> Response:
     """Show what a change of all captions would do, or do it."""
-    found = PictureSet.open(services_of(request).workspace, folder)
+    found = _open_to_change(services_of(request), folder)
     change = Change(trigger.strip(), find, replacement, kind == "tag", same_case)
     if step == "do":
         found.apply(change, digest)
@@ -314,13 +314,24 @@ def change_all(
 @router.post("/pictures/undo")
 def undo(request: Request, folder: Annotated[str, Form()]) -> Response:
     """Bring back the captions from before the last change of all of them."""
-    found = PictureSet.open(services_of(request).workspace, folder)
+    found = _open_to_change(services_of(request), folder)
     num_back, others = found.undo()
     if not others:
         return _changed(request, found)
     values: dict[str, Any] = {"num_back": num_back, "others": others, "view": View(found.address)}
     template = "_undone.html.j2" if request.headers.get("hx-request") else "undone.html.j2"
     return page(request, template, **values)
+
+
+def _open_to_change(services: Services, folder: str) -> PictureSet:
+    found = PictureSet.open(services.workspace, folder)
+    job = _blip_job(services, found) if found.lists else None
+    if job is not None and job.state == "running":
+        # That command writes the whole list anew, as it had read it.
+        raise ConfigError(
+            f"{found.folder.name}: captions are being written into {found.lists[0]}: wait for it"
+        )
+    return found
 
 
 def _changed(request: Request, found: PictureSet) -> Response:
