@@ -96,6 +96,7 @@ def test_a_merged_model_goes_through_the_queue(services: Services, client: TestC
     assert 'hx-trigger="every 2s"' in text
     give_up = time.monotonic() + 60
     while services.queue.job(job.id).is_open and time.monotonic() < give_up:
+        services.supervisor.look()
         time.sleep(0.2)
     text = client.get("/runs/tiny/exports").text
     assert "merged in float32" in text  # the command's note
