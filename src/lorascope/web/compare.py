@@ -136,7 +136,9 @@ class Pictures:
         self.faults += [text for text in (scores, sweep) if isinstance(text, str)]
         self._texts: dict[tuple[str, int], str] = {}
         self.scores: dict[str, float] = {}  # by picture
-        rows: list[ScoreRow | SweepRow] = [*scores.rows] if isinstance(scores, Scores) else []
+        # Other kinds of rows score the same pictures against other prompts.
+        rows: list[ScoreRow | SweepRow] = []
+        rows += [row for row in scores.rows if row.kind == "arm"] if isinstance(scores, Scores) else []
         rows += [row for row in (self._sweep.rows if self._sweep else ()) if row.kind == "point"]
         for row in rows:
             if row.image:
