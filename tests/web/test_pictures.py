@@ -158,8 +158,11 @@ def test_pictures_are_sent_one_by_one(client: TestClient, services: Services) ->
     assert answer.json()["captions"] == ["1.txt"]
     answer = client.post("/pictures/upload/mine?file=2.png", content=b"<svg/>")
     assert "SVG" in answer.json()["left_out"][0][1]
+    for path in ("10_cat/3.png", "10_cat/../../4.png", "/etc/5.png"):
+        client.post("/pictures/upload/mine", params={"file": path}, content=png())
     folder = services.workspace.pictures_dir / "mine"
-    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "1.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "1.txt", "10_cat", "etc"]
+    assert [path.name for path in services.workspace.pictures_dir.iterdir()] == ["mine"]
     assert client.post("/pictures/upload/..%2F..?file=1.png", content=png()).status_code == 404
     assert (
         client.post(

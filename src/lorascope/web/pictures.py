@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,11 @@ from starlette.datastructures import UploadFile
 
 from lorascope.data.captions import has_words
 from lorascope.data.pictures import RefusedError
-from lorascope.errors import ConfigError
+from lorascope.errors import ConfigError, StorageError
 from lorascope.store import storage_errors
 from lorascope.web import uploads
 from lorascope.web.chooser import list_folder
+from lorascope.web.commands import in_shell
 from lorascope.web.crops import RESOLUTIONS, Crop, buckets_of, crop_of
 from lorascope.web.live import event_stream
 from lorascope.web.pages import page, render
@@ -165,7 +167,8 @@ def show_set(
     services = services_of(request)
     found = PictureSet.open(services.workspace, folder)
     if found.pictures or found.rows_elsewhere:
-        note_recent(services.workspace, found.folder)
+        with suppress(StorageError):  # on a full disk, what is there can still be looked at
+            note_recent(services.workspace, found.folder)
     view = View(found.address, page, show if show in _SHOWS else "all", resolution, buckets)
     return _set_page(request, services, found, view)
 
@@ -418,7 +421,9 @@ def _blip_state(services: Services, found: PictureSet, view: View, csrf: str) ->
     job = _blip_job(services, found)
     line = services.supervisor.last_line(job.id) if job and job.state == "running" else ""
     said = services.supervisor.output(job.id).splitlines() if job and job.state in ("done", "failed") else []
-    return render("_blip_state.html.j2", job=job, line=line, said=said[:30], view=view, csrf=csrf)
+    shown = in_shell(job.arguments) if job else ""
+    values = {"line": line, "said": said[:30], "command": shown}
+    return render("_blip_state.html.j2", job=job, view=view, csrf=csrf, **values)
 
 
 @router.post("/pictures/check")
@@ -452,5 +457,5 @@ def _check_part(found: PictureSet, check: Check | None, view: View, csrf: str) -
         if kind == "refused" and name not in known
     ]
     values = {"counts": counts, "others": others[:50], "num_others": len(others)}
-    shown = " ".join(command(Path(found.address), view.resolution or _RESOLUTION, view.buckets)[:-1])
+    shown = in_shell(command(Path(found.address), view.resolution or _RESOLUTION, view.buckets))
     return render("_check.html.j2", check=check, view=view, csrf=csrf, command=shown, shows=_SHOWS, **values)
