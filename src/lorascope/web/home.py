@@ -86,7 +86,8 @@ def delete_run(services: Services, name: str) -> int:
     Raises `ConfigError` where it is in the queue, and `StorageError` where a process works in it.
     """
     folder = services.workspace.run_dir(name)
-    if any(job.run == name for job in services.queue.jobs("running", "queued")):
+    job = services.queue.last_of(name)
+    if job is not None and job.state in ("running", "queued"):
         raise ConfigError(f"{name}: is in the queue: cancel it first")
     freed = _disk_bytes(folder)
     with storage_errors(folder):
