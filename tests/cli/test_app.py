@@ -272,9 +272,13 @@ def test_a_failed_arm_is_code_3_with_a_report(
 def test_faults_of_ours_are_code_1_and_interruptions_130(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    failed_import = RuntimeError("failed to import")
+    failed_import.__cause__ = ImportError("initialization failed")
+    failed_import.__cause__.__context__ = KeyboardInterrupt()
     for error, expected, message in (
         (ZeroDivisionError("odd"), EXIT_FAULT, "a fault of ours: ZeroDivisionError: odd"),
         (KeyboardInterrupt(), EXIT_INTERRUPTED, "interrupted"),
+        (failed_import, EXIT_INTERRUPTED, "interrupted"),
     ):
 
         def fail(*_: object, error: BaseException = error) -> None:

@@ -13,63 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
+from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 import lorascope.data.captioning
+import lorascope.data.metadata
+from captioners import make_blip
 from conftest import make_pictures
 from lorascope.cli.app import main
 from lorascope.data.captioning import Captioner, caption_folder, load_captioner
 from lorascope.errors import BaseModelError, DataError, HubError
 
-WORDS = (
-    "a",
-    "cartoon",
-    "of",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "house",
-    "in",
-    "the",
-    "rain",
-    "with",
-    "hat",
-    "and",
-    "tree",
-)
 CPU = torch.device("cpu")
-
-
-def make_blip(folder: Path, silent: bool = False) -> Path:
-    """A tiny BLIP captioner with random weights; a `silent` one ends every caption at once."""
-    torch.manual_seed(3)
-    vocabulary = {
-        token: index
-        for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "[DEC]"])
-    }
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": vocabulary["[DEC]"], "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
-    text = {
-        **sizes,
-        **ends,
-        "vocab_size": len(vocabulary),
-        "max_position_embeddings": 24,
-        "initializer_range": 0.6,
-    }
-    vision = {**sizes, "image_size": 32, "patch_size": 8, "initializer_range": 0.6}
-    model = BlipForConditionalGeneration(
-        BlipConfig(text_config=text, vision_config=vision, projection_dim=16, initializer_range=0.6)
-    )
-    with torch.no_grad():
-        model.text_decoder.cls.predictions.bias[:5] = -1000.0  # words only
-        if silent:
-            model.text_decoder.cls.predictions.bias[3] = 1000.0
-    model.save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    BertTokenizer(vocab=vocabulary, bos_token="[DEC]").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +190,32 @@ def test_metadata_keeps_all_other_rows_columns_and_bytes(pictures: Path) -> None
     }
 
 
+def test_a_caption_that_is_written_while_the_model_looks_is_kept(pictures: Path) -> None:
+    def caption(batch: Sequence[Image.Image]) -> list[str]:
+        (pictures / "1.txt").write_text("by hand")
+        return ["words"] * len(batch)
+
+    result = caption_folder(pictures, caption)
+    assert (pictures / "1.txt").read_text() == "by hand"
+    assert (result.num_kept, result.num_written) == (1, 6)
+
+
+def test_a_new_line_has_the_column_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file_name": "1.png", "caption": "a"}\n')
+    file = lorascope.data.metadata.MetadataFile(path)
+    file.put("2.png", "b")
+    file.save()
+    assert path.read_text().splitlines()[1] == '{"file_name": "2.png", "caption": "b"}'
+
+
 def test_metadata_is_written_now_and_then_and_not_for_nothing(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
-    real = lorascope.data.captioning.write_text
+    real = lorascope.data.metadata.write_text
     monkeypatch.setattr(
-        lorascope.data.captioning, "write_text", lambda path, text: (saved.append(path), real(path, text))
+        lorascope.data.metadata, "write_text", lambda path, text: (saved.append(path), real(path, text))
     )
     caption_folder(pictures, stub(), out="jsonl", batch_size=1)
     assert len(saved) == 1

@@ -201,7 +201,7 @@ def test_a_command_is_paused_resumed_and_cancelled(services: Services, client: T
 
 def test_a_run_is_deleted_unless_it_is_in_the_queue(services: Services, client: TestClient) -> None:
     folder = services.workspace.runs_dir / "tiny"
-    job = services.supervisor.enqueue("study", "tiny", ["study"], run="tiny")
+    job = services.supervisor.enqueue("export", "r4 of tiny", ["export"], run="tiny")
     assert refused(client.delete("/api/runs/tiny")) == (400, "tiny: is in the queue: cancel it first")
     with pytest.raises(ConfigError, match="is in the queue: cancel it first"):
         delete_run(services, "tiny")

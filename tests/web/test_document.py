@@ -13,6 +13,7 @@ from lorascope.data.pictures import MAX_FILE_BYTES, MAX_PIXELS
 from lorascope.web.access import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, Access, Gate, kept_token
 from lorascope.web.api import router
 from lorascope.web.app import build_app
+from lorascope.web.uploads import MAX_FILES, MAX_RATIO, MAX_SET_BYTES, MAX_ZIP_BYTES
 from web_client import make_services
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,9 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert (MAX_BODY_BYTES, MAX_UPLOAD_BYTES) == (2**20, 8 * 2**30)
     assert "512 MiB and 64 mebipixels" in DOCUMENT
     assert (MAX_FILE_BYTES, MAX_PIXELS) == (512 * 2**20, 64 * 2**20)
+    assert "20,000 files and 32 GiB. A zip may have 4 GiB" in DOCUMENT and "than 100 bytes" in DOCUMENT
+    assert (MAX_FILES, MAX_SET_BYTES) == (20_000, 32 * 2**30)
+    assert (MAX_ZIP_BYTES, MAX_RATIO) == (4 * 2**30 - 1, 100)
 
 
 def test_the_packages_of_the_extra_are_named() -> None:

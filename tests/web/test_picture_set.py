@@ -147,15 +147,46 @@ def test_captions_that_cannot_be_read_say_why(workspace: Workspace) -> None:
     assert "pipe" in found.caption("1.png").problem
 
 
+def test_captions_of_a_list_are_changed_in_it(workspace: Workspace) -> None:
+    found = make_set(workspace, "unread", None, None)
+    path = found.folder / "metadata.jsonl"
+    path.write_text(
+        '{"file_name": "0.png",  "caption": "a hat", "more": 1}\n{"file_name": "1.png"}\n', encoding="utf-8"
+    )
+    shown = found.caption("0.png")
+    assert (shown.text, found.read_only) == ("a hat", "")
+    assert [found.is_captioned(name) for name in found.pictures] == [True, False, False]
+    other = PictureSet.open(workspace, "art")
+    saved(other, "1.png", "another page's", other.caption("1.png").version)
+    saved(found, "0.png", "a cäp", shown.version)
+    assert path.read_text(encoding="utf-8").splitlines() == [
+        '{"file_name": "0.png", "caption": "a cäp", "more": 1}',
+        '{"file_name": "1.png", "caption": "another page\'s"}',
+    ]
+    conflict = found.save("1.png", "mine", PictureSet.open(workspace, "art").caption("2.png").version)
+    assert isinstance(conflict, Conflict)
+    change = Change(trigger="zwx")
+    plan = found.plan(change)
+    assert [row[2] for row in plan.rows] == ["zwx, a cäp", "zwx, another page's"]
+    found.apply(change, plan.digest)
+    assert PictureSet.open(workspace, "art").caption("0.png").text == "zwx, a cäp"
+    assert found.undo() == (2, [])
+    assert PictureSet.open(workspace, "art").caption("0.png").text == "a cäp"
+
+
 def test_captions_that_stand_elsewhere_are_shown_and_not_changed(workspace: Workspace) -> None:
     found = make_set(workspace, "unread")
-    (found.folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "from the list"}\n')
+    (found.folder / "metadata.csv").write_text("file_name,text\n0.png,from the list\n")
     assert found.caption("0.png").text == "from the list"
-    assert "metadata.jsonl" in found.read_only
+    assert "metadata.csv" in found.read_only
     with pytest.raises(DataError):
         found.save("0.png", "text", "")
     with pytest.raises(DataError):
         found.plan(Change(trigger="word"))
+    prompts = make_set(workspace, None, name="prompts")
+    (prompts.folder / "metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "a hat"}\n')
+    assert "metadata.jsonl" in prompts.read_only
+    assert prompts.caption("0.png").text == "a hat"
     parquet = make_set(workspace, "a", name="rows")
     (parquet.folder / "rows.parquet").write_bytes(b"PAR1")
     assert "Parquet" in parquet.read_only

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from captioners import make_blip
 from lorascope.errors import ConfigError
 from lorascope.web.picture_set import PictureSet
 from lorascope.web.pictures import View, _model, start_captions
@@ -157,8 +158,11 @@ def test_pictures_are_sent_one_by_one(client: TestClient, services: Services) ->
     assert answer.json()["captions"] == ["1.txt"]
     answer = client.post("/pictures/upload/mine?file=2.png", content=b"<svg/>")
     assert "SVG" in answer.json()["left_out"][0][1]
+    for path in ("10_cat/3.png", "10_cat/../../4.png", "/etc/5.png"):
+        client.post("/pictures/upload/mine", params={"file": path}, content=png())
     folder = services.workspace.pictures_dir / "mine"
-    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "1.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "1.txt", "10_cat", "etc"]
+    assert [path.name for path in services.workspace.pictures_dir.iterdir()] == ["mine"]
     assert client.post("/pictures/upload/..%2F..?file=1.png", content=png()).status_code == 404
     assert (
         client.post(
@@ -183,7 +187,7 @@ def test_a_form_without_javascript_sends_them_all(client: TestClient, services: 
         ("files", ("set.zip", buffer.getvalue())),
     ]
     answer = client.post(found[1], data={"name": "mine"}, files=files)
-    assert "1 files left out" in answer.text
+    assert "Left out: 1" in answer.text
     assert "leads out" in answer.text
     folder = services.workspace.pictures_dir / "mine"
     assert sorted(path.name for path in folder.iterdir()) == ["1.png", "1.txt", "a.png"]
@@ -210,21 +214,49 @@ def test_ten_thousand_pictures_show_quickly(client: TestClient, services: Servic
 
 def test_captions_by_a_model_go_into_the_queue(client: TestClient, services: Services, art: Path) -> None:
     (services.workspace.folder / "blip").mkdir()
-    values = {"folder": "art", "model": "blip", "prompt": "--overwrite", "overwrite": "true"}
+    values = {
+        "folder": "art",
+        "model": "blip",
+        "prompt": "--overwrite",
+        "max_tokens": "9",
+        "overwrite": "true",
+    }
     part = client.post("/pictures/blip", data=values, headers={"hx-request": "true"}).text
     assert "sse-connect" in part
     job = services.queue.recent("caption")[0]
     model = services.workspace.folder / "blip"
-    assert job.arguments == ("caption", str(art), f"--model={model}", "--prompt=--overwrite", "--overwrite")
+    given = (f"--model={model}", "--prompt=--overwrite", "--max-tokens=9", "--overwrite")
+    assert job.arguments == ("caption", str(art), *given)
     again = client.post("/pictures/blip", data=values)
     assert "already" in again.text
     with pytest.raises(ConfigError, match="already"):
-        start_captions(services, PictureSet.open(services.workspace, "art"), "", "", False)
+        start_captions(services, PictureSet.open(services.workspace, "art"), {}, False)
     assert "Waiting in the queue" in client.get("/pictures/set?folder=art").text
-    services.queue.change(job.id, state="done")
     (art / "metadata.jsonl").write_text("")
+    services.queue.change(job.id, state="running")
+    values = {"folder": "art", "name": "0.png", "text": "lost"}
+    assert "wait for it" in client.post("/pictures/caption", data=values).text
+    services.queue.change(job.id, state="done")
     assert client.post("/pictures/blip", data={"folder": "art"}).status_code == 303
     assert services.queue.recent("caption")[0].arguments == ("caption", str(art), "--out=jsonl")
+
+
+def test_a_model_in_a_folder_writes_captions(client: TestClient, services: Services, art: Path) -> None:
+    make_blip(services.workspace.folder / "blip")
+    (art / "1.txt").unlink()
+    values = {"folder": "art", "model": "blip", "max_tokens": "5"}
+    assert client.post("/pictures/blip", data=values).status_code == 303
+    job = services.queue.recent("caption")[0]
+    until = time.monotonic() + 60
+    while services.queue.job(job.id).is_open and time.monotonic() < until:
+        services.supervisor.look()
+        time.sleep(0.1)
+    assert services.queue.job(job.id).state == "done", services.supervisor.log_tail(job.id)
+    assert (art / "1.txt").read_text().split()
+    assert (art / "0.txt").read_text() == "a hat, number 0"
+    text = client.get("/pictures/set?folder=art").text
+    assert "Captions are written" in text
+    assert "1 captioned, 2 kept" in text
 
 
 def test_models_lie_on_the_hub_or_where_one_may_look(services: Services) -> None:
@@ -249,7 +281,7 @@ def test_filters_and_pages_have_addresses(client: TestClient, art: Path) -> None
     (art / "1.txt").unlink()
     text = client.get("/pictures/set?folder=art&show=uncaptioned").text
     assert text.count("<textarea") == 1
-    assert "run the check" in client.get("/pictures/set?folder=art&show=duplicate").text
+    assert "Not known: run the check" in client.get("/pictures/set?folder=art&show=duplicate").text
     view = View("a b", 2, "refused", 64, True)
     assert view.query(page=3) == "folder=a+b&page=3&show=refused&resolution=64&buckets=1"
     assert View("art").query() == "folder=art"

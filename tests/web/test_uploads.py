@@ -1,6 +1,7 @@
 """What comes from a browser is taken with suspicion: names, zips, pictures that are none, full disks."""
 
 import io
+import os
 import stat
 import struct
 import zipfile
@@ -233,6 +234,18 @@ def test_a_disk_that_fills_up_meanwhile_too(folder: Path) -> None:
     with pytest.raises(StorageError, match="disk is full"), arriving(folder, 1):
         raise OSError(28, "No space left on device")
     assert not list(folder.glob(".arriving*"))
+
+
+def test_what_a_killed_server_left_is_removed(folder: Path) -> None:
+    old, new = folder / ".arriving-old", folder / ".arriving-new"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    batch = Batch(folder)
+    path = folder / ".arriving-this"
+    path.write_bytes(png())
+    batch.take("1.png", path)
+    assert [old.exists(), new.exists()] == [False, True]
 
 
 def test_a_set_has_bounds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if _is_interruption(error):
+            _say_line("interrupted; the same command goes on from here")
+            return EXIT_INTERRUPTED
         if isinstance(error, OSError) and error.filename:  # a place that cannot be used is no fault of ours
             _say_line(
                 f"{_cut(error.filename)}: {error.strerror}: check the path, its permissions and the disk"
@@ -100,6 +103,19 @@ def main(arguments: list[str] | None = None) -> int:
         if not debug:
             _say_line(f"a fault of ours: {type(error).__name__}: {error} (LORASCOPE_DEBUG=1 shows where)")
         return EXIT_FAULT
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether an error came of an interruption: what is met while a library is imported, it passes on as an
+    error of its own.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _say_line(message: object) -> None:

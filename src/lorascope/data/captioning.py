@@ -17,12 +17,12 @@ from PIL import Image
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from lorascope.base.hub import fetch_snapshot
-from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, decode_text, has_words
-from lorascope.data.metadata import MAX_METADATA_BYTES
+from lorascope.data.captions import MAX_CAPTION_BYTES, caption_in, has_words
+from lorascope.data.metadata import MetadataFile
 from lorascope.data.names import is_unicode, shown
 from lorascope.data.pictures import MAX_FILE_BYTES, SUFFIXES, RefusedError, open_picture
 from lorascope.errors import BaseModelError, DataError, first_line
-from lorascope.store import open_regular, read_regular, write_text
+from lorascope.store import open_regular, write_text
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
 SAVE_EVERY_S = 30.0
@@ -186,7 +186,7 @@ def caption_folder(
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
                 opened = dict(zip(batch, readers.map(partial(_open, folder), batch), strict=True))
-                last = _caption_batch(opened, caption, store, result)
+                last = _caption_batch(opened, caption, store, overwrite, result)
                 done += len(batch)
                 if progress:
                     progress(done, len(todo), last)
@@ -221,6 +221,7 @@ def _caption_batch(
     opened: Mapping[str, Image.Image | str],
     caption: Callable[[Sequence[Image.Image]], list[str]],
     store: "_Metadata | _Sidecars",
+    overwrite: bool,
     result: CaptionResult,
 ) -> str:
     """Caption the pictures of a batch by name; those that could not be opened stand there with the reason.
@@ -234,10 +235,20 @@ def _caption_batch(
     ]
     result.empty += [name for name, text in captions.items() if not text]
     for name, text in captions.items():
-        if text:
+        if text and not overwrite and _has_now(store, name):
+            result.num_kept += 1
+        elif text:
             store.put(name, text)
             result.num_written += 1
     return next(reversed(captions.values()), "")
+
+
+def _has_now(store: "_Metadata | _Sidecars", name: str) -> bool:
+    """Whether somebody has written a caption while the model looked; one that cannot be read is kept too."""
+    try:
+        return store.has(name)
+    except RefusedError:
+        return True
 
 
 def _pictures(folder: Path) -> list[str]:
@@ -316,67 +327,31 @@ class _Sidecars:
 
 
 class _Metadata:
-    """`metadata.jsonl` of a folder; lines that are not changed keep their bytes."""
+    """`metadata.jsonl` of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._path = folder / "metadata.jsonl"
-        self._lines: list[str] = []
-        self._records: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._changed = False
+        self._file = MetadataFile(folder / "metadata.jsonl")
         self._saved = time.monotonic()
-        if self._path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            text = decode_text(read_regular(self._path, DataError, MAX_METADATA_BYTES))
-        except RefusedError as error:
-            raise DataError(f"{self._path}: {error}") from error
-        self._lines = text.removesuffix("\n").split("\n") if text else []
-        for index, line in enumerate(self._lines):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{self._path}: line {index + 1}: not JSON ({error}): correct the line"
-                ) from error
-            if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-                raise DataError(f"{self._path}: line {index + 1}: no object with file_name: correct the line")
-            self._records.setdefault(Path(record["file_name"]).as_posix(), (index, record))
 
     def claim(self, name: str) -> None:
         """Names are distinct here."""
 
     def has(self, name: str) -> bool:
-        _, record, column = self._find(name)
-        if isinstance(text := record.get(column), str) and has_words(text):
+        if has_words(self._file.caption(name)):
             return True
         if text := _beside(self._folder / name):
             self.put(name, text)
         return bool(text)
 
-    def _find(self, name: str) -> tuple[int, dict[str, Any], str]:
-        """Line, record and caption column of a picture, a line past the end if there is none yet."""
-        index, record = self._records.get(name, (len(self._lines), {"file_name": name}))
-        return index, record, next((column for column in ("text", "caption") if column in record), "text")
-
     def put(self, name: str, caption: str) -> None:
-        index, record, column = self._find(name)
-        record = {**record, column: caption}
-        line = json.dumps(record, ensure_ascii=False)
-        self._lines[index : index + 1] = [line if line.isascii() or is_unicode(line) else json.dumps(record)]
-        self._records[name] = index, record
-        self._changed = True
+        self._file.put(name, caption)
         if time.monotonic() - self._saved >= SAVE_EVERY_S:
             self.save()
 
     def save(self) -> None:
-        if self._changed:
-            write_text(self._path, "\n".join(self._lines) + "\n")
-        self._changed, self._saved = False, time.monotonic()
+        self._file.save()
+        self._saved = time.monotonic()
 
 
 def _beside(picture: Path) -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.data.captions import decode_text
+from lorascope.data.names import is_unicode
 from lorascope.data.pictures import RefusedError
 from lorascope.data.rows import CAPTION_NAMES, Row, find_column
 from lorascope.errors import DataError
+from lorascope.store import read_regular, write_text
 
 MAX_METADATA_BYTES = 2**30
 
@@ -112,3 +114,71 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
                 f"{path}: line {line}: not a JSON object: give one object with file_name and text a line"
             )
         yield line, record, []
+
+
+class MetadataFile:
+    """A `metadata.jsonl` whose captions are changed; lines that are not changed keep their bytes.
+
+    Raises `DataError` where it is there and cannot be read, or has a line that names no picture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[str] = []
+        self._records: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._column = "text"
+        self._changed = False
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            text = decode_text(read_regular(self._path, DataError, MAX_METADATA_BYTES))
+        except RefusedError as error:
+            raise DataError(f"{self._path}: {error}") from error
+        self._lines = text.removesuffix("\n").split("\n") if text else []
+        for index, line in enumerate(self._lines):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{self._path}: line {index + 1}: not JSON ({error}): correct the line"
+                ) from error
+            if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+                raise DataError(f"{self._path}: line {index + 1}: no object with file_name: correct the line")
+            self._records.setdefault(Path(record["file_name"]).as_posix(), (index, record))
+        # A new column of another name would be the one that is read, for all lines.
+        self._column = "caption" if "caption" in self.columns and "text" not in self.columns else "text"
+
+    @property
+    def columns(self) -> set[str]:
+        """The keys of all lines."""
+        return {key for _, record in self._records.values() for key in record}
+
+    def caption(self, name: str) -> str:
+        """The caption of a picture; empty where it has none that is text."""
+        _, record, column = self._find(name)
+        text = record.get(column)
+        return text if isinstance(text, str) else ""
+
+    def _find(self, name: str) -> tuple[int, dict[str, Any], str]:
+        """Line, record and caption column of a picture, a line past the end if there is none yet."""
+        index, record = self._records.get(name, (len(self._lines), {"file_name": name}))
+        return index, record, next((key for key in ("text", "caption") if key in record), self._column)
+
+    def put(self, name: str, caption: str) -> None:
+        """Set a picture's caption; `save` writes it."""
+        index, record, column = self._find(name)
+        record = {**record, column: caption}
+        line = json.dumps(record, ensure_ascii=False)
+        self._lines[index : index + 1] = [line if line.isascii() or is_unicode(line) else json.dumps(record)]
+        self._records[name] = index, record
+        self._changed = True
+
+    def save(self) -> None:
+        """Write the file, where anything was changed."""
+        if self._changed:
+            write_text(self._path, "\n".join(self._lines) + "\n")
+        self._changed = False

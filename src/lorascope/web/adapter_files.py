@@ -74,7 +74,7 @@ def plain_stem(text: str) -> str:
 
 def stem_of(path: Path) -> str:
     """The name of a file without its ending, or of a folder."""
-    return plain_stem(path.name.removesuffix(path.suffix) if path.suffix.lower() == SUFFIX else path.name)
+    return plain_stem(path.name[: -len(SUFFIX)] if path.suffix.lower() == SUFFIX else path.name)
 
 
 # -- coming in -----------------------------------------------------------------------------------------------

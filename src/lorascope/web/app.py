@@ -22,7 +22,7 @@ from lorascope.console import log, say
 from lorascope.data.pictures import RefusedError
 from lorascope.errors import ConfigError, LorascopeError, StorageError
 from lorascope.store import storage_errors
-from lorascope.web import api, files_page, home, pictures, result_page, run_page
+from lorascope.web import api, compare_page, files_page, home, pictures, result_page, run_page
 from lorascope.web.access import Access, Gate, check_csrf, kept_token
 from lorascope.web.live import Feeds
 from lorascope.web.pages import page, problem, render, static_file
@@ -33,7 +33,14 @@ from lorascope.web.starting import TakenError
 from lorascope.web.supervisor import Supervisor
 from lorascope.web.workspace import MissingError, OutsideError, Workspace
 
-_ROUTERS = (home.router, run_page.router, result_page.router, files_page.router, pictures.router)
+_ROUTERS = (
+    home.router,
+    run_page.router,
+    compare_page.router,
+    result_page.router,
+    files_page.router,
+    pictures.router,
+)
 _CLOSING_S = 1
 
 

@@ -110,7 +110,8 @@ def keep_made(
     workspace: Workspace, out: Path, arguments: Sequence[str], said: Sequence[str], ended: float
 ) -> Made:
     """Keep how a file was made."""
-    notes = tuple(line.removeprefix(_NOTE) for line in said if line.startswith(_NOTE))
+    found = (line.removeprefix(_NOTE) for line in said if line.startswith(_NOTE))
+    notes = tuple(f"{note[:1].upper()}{note[1:]}." for note in found)
     summary = tuple(line for line in said if not line.startswith(_NOTE))
     made = Made(in_shell(arguments), summary, notes, ended)
     write_json(_record(workspace, out), asdict(made))

@@ -112,7 +112,7 @@ def _inspection(request: Request, services: Services, path: Path) -> str:
         "_inspection.html.j2",
         found=found,
         path=services.workspace.shown_path(path),
-        stem=stem_of(path),
+        stem=stem_of(path).removesuffix("-peft"),
         layouts=_LAYOUTS,
         dtypes=_DTYPES,
         csrf=request.app.state.access.csrf,

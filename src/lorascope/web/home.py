@@ -86,8 +86,7 @@ def delete_run(services: Services, name: str) -> int:
     Raises `ConfigError` where it is in the queue, and `StorageError` where a process works in it.
     """
     folder = services.workspace.run_dir(name)
-    job = services.queue.last_of(name)
-    if job is not None and job.state in ("running", "queued"):
+    if any(job.run == name for job in services.queue.jobs("running", "queued")):
         raise ConfigError(f"{name}: is in the queue: cancel it first")
     freed = _disk_bytes(folder)
     with storage_errors(folder):

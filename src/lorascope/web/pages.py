@@ -19,7 +19,8 @@ from lorascope.console import duration, plain, size
 _STATIC = {
     **dict.fromkeys(("report.css", "viewer.js"), "report/templates"),
     **dict.fromkeys(
-        ("web.css", "live.js", "files.js", "pictures.js", "htmx.min.js", "sse.min.js"), "web/static"
+        ("web.css", "live.js", "compare.js", "files.js", "pictures.js", "htmx.min.js", "sse.min.js"),
+        "web/static",
     ),
 }
 _KINDS = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorascope.errors import EXIT_DONE, EXIT_INPUT, ConfigError, DataError, StorageError
 from lorascope.shapes import Maybe, Number
@@ -39,6 +39,8 @@ _lock = threading.Lock()
 @dataclass(frozen=True)
 class Check:
     """What was found, when, and by which command."""
+
+    KINDS: ClassVar = ("refused", "duplicate", "treated")
 
     when: float
     arguments: list[str]

@@ -1,14 +1,16 @@
 """A folder of pictures with their captions: listed, saved so that no text is lost, changed all at once, and
 changed back.
 
-Captions are the text files beside the pictures. Where they stand elsewhere (lists, Parquet, tar files) they
-are shown, and said why they are not changed here.
+Captions are the text files beside the pictures, or stand in one `metadata.jsonl`. Where they stand elsewhere
+(other lists, Parquet, tar files) they are shown, and said why they are not changed here.
 """
 
 import posixpath
 import re
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,10 +18,10 @@ from pathlib import Path
 
 from lorascope.data.captions import MAX_CAPTION_BYTES, decode_text, has_words, holds_word, problem_of
 from lorascope.data.folders import walk
-from lorascope.data.metadata import read_metadata
+from lorascope.data.metadata import MetadataFile, read_metadata
 from lorascope.data.names import is_inside, is_unicode, shown
 from lorascope.data.pictures import SUFFIXES, RefusedError, picture_size
-from lorascope.data.rows import Stamp
+from lorascope.data.rows import CAPTION_NAMES, Stamp
 from lorascope.data.shards import files_in
 from lorascope.errors import ConfigError, DataError, LorascopeError, StorageError
 from lorascope.shapes import Number, Shape
@@ -211,17 +213,33 @@ class PictureSet:
                 f"The pictures and captions of this folder stand in {self.rows_elsewhere}, which are not "
                 "changed here. They can be checked and trained on as they are."
             )
-        if self.lists:
+        if self.lists and not self._is_list_changed_here:
             return (
                 f"The captions of this folder stand in {shown(self.lists[0])}, so text files beside the "
                 "pictures are not read. Change them there, or move it away to write captions here."
             )
         return ""
 
+    @cached_property
+    def _is_list_changed_here(self) -> bool:
+        """Whether captions stand in one `metadata.jsonl` of this folder which can be read whole."""
+        path = self.folder / _LISTS[0]
+        if self.lists != [_LISTS[0]] or path.is_symlink() or path.stat().st_size > _SHOWN_METADATA_BYTES:
+            return False
+        try:
+            columns = {key for key in self._list.columns if key in CAPTION_NAMES}
+        except DataError:
+            return False
+        return columns <= {"text"} or columns == {"caption"}
+
+    @cached_property
+    def _list(self) -> MetadataFile:
+        return MetadataFile(self.folder / _LISTS[0])
+
     def is_captioned(self, name: str) -> bool:
         """Whether a picture has a caption file, or a line in a list."""
         if self.lists:
-            return has_words(self._in_lists.get(name, ""))
+            return has_words(self._in_lists.get(name, "") if self.read_only else self._list.caption(name))
         stem = posixpath.splitext(name)[0]
         found = (self.stamps.get(stem + ending) for ending in _CAPTION_ENDINGS)
         return any(isinstance(stamp, tuple) and stamp[0] > 0 for stamp in found)
@@ -260,9 +278,10 @@ class PictureSet:
 
     def caption(self, name: str) -> Caption:
         """The caption of a picture as its file has it now."""
-        if self.lists:
-            return Caption(self._in_lists.get(name, ""), "", self.lists[0], problem=self.read_only)
-        return self._read(self._caption_file(name))
+        if self.read_only:
+            file = self.lists[0] if self.lists else self._caption_file(name)
+            return Caption(self._in_lists.get(name, ""), "", file, problem=self.read_only)
+        return self._read(self._place(name))
 
     @cached_property
     def _in_lists(self) -> dict[str, str]:
@@ -283,6 +302,10 @@ class PictureSet:
                     found.setdefault(picture, line.caption)
         return found
 
+    def _place(self, name: str) -> str:
+        """Where a picture's caption stands: its file, or in a list its own name."""
+        return name if self.lists else self._caption_file(name)
+
     def _caption_file(self, name: str) -> str:
         """The file that holds a picture's caption, or would."""
         stem = posixpath.splitext(name)[0]
@@ -290,6 +313,9 @@ class PictureSet:
         return there[0] if there else stem + _CAPTION_ENDINGS[0]
 
     def _read(self, file: str) -> Caption:
+        if self.lists:
+            text = self._list.caption(file)
+            return Caption(text, digest_bytes(text.encode(errors="replace"))[:16], file)
         path = self.folder / file
         try:
             if path.is_symlink():
@@ -314,19 +340,33 @@ class PictureSet:
             raise DataError(
                 f"{shown(name)}: at most {MAX_CAPTION_BYTES:,} bytes of text are a caption: shorten it"
             )
-        with _writing:
-            now = self._read(self._caption_file(name))
+        with self._fresh():
+            now = self._read(self._place(name))
             if now.problem:
                 raise DataError(now.problem)
             if now.text == text:
                 return now
             if now.version != version:
                 return Conflict(text, now)
-            self._write(now.file, text)
+            self._write({now.file: text})
             return self._read(now.file)
 
-    def _write(self, file: str, text: str) -> None:
-        write_text(self.folder / file, f"{text}\n" if text else "")
+    @contextmanager
+    def _fresh(self) -> Iterator[None]:
+        """Nobody else writes, and a list is as it stands on the disk now."""
+        with _writing:
+            self.__dict__.pop("_list", None)
+            yield
+
+    def _write(self, texts: Mapping[str, str]) -> None:
+        """Write captions by their places."""
+        for place, text in texts.items():
+            if self.lists:
+                self._list.put(place, text)
+            else:
+                write_text(self.folder / place, f"{text}\n" if text else "")
+        if self.lists:
+            self._list.save()
 
     # -- all captions ----------------------------------------------------------------------------------------
 
@@ -337,7 +377,7 @@ class PictureSet:
             raise DataError(self.read_only)
         rows, without, left_out = [], 0, []
         # Two pictures of one name share their caption file.
-        for file in dict.fromkeys(self._caption_file(name) for name in self.pictures):
+        for file in dict.fromkeys(map(self._place, self.pictures)):
             caption = self._read(file)
             if caption.problem:
                 left_out.append(caption.problem)
@@ -352,14 +392,13 @@ class PictureSet:
 
         The texts before are kept first: whatever stops this, `undo` leads back.
         """
-        with _writing:
+        with self._fresh():
             plan = self.plan(change)
             if plan.digest != digest:
                 raise ConfigError("captions have changed since this was shown: look at it once more")
             done = LastChange(change.words, time.time(), len(plan.rows))
             write_json(self._undo_path, {"what": done.what, "when": done.when, "rows": plan.rows})
-            for file, _, after in plan.rows:
-                self._write(file, after)
+            self._write({file: after for file, _, after in plan.rows})
         return done
 
     @property
@@ -383,19 +422,21 @@ class PictureSet:
         Gives how many, and the files that were changed since, which stay as they are. Raises `MissingError`
         where there is nothing to undo.
         """
-        with _writing:
+        with self._fresh():
             if not self._undo_path.exists():
                 raise MissingError("there is no change of all captions to undo: it may be undone already")
-            back, others = 0, []
+            if self.read_only:
+                raise DataError(self.read_only)
+            back, others = {}, []
             for file, before, after in read_table(self._undo_path, _CHANGE)["rows"]:
                 now = self._read(file)
                 if now.text == after and not now.problem:
-                    self._write(file, before)
-                    back += 1
+                    back[file] = before
                 elif now.text != before:
                     others.append(file)
+            self._write(back)
             self._undo_path.unlink()
-        return back, others
+        return len(back), others
 
 
 def recent_sets(workspace: Workspace) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,11 @@ from starlette.datastructures import UploadFile
 
 from lorascope.data.captions import has_words
 from lorascope.data.pictures import RefusedError
-from lorascope.errors import ConfigError
+from lorascope.errors import ConfigError, StorageError
 from lorascope.store import storage_errors
 from lorascope.web import uploads
 from lorascope.web.chooser import list_folder
+from lorascope.web.commands import in_shell
 from lorascope.web.crops import RESOLUTIONS, Crop, buckets_of, crop_of
 from lorascope.web.live import event_stream
 from lorascope.web.pages import page, render
@@ -165,7 +167,8 @@ def show_set(
     services = services_of(request)
     found = PictureSet.open(services.workspace, folder)
     if found.pictures or found.rows_elsewhere:
-        note_recent(services.workspace, found.folder)
+        with suppress(StorageError):  # on a full disk, what is there can still be looked at
+            note_recent(services.workspace, found.folder)
     view = View(found.address, page, show if show in _SHOWS else "all", resolution, buckets)
     return _set_page(request, services, found, view)
 
@@ -194,6 +197,8 @@ def _set_page(request: Request, services: Services, found: PictureSet, view: Vie
         shows=_SHOWS,
         resolutions=sorted({*RESOLUTIONS, view.resolution} - {0}),
         last_change=found.last_change(),
+        opens_check=check is not None and (view.show in check.KINDS or not check.found["would_start"]),
+        has_duplicates=check is not None and check.found["duplicates"] is not None,
         check=_check_part(found, check, view, csrf),
         blip=_blip_part(services, found, view, csrf),
         is_checked=check is not None,
@@ -260,7 +265,7 @@ def save_caption(
     index: Annotated[int, Form()] = 0,
 ) -> Response:
     """Save a caption, or say that another text was saved meanwhile."""
-    found = PictureSet.open(services_of(request).workspace, folder)
+    found = _open_to_change(services_of(request), folder)
     saved = found.save(name, text, version)
     view = View(found.address)
     is_part = bool(request.headers.get("hx-request"))
@@ -293,7 +298,7 @@ def change_all(
     same_case: Annotated[bool, Form()] = False,
 ) -> Response:
     """Show what a change of all captions would do, or do it."""
-    found = PictureSet.open(services_of(request).workspace, folder)
+    found = _open_to_change(services_of(request), folder)
     change = Change(trigger.strip(), find, replacement, kind == "tag", same_case)
     if step == "do":
         found.apply(change, digest)
@@ -312,13 +317,24 @@ def change_all(
 @router.post("/pictures/undo")
 def undo(request: Request, folder: Annotated[str, Form()]) -> Response:
     """Bring back the captions from before the last change of all of them."""
-    found = PictureSet.open(services_of(request).workspace, folder)
+    found = _open_to_change(services_of(request), folder)
     num_back, others = found.undo()
     if not others:
         return _changed(request, found)
     values: dict[str, Any] = {"num_back": num_back, "others": others, "view": View(found.address)}
     template = "_undone.html.j2" if request.headers.get("hx-request") else "undone.html.j2"
     return page(request, template, **values)
+
+
+def _open_to_change(services: Services, folder: str) -> PictureSet:
+    found = PictureSet.open(services.workspace, folder)
+    job = _blip_job(services, found) if found.lists else None
+    if job is not None and job.state == "running":
+        # That command writes the whole list anew, as it had read it.
+        raise ConfigError(
+            f"{found.folder.name}: captions are being written into {found.lists[0]}: wait for it"
+        )
+    return found
 
 
 def _changed(request: Request, found: PictureSet) -> Response:
@@ -336,33 +352,38 @@ def caption_by_model(
     folder: Annotated[str, Form()],
     model: Annotated[str, Form()] = "",
     prompt: Annotated[str, Form()] = "",
+    max_tokens: Annotated[str, Form()] = "",
     overwrite: Annotated[bool, Form()] = False,
 ) -> Response:
     """Put `lorascope caption` into the queue."""
     services = services_of(request)
     found = PictureSet.open(services.workspace, folder)
-    start_captions(services, found, model.strip(), prompt.strip(), overwrite)
+    more = {"model": model, "prompt": prompt, "max-tokens": max_tokens}
+    start_captions(services, found, {name: text.strip() for name, text in more.items()}, overwrite)
     view = View(found.address)
     if request.headers.get("hx-request"):
         return HTMLResponse(_blip_part(services, found, view, request.app.state.access.csrf))
     return RedirectResponse(f"/pictures/set?{view.query()}", 303)
 
 
-def start_captions(services: Services, found: PictureSet, model: str, prompt: str, overwrite: bool) -> Job:
-    """Put `lorascope caption` into the queue; raise `ConfigError` where it is there already for this set."""
+def start_captions(services: Services, found: PictureSet, options: dict[str, str], overwrite: bool) -> Job:
+    """Put `lorascope caption` into the queue, with those options that are not empty.
+
+    Raises `ConfigError` where it is there already for this set.
+    """
     job = _blip_job(services, found)
     if job is not None and job.state in ("queued", "running"):
         raise ConfigError(f"{found.folder.name}: is being captioned already: cancel that first")
-    arguments = ["caption", str(found.folder)]
-    if model:
-        arguments.append(f"--model={_model(services, model)}")
-    if prompt:
-        arguments.append(f"--prompt={prompt}")
+    if options.get("model"):
+        options = {**options, "model": _model(services, options["model"])}
+    # In one word with its name: a text that begins with a dash is no option.
+    given = [f"--{name}={text}" for name, text in options.items() if text]
     if overwrite:
-        arguments.append("--overwrite")
+        given.append("--overwrite")
     if found.lists == ["metadata.jsonl"]:
-        arguments.append("--out=jsonl")
-    return services.supervisor.enqueue("caption", f"Captions for {found.folder.name}", arguments)
+        given.append("--out=jsonl")
+    title = f"Captions for {found.folder.name}"
+    return services.supervisor.enqueue("caption", title, ["caption", str(found.folder), *given])
 
 
 def _model(services: Services, text: str) -> str:
@@ -400,7 +421,9 @@ def _blip_state(services: Services, found: PictureSet, view: View, csrf: str) ->
     job = _blip_job(services, found)
     line = services.supervisor.last_line(job.id) if job and job.state == "running" else ""
     said = services.supervisor.output(job.id).splitlines() if job and job.state in ("done", "failed") else []
-    return render("_blip_state.html.j2", job=job, line=line, said=said[:30], view=view, csrf=csrf)
+    shown = in_shell(job.arguments) if job else ""
+    values = {"line": line, "said": said[:30], "command": shown}
+    return render("_blip_state.html.j2", job=job, view=view, csrf=csrf, **values)
 
 
 @router.post("/pictures/check")
@@ -424,7 +447,7 @@ def check_set(
 def _check_part(found: PictureSet, check: Check | None, view: View, csrf: str) -> str:
     counts = {
         kind: sum(any(of == kind for of, _ in notes) for notes in check.notes.values()) if check else 0
-        for kind in ("refused", "duplicate", "treated")
+        for kind in Check.KINDS
     }
     known = set(found.pictures)
     others = [
@@ -434,5 +457,5 @@ def _check_part(found: PictureSet, check: Check | None, view: View, csrf: str) -
         if kind == "refused" and name not in known
     ]
     values = {"counts": counts, "others": others[:50], "num_others": len(others)}
-    shown = " ".join(command(Path(found.address), view.resolution or _RESOLUTION, view.buckets)[:-1])
+    shown = in_shell(command(Path(found.address), view.resolution or _RESOLUTION, view.buckets))
     return render("_check.html.j2", check=check, view=view, csrf=csrf, command=shown, shows=_SHOWS, **values)

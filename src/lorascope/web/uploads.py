@@ -16,7 +16,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -47,6 +47,7 @@ _WINDOWS_NAMES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 _END = struct.Struct("<4s4H2LH")  # the end of a zip's directory
 _END_MARK, _ZIP64_MARK = b"PK\5\6", b"PK\6\7"
 _MEASURED_FOR_S = 60.0
+_STALE_S = 86_400.0
 
 _decoding = threading.BoundedSemaphore(2)  # a picture in full may take some hundred megabytes
 _placing = threading.Lock()  # choosing a free name and writing it are one
@@ -123,8 +124,7 @@ class Batch:
         if path.stat().st_size > limit:
             self.taken.left_out.append((shown(name), f"more than {limit:,} bytes"))
             return
-        # The rest of a path that a browser may send is of no account.
-        self._take_content(PurePosixPath(name.replace("\\", "/")).name, read_regular(path, DataError))
+        self._take_content(name, read_regular(path, DataError))
 
     def beside(self, name: str, picture: str) -> None:
         """Say what the picture of a caption's name is called in the set, where it was sent on its own."""
@@ -368,11 +368,20 @@ def _measure(folder: Path) -> tuple[int, int]:
     with _measuring:
         when, num_files, num_bytes = _measured.get(folder, (0.0, 0, 0))
         if time.monotonic() - when > _MEASURED_FOR_S or not when:
+            _remove_stale(folder)
             stamps = [stamp for _, stamp in walk(folder, skip_unreadable=True) if isinstance(stamp, tuple)]
             num_files, num_bytes = len(stamps), sum(stamp[0] for stamp in stamps)
             _measured.clear()
             _measured[folder] = (time.monotonic(), num_files, num_bytes)
         return num_files, num_bytes
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what a server that was killed had begun to take in."""
+    for path in folder.glob(".arriving-*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink()
 
 
 def _count(folder: Path, num_bytes: int) -> None:

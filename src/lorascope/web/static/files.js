@@ -12,7 +12,7 @@
   input.multiple = true;
   button.hidden = true; // what is chosen is sent at once
 
-  const show = (text) => { said.textContent = text; };
+  const show = (text, kind = "small") => { said.textContent = text; said.className = kind; };
   const megabytes = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 
   const send = (file) => new Promise((done, failed) => {
@@ -46,7 +46,7 @@
       for (const file of files) last = await send(file);
       location.assign(files.length === 1 ? last.view : "/files");
     } catch (error) {
-      show(error.message);
+      show(error.message, "notice");
       input.value = "";
     }
     bar.hidden = stop.hidden = true;
