@@ -131,6 +131,15 @@ def test_a_plan_tells_the_repeats_of_a_folder(pipeline_folder: Path, tmp_path: P
     assert "repeats    an epoch shows 1 once, 2 pictures 10 times" in text
     assert "data       names of folders that begin with a number that is no number of repeats" in text
     assert "repeats  " not in text_of(tmp_path / "2024_x")
+    without = (f"data.source={tmp_path}", f"base.model={pipeline_folder}", "data.num_train=")
+    plan = plan_study(load_study(preset="smoke", overrides=without, environment={}))
+    assert (plan.num_train, plan.steps) == (3, 11)  # 21 an epoch, 2 epochs, batch 4: names alone tell it
+    assert plan.estimated_s is not None
+    assert plan.sampling_share is not None and 0 < plan.sampling_share < 1
+    fewer = plan_study(
+        load_study(preset="smoke", overrides=[*without[:2], "data.num_train=2"], environment={})
+    )
+    assert (fewer.num_train, fewer.steps) == (2, 7)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no Parquet or tar files in it"):
         text_of(tmp_path / "empty")

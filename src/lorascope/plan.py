@@ -20,7 +20,7 @@ from lorascope.machine.device import choose_device
 from lorascope.machine.memory import free_bytes
 from lorascope.machine.speed import matmul_flops
 from lorascope.schema import StudyConfig
-from lorascope.sections import SampleSection
+from lorascope.sections import DataSection, SampleSection
 from lorascope.training.footprint import Estimate
 from lorascope.training.group import section_of
 from lorascope.training.optimizers import check_optimizer
@@ -99,6 +99,7 @@ class Plan:
     diagnosis_pictures: int  # at most, since an arm's best epoch may be its last
     diagnosis_steps: int
     diagnosis_share: float | None  # of what is to compute, at most
+    sampling_share: float | None  # of what is to compute, previews among it
     denoising_steps: int
     guidance: float
     power: Power
@@ -216,9 +217,9 @@ def plan_study(config: StudyConfig) -> Plan:
     num_pictures = len(prompts) * len(sample.seeds) * (len(arms) + 1)
     diagnosis = _plan_diagnosis(config, prompts)
     num_diagnosed = sum(part.num_pictures for part in diagnosis)
-    num_train, device = config.data.num_train, choose_device(config.device)
-    entries = num_train * config.data.repeats if num_train else None
+    device = choose_device(config.device)
     repeats, remarks = count_repeats(config.data)
+    num_train, entries = _count_entries(config.data, repeats)
     steps = [count_steps(section_of(config, ArmGroup((arm,))), entries) for arm in arms] if entries else None
     models = count_models(config)
     passes = plan_passes(config, device, models, entries)
@@ -232,8 +233,9 @@ def plan_study(config: StudyConfig) -> Plan:
     work, seconds = None, None
     if steps is not None:
         work = (
-            _study_flops(config, models, steps, num_sampled, largest.checkpointing),
-            _diagnosis_flops(config, models.flops, diagnosis),
+            _training_flops(config, models, steps, num_train or 0, largest.checkpointing),
+            num_sampled * _drawing_flops(config.sample, models.flops),
+            _diagnosis_flops(config, models.flops, diagnosis, num_train or 0, sum(repeats.values())),
         )
         seconds = sum(work) / (_flop_rate(device, torch.get_num_threads()) * _EFFICIENCY[device.type])
     counts = [count_parameters(models.targets, arm) for arm in arms]
@@ -255,7 +257,8 @@ def plan_study(config: StudyConfig) -> Plan:
         pictures=num_pictures,
         diagnosis_pictures=num_diagnosed,
         diagnosis_steps=config.diagnose.steps,
-        diagnosis_share=None if work is None else work[1] / sum(work),
+        diagnosis_share=None if work is None else work[2] / sum(work),
+        sampling_share=None if work is None else work[1] / sum(work),
         denoising_steps=sample.steps,
         guidance=sample.guidance,
         power=_power(config, len(prompts)),
@@ -263,8 +266,21 @@ def plan_study(config: StudyConfig) -> Plan:
         memory_bytes=largest.total_bytes * (1 if device.type == "cuda" else passes.num_workers),
         free_bytes=free,
         estimated_s=seconds,
-        estimated_bytes=_disk_bytes(config, passes, counts, num_sampled + num_diagnosed),
+        estimated_bytes=_disk_bytes(config, passes, counts, num_train or 0, num_sampled + num_diagnosed),
     )
+
+
+def _count_entries(section: DataSection, repeats: Mapping[int, int]) -> tuple[int | None, int | None]:
+    """Pictures to train on, at most, and how many an epoch shows; None where that is not known before the
+    source is read. `repeats` are the pictures of a folder on this machine by their number of repeats: some of
+    them will be held out, which ones is not known yet.
+    """
+    there, shown = sum(repeats.values()), sum(times * count for times, count in repeats.items())
+    if not there:
+        num_train = section.num_train
+        return num_train, num_train * section.repeats if num_train else None
+    num_train = min(section.num_train or there, there)
+    return num_train, max(1, round(shown * num_train / there))
 
 
 @functools.cache  # of a process: many plans may be made in one
@@ -291,35 +307,42 @@ def _power(config: StudyConfig, num_prompts: int) -> Power:
     )
 
 
-def _study_flops(
-    config: StudyConfig, models: Counts, steps: Sequence[int], num_pictures: int, checkpointing: bool
+def _training_flops(
+    config: StudyConfig, models: Counts, steps: Sequence[int], num_train: int, checkpointing: bool
 ) -> float:
-    """FLOPs of encoding, of the `steps` of each arm and of `num_pictures` of the sample stage."""
-    flops, num_train = models.flops, config.data.num_train or 0
+    """FLOPs of encoding, and of the `steps` of each arm."""
+    flops = models.flops
     batches = sum(number * arm.batch_size for number, arm in zip(steps, config.expand_arms(), strict=True))
     encoded = num_train * (2 if config.data.flip else 1)
     encoding = encoded * flops["encode"] + num_train * flops["text"]
     adapts_text = any(target.component == "text_encoder" for target in models.targets)
     training = TRAIN_TO_FORWARD_FLOPS * (flops["unet"] + adapts_text * flops["text"])
     training *= batches * config.train.accumulation_steps
-    training *= _CHECKPOINTING_FLOPS if checkpointing else 1
-    return encoding + training + num_pictures * _drawing_flops(config.sample, flops)
+    return encoding + training * (_CHECKPOINTING_FLOPS if checkpointing else 1)
 
 
-def _diagnosis_flops(config: StudyConfig, flops: Mapping[str, int], parts: Sequence[Part]) -> float:
-    """FLOPs of the sweep's pictures, and of losses at fixed noise on as many pictures as there may be."""
+def _diagnosis_flops(
+    config: StudyConfig, flops: Mapping[str, int], parts: Sequence[Part], num_train: int, there: int
+) -> float:
+    """FLOPs of the sweep's pictures, and of losses at fixed noise on as many as there may be: at most
+    `num_train` to train on, and those held out of the `there` that are known to be.
+    """
     if not parts:
         return 0.0
-    num_models = 1 + len(config.expand_arms())
-    num_heldout = min(config.data.num_heldout or MAX_PICTURES, MAX_PICTURES)  # as many of training are taken
-    probes = num_models * (2 * num_heldout + NUM_DRAWINGS) * 2 * NUM_BANDS * flops["unet"]
+    num_models, section = 1 + len(config.expand_arms()), config.data
+    heldout = max(1, round(section.heldout_share * there)) if there else MAX_PICTURES
+    heldout = min(heldout, section.num_heldout or MAX_PICTURES, MAX_PICTURES)
+    num_pictures = heldout + min(num_train, heldout) + NUM_DRAWINGS
+    probes = num_models * num_pictures * 2 * NUM_BANDS * flops["unet"]
     return probes + sum(part.num_pictures * _drawing_flops(part.section, flops) for part in parts)
 
 
-def _disk_bytes(config: StudyConfig, passes: Packing, counts: Sequence[int], num_drawn: int) -> int:
+def _disk_bytes(
+    config: StudyConfig, passes: Packing, counts: Sequence[int], num_train: int, num_drawn: int
+) -> int:
     """What the run folder and the latents kept for it take; `counts` are the parameters of each arm."""
     data, num_copies = config.data, 2 if config.train.keep_best else 1
-    latents = (data.num_train or 0) * (2 if data.flip else 1) * 2 * 4 * 4 * (data.resolution_px // 8) ** 2
+    latents = num_train * (2 if data.flip else 1) * 2 * 4 * 4 * (data.resolution_px // 8) ** 2
     pictures = num_drawn * 2 * data.resolution_px**2
     exported = (4 if config.export.dtype == "fp32" else 2) * len(config.export.formats)
     at_once = sorted(len(group.arms) for group in passes.groups)[-passes.num_workers :]

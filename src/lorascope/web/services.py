@@ -1,6 +1,7 @@
 """What every page works with: workspace, queue, supervisor, runs."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -21,6 +22,7 @@ class Services:
     supervisor: Supervisor
     runs: Runs
     readers: dict[str, MetricsReader] = field(default_factory=dict)
+    plans: dict[str, tuple[float, dict[str, Any]]] = field(default_factory=dict)  # by digest, with their time
 
     def reader(self, name: str) -> MetricsReader:
         """The reader of a run's curves, which remembers how far it has read."""
