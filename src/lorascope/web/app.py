@@ -1,9 +1,9 @@
 """The web app: all pages behind one gate, and the server around them."""
 
-import asyncio
 import ipaddress
 import os
 import socket
+import threading
 import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +24,7 @@ from lorascope.errors import ConfigError, LorascopeError, StorageError
 from lorascope.store import storage_errors
 from lorascope.web import api, compare_page, files_page, home, pictures, plan_page, result_page, run_page
 from lorascope.web.access import Access, Gate, check_csrf, kept_token
+from lorascope.web.live import Feeds
 from lorascope.web.pages import page, problem, render, static_file
 from lorascope.web.queue import Queue
 from lorascope.web.runs import Runs
@@ -50,7 +51,7 @@ def build_app(services: Services, access: Access) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        app.state.closing.set()
+        app.state.feeds.close()
 
     app = FastAPI(
         title="lorascope",
@@ -61,7 +62,7 @@ def build_app(services: Services, access: Access) -> FastAPI:
         redoc_url=None,
         openapi_url="/api/openapi.json",
     )
-    app.state.services, app.state.access, app.state.closing = services, access, asyncio.Event()
+    app.state.services, app.state.access, app.state.feeds = services, access, Feeds()
     app.add_exception_handler(LorascopeError, _on_user_error)
     app.add_exception_handler(RefusedError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -154,7 +155,8 @@ def serve(workspace: Workspace, options: Options) -> None:
         access = Access(kept_token(workspace.state_dir / "token"), port, names, is_open)
         queue = Queue(workspace.state_dir / "queue.sqlite")
         supervisor = Supervisor(workspace, queue)
-        app = build_app(Services(workspace, queue, supervisor, Runs(workspace, queue)), access)
+        runs = Runs(workspace, queue)
+        app = build_app(Services(workspace, queue, supervisor, runs), access)
         config = uvicorn.Config(
             Gate(app, access, _sign_in),
             log_level="warning",
@@ -171,8 +173,9 @@ def serve(workspace: Workspace, options: Options) -> None:
         if options.opens_browser:
             webbrowser.open(address)
         supervisor.start()
+        threading.Thread(target=runs.cards, daemon=True).start()  # hundreds of runs take seconds to read
         try:
-            _Server(config, app.state.closing).run(sockets=[listener])
+            _Server(config, app.state.feeds).run(sockets=[listener])
         finally:
             supervisor.stop()
             queue.close()
@@ -181,12 +184,12 @@ def serve(workspace: Workspace, options: Options) -> None:
 class _Server(uvicorn.Server):
     """Has streams of events, which never end by themselves, end before it waits for all connections to."""
 
-    def __init__(self, config: uvicorn.Config, closing: asyncio.Event) -> None:
+    def __init__(self, config: uvicorn.Config, feeds: Feeds) -> None:
         super().__init__(config)
-        self._closing = closing
+        self._feeds = feeds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._closing.set()
+        self._feeds.close()
         await super().shutdown(sockets)
 
 

@@ -2,16 +2,21 @@
 
 import itertools
 import json
+import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorascope.errors import StorageError
 from lorascope.evaluation.scores import BASE
 from lorascope.run_folder import RunDir
+from lorascope.store import open_regular
 
 MAX_POINTS = 240
+_NUM_COMPARED = 64  # bytes: about half a record, with its loss
 
 Points = list[tuple[float, float]]
 
@@ -31,76 +36,74 @@ class MetricsReader:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._read: dict[Path, tuple[int, int]] = {}  # inode and bytes
-        self.arms: dict[str, Curves] = {}
+        self._read: dict[Path, tuple[int, bytes]] = {}  # how far, and the last bytes before that
+        self._arms: dict[str, Curves] = {}
         self._lock = threading.Lock()  # several browsers may look at one run
 
     def update(self) -> dict[str, Curves]:
         """The curves of every arm as they are now."""
         with self._lock:
-            self._update()
-            return self.arms
+            run = self._run
+            joined = run.metrics_jsonl.exists()
+            files = [run.metrics_jsonl] if joined else sorted(run.metrics_dir.glob("*.jsonl"))
+            if set(self._read) - set(files) or not all(map(self._read_on, files)):
+                self._read, self._arms = {}, {}
+                for path in files:
+                    self._read_on(path)
+            return dict(self._arms)  # of its own, while another thread goes on here
 
-    def _update(self) -> None:
-        run = self._run
-        joined = run.metrics_jsonl.exists()
-        parts = sorted(run.metrics_dir.glob("*.jsonl")) if run.metrics_dir.is_dir() else []
-        files = [run.metrics_jsonl] if joined else parts
-        if any(self._was_replaced(path) for path in files) or set(self._read) - set(files):
-            self._read, self.arms = {}, {}
-        for path in files:
-            self._read_on(path)
-
-    def _was_replaced(self, path: Path) -> bool:
-        """Whether a file is another one than before, or was cut back by a run that goes on."""
-        known = self._read.get(path)
+    def _read_on(self, path: Path) -> bool:
+        """Take what was added to a file; whether it goes on from what was read before. It does not where it
+        is another one, or was cut back by a run that goes on from a checkpoint.
+        """
+        start, before = self._read.get(path, (0, b""))
         try:
-            status = path.stat()
-        except OSError:
-            return known is not None
-        return known is not None and (status.st_ino != known[0] or status.st_size < known[1])
-
-    def _read_on(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                start = self._read.get(path, (0, 0))[1]
-                file.seek(start)
+            with open_regular(path) as file:
+                file.seek(start - len(before))
                 content = file.read()
-                inode = path.stat().st_ino
-        except OSError:
-            return
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read[path] = (inode, start + len(whole))
-        for line in whole.splitlines():
-            try:
+        except (OSError, StorageError):
+            return not start
+        if not content.startswith(before):
+            return False
+        added = content[len(before) : content.rfind(b"\n") + 1]
+        self._read[path] = start + len(added), (before + added)[-_NUM_COMPARED:]
+        for line in added.split(b"\n"):
+            # What is damaged is said by the report, which reads with more care.
+            with suppress(ValueError, LookupError, TypeError, OverflowError, RecursionError):
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                continue  # what is damaged is said by the report, which reads with more care
+        return True
 
     def _take(self, record: dict[str, Any]) -> None:
         arm = str(record["arm"])
         if arm == BASE:
             return
-        curves = self.arms.setdefault(arm, Curves())
+        curves = self._arms.setdefault(arm, Curves())
         if record["kind"] == "train":
             curves.step, curves.epoch = int(record["step"]), float(record["epoch"])
-            if record["loss"] is not None:
-                curves.loss.append((curves.step, float(record["loss"])))
+            points, x, y = curves.loss, float(curves.step), record["loss"]
         elif record["split"] == "heldout" and record["band"] == "all" and record["conditional"]:
-            curves.heldout.append((float(record["epoch"]), float(record["difference"])))
+            points, x, y = curves.heldout, float(record["epoch"]), record["difference"]
+        else:
+            return
+        if y is not None and math.isfinite(x):  # a diverged arm's loss is no number
+            points.append((x, float(y)))
 
 
 def shortened(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> Points:
-    """At most `most` points for many: the mean of each of as many stretches of equal count."""
+    """At most `most` points for many: the mean of each of as many stretches of equal count; from three on,
+    the first and the last stay as they are.
+    """
     if len(points) <= most:
         return list(points)
+    if most < 3:
+        return _means(points, most)
+    return [points[0], *_means(points[1:-1], most - 2), points[-1]]
+
+
+def _means(points: Sequence[tuple[float, float]], most: int) -> Points:
     edges = [round(index * len(points) / most) for index in range(most + 1)]
     stretches = [points[start:end] for start, end in itertools.pairwise(edges)]
-    return [
-        (stretch[-1][0], sum(value for _, value in stretch) / len(stretch))
-        for stretch in stretches
-        if stretch
-    ]
+    return [(stretch[-1][0], sum(value for _, value in stretch) / len(stretch)) for stretch in stretches]
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 470.0, 10.0, 172.0
 
 def draw_chart(title: str, x_name: str, series: dict[str, Points], order: Sequence[str]) -> Chart | None:
     """A chart of several series; None where there is nothing to draw. Colours go by the place in `order`."""
-    drawn = {name: shortened(points) for name, points in series.items() if points}
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    drawn = {name: shortened(points) for name, points in finite.items() if points}
     if not drawn:
         return None
     xs = [x for points in drawn.values() for x, _ in points]

@@ -160,6 +160,11 @@ class Queue:
         found = self._read("WHERE run = ? AND kind = ? ORDER BY id DESC LIMIT 1", run, kind)
         return found[0] if found else None
 
+    def newest(self, kind: str = "study") -> dict[str, Job]:
+        """The newest job of every run folder, by its name."""
+        newest = "SELECT MAX(id) FROM jobs WHERE kind = ? GROUP BY run"
+        return {job.run: job for job in self._read(f"WHERE id IN ({newest})", kind)}
+
     def recent(self, kind: str, limit: int = 20) -> list[Job]:
         """The newest jobs of a kind, newest first."""
         return self._read("WHERE kind = ? ORDER BY id DESC LIMIT ?", kind, limit)

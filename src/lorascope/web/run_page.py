@@ -1,11 +1,14 @@
 """The page of a run under way: stages, time left, curves, previews, log; pause, go on, cancel."""
 
+import re
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 
+from lorascope.errors import StorageError
 from lorascope.run_folder import RunDir
+from lorascope.store import open_regular
 from lorascope.web.live import event_stream
 from lorascope.web.metrics import draw_chart
 from lorascope.web.pages import page, render
@@ -17,10 +20,12 @@ from lorascope.web.workspace import MissingError
 router = APIRouter()
 
 _LOG_LINES = 40
+_LOG_BYTES = 16_000
 # A report is a page of its own with its own policy; in a sandbox it has no cookie and no origin of ours.
 _REPORT_POLICY = (
     "sandbox allow-scripts allow-downloads allow-popups; default-src 'none'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'self'"
 )
 
 
@@ -43,9 +48,7 @@ async def run_events(request: Request, name: str) -> StreamingResponse:
 @router.get("/runs/{name}/report")
 def report(request: Request, name: str) -> Response:
     """The report, as it stands in the run folder."""
-    path = RunDir(services_of(request).workspace.run_dir(name)).report_html
-    if not path.is_file():
-        raise MissingError(f"{name}: has no report yet: it is written at the end of the run")
+    path = _own_file(RunDir(services_of(request).workspace.run_dir(name)).report_html, "report")
     headers = {"content-security-policy": _REPORT_POLICY}
     return FileResponse(path, media_type="text/html; charset=utf-8", headers=headers)
 
@@ -53,10 +56,15 @@ def report(request: Request, name: str) -> Response:
 @router.get("/runs/{name}/log")
 def whole_log(request: Request, name: str) -> Response:
     """The whole log of the run, as text."""
-    path = RunDir(services_of(request).workspace.run_dir(name)).log_path
-    if not path.is_file():
-        raise MissingError(f"{name}: has no log yet")
+    path = _own_file(RunDir(services_of(request).workspace.run_dir(name)).log_path, "log")
     return FileResponse(path, media_type="text/plain; charset=utf-8")
+
+
+def _own_file(path: Path, what: str) -> Path:
+    """A file of a run folder, which may come from others: no link leads out of it."""
+    if not path.is_file() or path.is_symlink():
+        raise MissingError(f"{path.parent.name}: has no {what} yet: it is written as the run goes on")
+    return path
 
 
 @router.post("/jobs/{number}/{action}")
@@ -120,10 +128,15 @@ def _previews(run: RunDir, card: RunCard) -> list[tuple[str, int, list[str]]]:
     """The newest previews of each arm: arm, epoch, paths relative to the run folder."""
     found = []
     for arm in card.arms:
-        epochs = sorted((run.previews_dir / arm).glob("epoch-*")) if run.previews_dir.is_dir() else []
+        epochs = {
+            int(path.name[6:]): path
+            for path in (run.previews_dir / arm).glob("epoch-*")
+            if re.fullmatch("[0-9]{1,9}", path.name[6:])
+        }
         if epochs:
-            pictures = [path.relative_to(run.path).as_posix() for path in sorted(epochs[-1].glob("*.png"))]
-            found.append((arm, int(epochs[-1].name.removeprefix("epoch-")), pictures))
+            epoch = max(epochs)
+            pictures = [path.relative_to(run.path).as_posix() for path in sorted(epochs[epoch].glob("*.png"))]
+            found.append((arm, epoch, pictures))
     return found
 
 
@@ -136,8 +149,10 @@ def _log_lines(services: Services, run: RunDir, card: RunCard) -> list[str]:
 
 def _tail(path: Path) -> list[str]:
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16_000))
-            return file.read().decode(errors="replace").splitlines()[1 if file.tell() > 16_000 else 0 :]
-    except OSError:
+        with open_regular(path) as file:
+            start = max(0, file.seek(0, 2) - _LOG_BYTES)
+            file.seek(start)
+            lines = file.read(_LOG_BYTES).decode(errors="replace").splitlines()
+            return lines[1:] if start else lines  # the first is cut
+    except (OSError, StorageError):
         return []

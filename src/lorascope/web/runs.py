@@ -1,6 +1,8 @@
 """What a run folder says of itself at a glance: state, stages, progress, the picture to show, the verdict."""
 
-import json
+import math
+import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,12 +12,13 @@ from typing import Any, Literal
 from filelock import lock_descriptor
 
 from lorascope.config import load_study
-from lorascope.errors import LorascopeError
+from lorascope.errors import LorascopeError, StorageError
 from lorascope.evaluation.scores import BASE
 from lorascope.run_folder import RunDir
 from lorascope.schema import StudyConfig
+from lorascope.store import read_json
 from lorascope.web.queue import Job, Queue
-from lorascope.web.workspace import Workspace
+from lorascope.web.workspace import STUDY_FILE, MissingError, Workspace
 
 RunState = Literal["waiting", "running", "paused", "done", "failed", "cancelled", "unfinished"]
 STAGES = ("data", "encode", "train", "sample", "merge_check", "score", "diagnose", "report")
@@ -29,6 +32,8 @@ STAGE_WORDS = {
     "diagnose": "find out why",
     "report": "write the report",
 }
+# A card changes with these alone, while nobody works in the folder; whatever a run does, its log grows.
+_SHOWN = (STUDY_FILE, "manifest.json", "diagnosis.json", "lorascope.log")
 _STATE_OF_JOB: dict[str, RunState] = {
     "queued": "waiting",
     "running": "running",
@@ -97,44 +102,60 @@ class Runs:
 
     def __init__(self, workspace: Workspace, queue: Queue) -> None:
         self.workspace, self.queue = workspace, queue
-        self._configs: dict[Path, tuple[int, StudyConfig]] = {}
-        self._kept: dict[tuple[str, Path], tuple[int, Any]] = {}
+        self._kept: dict[tuple[str, Path], tuple[object, Any]] = {}
+        self._cards: dict[str, tuple[object, RunCard]] = {}
+        self._probing, self._listing = threading.Lock(), threading.Lock()
 
     def config(self, name: str) -> StudyConfig:
         """The frozen configuration of a run."""
-        path = self.workspace.run_dir(name) / "study.toml"
-        stamp = path.stat().st_mtime_ns
-        if path not in self._configs or self._configs[path][0] != stamp:
-            self._configs[path] = stamp, load_study(path, environment={})
-        return self._configs[path][1]
+        path = self.workspace.run_dir(name) / STUDY_FILE
+        config: StudyConfig = self.kept("config", path, lambda: load_study(path, environment={}))
+        return config
 
     def kept(self, what: str, path: Path, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made anew once the file at `path` changed."""
-        stamp = path.stat().st_mtime_ns if path.exists() else 0
-        if (what, path) not in self._kept or self._kept[what, path][0] != stamp:
-            self._kept[what, path] = stamp, make()
-        return self._kept[what, path][1]
+        """What `make` gives, made anew once the file at `path` changed. Two threads may both make it."""
+        stamp = _stamp(path)
+        found = self._kept.get((what, path))
+        if found is None or found[0] != stamp:
+            found = self._kept[what, path] = stamp, make()
+        return found[1]
 
     def cards(self) -> list[RunCard]:
         """All runs, the last changed first; one whose files are damaged says so."""
-        return [self.card(name) for name in self.workspace.run_names()]
+        cards = []
+        with self._listing:  # who asks second finds what the first one made
+            jobs = self.queue.newest()
+            for name in self.workspace.run_names():
+                with suppress(MissingError):  # deleted meanwhile
+                    cards.append(self._card(name, jobs.get(name)))
+        return cards
 
     def card(self, name: str) -> RunCard:
         """A run at a glance; raise `MissingError` where there is none."""
+        return self._card(name, self.queue.last_of(name))
+
+    def _card(self, name: str, job: Job | None) -> RunCard:
         folder = self.workspace.run_dir(name)
-        run, job = RunDir(folder), self.queue.last_of(name)
+        is_worked_in = self._is_locked(folder)
+        known = (job, is_worked_in, [_stamp(f"{folder}/{file}") for file in _SHOWN])
+        found = self._cards.get(name)
+        if is_worked_in or found is None or found[0] != known:
+            found = self._cards[name] = known, self._make_card(name, folder, job, is_worked_in)
+        return found[1]
+
+    def _make_card(self, name: str, folder: Path, job: Job | None, is_worked_in: bool) -> RunCard:
+        run = RunDir(folder)
         try:
             config = self.config(name)
             manifest = self.kept("manifest", run.manifest_json, run.manifest)
         except LorascopeError as error:
             return RunCard(name, "failed", (), "", "", (), None, "", None, str(error), job, False, 0.0, {})
-        arms = tuple(arm.name for arm in config.expand_arms())
+        arms: tuple[str, ...] = self.kept("arms", run.study_toml, lambda: _arms(config))
         finished = manifest["stages"]
-        is_worked_in = _is_locked(folder)
         progress = read_progress(run) if is_worked_in else None
         state = self._state(job, is_worked_in, "report" in finished)
         keep = self.kept("keep", run.diagnosis_json, lambda: _keep(run))
-        failed = self.kept("failed", run.manifest_json, lambda: _failed_arms(run, arms))
+        failed = self.kept("failed", run.log_path, lambda: _failed_arms(run, arms))
         return RunCard(
             name=name,
             state=state,
@@ -144,11 +165,11 @@ class Runs:
             stages=_stages(finished, progress if state == "running" else None),
             progress=progress if state == "running" else None,
             headline=_headline(keep, "diagnose" in finished),
-            picture=self.kept("picture", run.manifest_json, lambda: _picture(run, keep, arms)),
+            picture=self.kept("picture", run.log_path, lambda: _picture(run, keep, arms)),
             message=job.message if job and state in ("paused", "failed", "cancelled") else "",
             job=job,
             is_elsewhere=is_worked_in and (job is None or job.state != "running"),
-            started=run.study_toml.stat().st_mtime,
+            started=self.kept("started", run.study_toml, lambda: _changed(run.study_toml)),
             failed_arms=failed,
             keep=keep,
         )
@@ -160,31 +181,53 @@ class Runs:
             return _STATE_OF_JOB[job.state]
         return "done" if is_reported else "unfinished"
 
+    def _is_locked(self, folder: Path) -> bool:
+        """Whether a process works in the run folder."""
+        # One at a time: for the moment of asking, this process holds the lock itself.
+        with self._probing, suppress(OSError), open(f"{folder}/.lock", "r+b") as file:
+            return not lock_descriptor(file.fileno(), blocking=False)
+        return False
+
 
 def read_progress(run: RunDir) -> Progress | None:
     """How far the stage under way is; None where nothing is said of it."""
     try:
-        facts = json.loads(run.progress_json.read_text(encoding="utf-8"))
+        facts = read_json(run.progress_json)
         return Progress(
             str(facts["stage"]),
             int(facts["done"]),
             int(facts["total"]),
             str(facts["unit"]),
-            float(facts["rate"]),
-            None if facts["left_s"] is None else float(facts["left_s"]),
+            _finite(facts["rate"]) or 0.0,
+            _finite(facts["left_s"]),
             str(facts["note"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (StorageError, ValueError, LookupError, TypeError, OverflowError):
         return None
 
 
-def _is_locked(folder: Path) -> bool:
-    """Whether a process works in the run folder."""
+def _stamp(path: Path | str) -> tuple[int, int, int]:
+    """What is another one once a file has changed."""
     try:
-        with (folder / ".lock").open("a") as file:
-            return not lock_descriptor(file.fileno(), blocking=False)
+        status = os.stat(path)
     except OSError:
-        return False
+        return (0, 0, 0)
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _arms(config: StudyConfig) -> tuple[str, ...]:
+    return tuple(arm.name for arm in config.expand_arms())
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _stages(finished: dict[str, Any], progress: Progress | None) -> tuple[Stage, ...]:
@@ -193,7 +236,7 @@ def _stages(finished: dict[str, Any], progress: Progress | None) -> tuple[Stage,
         Stage(
             name,
             STAGE_WORDS[name],
-            float(finished[name]["seconds"]) if name in finished and name != under_way else None,
+            _finite(finished[name]["seconds"]) or 0.0 if name in finished and name != under_way else None,
             name == under_way,
         )
         for name in STAGES
@@ -201,16 +244,17 @@ def _stages(finished: dict[str, Any], progress: Progress | None) -> tuple[Stage,
 
 
 def _keep(run: RunDir) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        record = json.loads(run.diagnosis_json.read_text(encoding="utf-8"))
+    with suppress(StorageError):
+        record = read_json(run.diagnosis_json)
         keep = record.get("keep") if isinstance(record, dict) else None
-        return keep if isinstance(keep, dict) else None
+        return keep if isinstance(keep, dict) and isinstance(keep.get("arm"), str) else None
     return None
 
 
 def _headline(keep: dict[str, Any] | None, is_diagnosed: bool) -> str:
     if keep is not None:
-        return f"Keep {keep.get('arm')} at {float(keep.get('strength', 1)):g}"
+        strength = _finite(keep.get("strength"))
+        return f"Keep {keep['arm']}" + (f" at {strength:g}" if strength is not None else "")
     return "No arm is kept" if is_diagnosed else ""
 
 
@@ -225,8 +269,8 @@ def _failed_arms(run: RunDir, arms: tuple[str, ...]) -> dict[str, str]:
 
 def _picture(run: RunDir, keep: dict[str, Any] | None, arms: tuple[str, ...]) -> str | None:
     """A picture that stands for the run: of the kept arm, else of any."""
-    wanted = [str(keep["arm"])] if keep and "arm" in keep else []
-    for arm in (*wanted, *arms, BASE):
+    kept = keep["arm"] if keep else None
+    for arm in (*sorted(arms, key=lambda arm: arm != kept), BASE):
         for path in sorted((run.images_dir / arm).glob("*.png"))[:1]:
             return path.relative_to(run.path).as_posix()
     for path in sorted(run.previews_dir.glob("*/*/*.png"))[-1:]:

@@ -120,7 +120,7 @@ class Workspace:
 
 
 def _is_run(path: Path) -> bool:
-    return os.path.isfile(path / STUDY_FILE) and not path.is_symlink()
+    return os.path.isfile(f"{path}/{STUDY_FILE}") and not os.path.islink(path)
 
 
 def _last_change(run: Path) -> int:
@@ -128,7 +128,7 @@ def _last_change(run: Path) -> int:
     newest = 0
     for name in (STUDY_FILE, "manifest.json", "report.html"):
         with suppress(OSError):
-            newest = max(newest, (run / name).stat().st_mtime_ns)
+            newest = max(newest, os.stat(f"{run}/{name}").st_mtime_ns)
     return newest
 
 
