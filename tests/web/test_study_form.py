@@ -47,7 +47,7 @@ def test_a_field_says_type_range_default_and_what_the_file_says() -> None:
     assert fields["data.buckets"].options == ("true", "false")
     assert fields["train.schedule"].options == ("constant", "linear", "cosine")
     assert fields["train.betas"].default == "0.9, 0.999"
-    assert fields["train.max_grad_norm"].limits == "at least 0"
+    assert fields["train.max_grad_norm"].limits == fields["arms.0.seed"].limits == "at least 0"
 
 
 def test_where_the_file_says_nothing_the_presets_values_are_the_defaults() -> None:

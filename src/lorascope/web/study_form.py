@@ -186,8 +186,8 @@ def limits_of(info: FieldInfo) -> str:
         found = next((item for item in metadata if isinstance(item, kind)), None)
         if found is not None:
             limit = getattr(found, attribute)
-            # 1e+20 is said of what has to be a number that is not absurd, which needs no words.
-            if not (isinstance(limit, float) and limit in (1e-12, 1e20)):
+            # Of what only must not be absurd nothing is said.
+            if not (isinstance(limit, float) and limit == 1e-12) and limit < 1e15:
                 words.append(template.format(f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"))
     return ", ".join(words)
 
