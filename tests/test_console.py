@@ -1,5 +1,7 @@
 """Progress on a terminal and without one, figures for people, and the log file."""
 
+import errno
+import json
 import logging
 import os
 import pty
@@ -344,3 +346,56 @@ def test_a_full_disk_under_the_log_does_not_bury_the_error_that_ends_the_run(
     with pytest.raises(StorageError, match="the disk is full"):
         fail()
     assert capsys.readouterr().err == "working\n"
+
+
+def test_progress_is_in_a_file_while_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_PROGRESS_EVERY_S", 0)
+    path, other = tmp_path / "progress.json", tmp_path / "other.json"
+    with console.progress_to_file(path):
+        assert not path.exists()
+        with track("train", 10, "steps") as task, console.progress_to_file(other):
+            found = json.loads(path.read_text())
+            assert (found["stage"], found["done"], found["total"], found["left_s"]) == ("train", 0, 10, None)
+            task.advance()
+            time.sleep(0.01)
+            task.advance(2, note="loss 0.1\x1b[31m")
+            found = json.loads(path.read_text())
+            assert found == json.loads(other.read_text())
+            assert (found["done"], found["unit"], found["note"]) == (3, "steps", "loss 0.1\\x1b[31m")
+            assert found["rate"] > 0 and found["left_s"] >= 0
+        assert not other.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_goes_too_where_the_work_fails(tmp_path: Path) -> None:
+    fails, progress = pytest.raises(ZeroDivisionError), console.progress_to_file(tmp_path / "progress.json")
+    with fails, progress, track("train", 10, "steps"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_written_once_a_second_at_most(clock: Clock, tmp_path: Path) -> None:
+    path = tmp_path / "progress.json"
+    with console.progress_to_file(path), track("train", 10_000, "steps") as task:
+        for _ in range(500):
+            task.advance()
+        assert json.loads(path.read_text())["done"] == 0
+        clock.now += 1.1
+        task.advance()
+        assert json.loads(path.read_text())["done"] == 501
+
+
+def test_a_full_disk_under_the_progress_is_of_no_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(console, "_PROGRESS_EVERY_S", 0)
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with console.progress_to_file(tmp_path / "progress.json"), track("train", 10, "steps") as task:
+        task.advance()
+    with console.progress_to_file(tmp_path / "no folder" / "progress.json"), track("train", 2, "steps"):
+        pass
+    assert list(tmp_path.iterdir()) == []

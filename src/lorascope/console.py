@@ -93,8 +93,13 @@ def progress_to_file(path: Path) -> Iterator[None]:
         yield
     finally:
         _progress_files.remove(path)
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        for left in (path, _partial(path)):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 class Task:
@@ -159,7 +164,7 @@ class Task:
             "note": note,
         }
         for path in _progress_files:
-            partial = path.with_name(f".{path.name}.partial")
+            partial = _partial(path)
             with suppress(OSError):
                 partial.write_text(json.dumps(facts), encoding="utf-8")
                 partial.replace(path)

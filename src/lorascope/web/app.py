@@ -67,6 +67,7 @@ def build_app(services: Services, access: Access) -> FastAPI:
     app.add_exception_handler(RefusedError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
+    app.add_exception_handler(Exception, _on_fault)
     for router in _ROUTERS:
         app.include_router(router, include_in_schema=False)
     app.include_router(api.router)
@@ -120,6 +121,10 @@ async def _on_bad_request(request: Request, error: Exception) -> Response:
     if first["loc"] == ("body",) or first["type"] == "json_invalid":
         where, first["msg"] = "body", "is no JSON object: send one, with `Content-Type: application/json`"
     return problem(request, 422, f"{where}: {first['msg']}")
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    return problem(request, 500, "a fault of lorascope: the terminal of the server says more")
 
 
 @dataclass(frozen=True)
