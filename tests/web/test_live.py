@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from lorascope.config import load_study
+from lorascope.inputs import freeze
 from lorascope.run_folder import RunDir
 from lorascope.web.access import Access, Gate
 from lorascope.web.app import build_app
@@ -88,11 +90,10 @@ class Stream:
 
 
 @pytest.fixture
-def services(tmp_path: Path, finished: Path) -> Services:
+def services(tmp_path: Path, study_file: Path) -> Services:
     services = make_services(tmp_path / "work")
-    folder = services.workspace.runs_dir / "tiny"
-    folder.mkdir(parents=True)
-    shutil.copy(finished / "study.toml", folder)
+    config = load_study(study_file, environment={}).model_copy(update={"name": "tiny"})
+    freeze(RunDir(services.workspace.runs_dir / "tiny"), config)
     return services
 
 
