@@ -34,7 +34,7 @@ def test_the_options_are_those_of_the_command(capsys: pytest.CaptureFixture[str]
 
 def test_the_folders_and_files_are_those_of_the_code() -> None:
     own = {name.rstrip("/") for name in rows("path in `.lorascope-web/`")}
-    assert own >= {name for text in SOURCES for name in re.findall(r'state_dir\s*/\s*"([^"]+)"', text)}
+    assert own == {name for text in SOURCES for name in re.findall(r'state_dir\s*/\s*"([^"]+)"', text)}
     workspace = next(text for text in SOURCES if "class Workspace" in text)
     assert {name.partition("/")[0] for name in rows("path")} == set(
         re.findall(r'return self\.folder / "([^"]+)"', workspace)

@@ -138,7 +138,7 @@ class CurvesInfo(BaseModel):
 
 class MetricsInfo(BaseModel):
     """The curves of a run. Where there are more records than points, a point is the mean of a stretch of them
-    and stands at its end; from three points on, the first and the last are those of the records.
+    and stands in its middle; from three points on, the first and the last are those of the records.
     """
 
     arms: dict[str, CurvesInfo]

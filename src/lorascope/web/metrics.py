@@ -15,7 +15,7 @@ from lorascope.evaluation.scores import BASE
 from lorascope.run_folder import RunDir
 from lorascope.store import open_regular
 
-MAX_POINTS = 240
+MAX_POINTS = 100  # of a line: single steps jump too much to be compared by eye
 _NUM_COMPARED = 64  # bytes: about half a record, with its loss
 
 Points = list[tuple[float, float]]
@@ -103,7 +103,10 @@ def shortened(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> 
 def _means(points: Sequence[tuple[float, float]], most: int) -> Points:
     edges = [round(index * len(points) / most) for index in range(most + 1)]
     stretches = [points[start:end] for start, end in itertools.pairwise(edges)]
-    return [(stretch[-1][0], sum(value for _, value in stretch) / len(stretch)) for stretch in stretches]
+    return [
+        ((stretch[0][0] + stretch[-1][0]) / 2, sum(value for _, value in stretch) / len(stretch))
+        for stretch in stretches
+    ]
 
 
 @dataclass(frozen=True)

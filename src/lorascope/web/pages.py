@@ -15,15 +15,28 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from lorascope import __version__
 from lorascope.console import duration, plain, size
 
-# The report's own style and viewer are used here too, so that there is one look.
+# The report's own style is used here too, so that there is one look.
 _STATIC = {
-    **dict.fromkeys(("report.css", "viewer.js"), "report/templates"),
+    "report.css": "report/templates",
     **dict.fromkeys(
-        ("web.css", "live.js", "compare.js", "files.js", "pictures.js", "htmx.min.js", "sse.min.js"),
+        (
+            "web.css",
+            "icon.svg",
+            "live.js",
+            "compare.js",
+            "files.js",
+            "pictures.js",
+            "htmx.min.js",
+            "sse.min.js",
+        ),
         "web/static",
     ),
 }
-_KINDS = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+_KINDS = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The page of a run under way: stages, time left, curves, previews, log; pause, go on, cancel."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -10,7 +11,7 @@ from lorascope.errors import StorageError
 from lorascope.run_folder import RunDir
 from lorascope.store import open_regular
 from lorascope.web.live import event_stream
-from lorascope.web.metrics import draw_chart
+from lorascope.web.metrics import Curves, draw_chart
 from lorascope.web.pages import page, render
 from lorascope.web.queue import Job
 from lorascope.web.runs import RunCard
@@ -108,7 +109,7 @@ def _parts(request: Request, services: Services, name: str) -> dict[str, str]:
     return {
         "status": render("_status.html.j2", card=card, waits_for=waits_for, csrf=csrf),
         "curves": render("_curves.html.j2", charts=[chart for chart in charts if chart], rows=rows),
-        "previews": render("_previews.html.j2", name=name, previews=_previews(run, card)),
+        "previews": render("_previews.html.j2", name=name, previews=_previews(run, card, curves)),
         "log": render("_log.html.j2", name=name, lines=_log_lines(services, run, card)),
     }
 
@@ -124,8 +125,10 @@ def _is_before(job: Job, other: Job) -> bool:
     return job.id != other.id and (job.state == "running" or job.place < other.place)
 
 
-def _previews(run: RunDir, card: RunCard) -> list[tuple[str, int, list[str]]]:
-    """The newest previews of each arm: arm, epoch, paths relative to the run folder."""
+def _previews(
+    run: RunDir, card: RunCard, curves: Mapping[str, Curves]
+) -> list[tuple[str, int, int | None, list[str]]]:
+    """The newest previews of each arm: arm, epoch, step, paths relative to the run folder."""
     found = []
     for arm in card.arms:
         epochs = {
@@ -136,7 +139,9 @@ def _previews(run: RunDir, card: RunCard) -> list[tuple[str, int, list[str]]]:
         if epochs:
             epoch = max(epochs)
             pictures = [path.relative_to(run.path).as_posix() for path in sorted(epochs[epoch].glob("*.png"))]
-            found.append((arm, epoch, pictures))
+            known = curves.get(arm)
+            step = round(epoch * known.step / known.epoch) if known and known.epoch else None
+            found.append((arm, epoch, step, pictures))
     return found
 
 
