@@ -1,9 +1,7 @@
 """The JSON API: what it tells and does, what it refuses, and that its description has all of it."""
 
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -14,17 +12,10 @@ from lorascope.run_folder import RunDir
 from lorascope.web.api import router
 from lorascope.web.home import delete_run
 from lorascope.web.services import Services
-from web_client import TOKEN, make_services, web_client
+from web_client import TOKEN, web_client
 
 JSON = {"content-type": "application/json"}
 NO_JSON = "body: is no JSON object: send one, with `Content-Type: application/json`"
-
-
-@pytest.fixture
-def services(tmp_path: Path, finished: Path) -> Services:
-    services = make_services(tmp_path / "work")
-    shutil.copytree(finished, services.workspace.runs_dir / "tiny")
-    return services
 
 
 @pytest.fixture

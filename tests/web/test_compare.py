@@ -19,20 +19,6 @@ from lorascope.web.compare import MAX_COLUMNS, Choice, Pictures
 from lorascope.web.compare_page import strengths_of
 from lorascope.web.services import Services
 from lorascope.web.votes import read_votes
-from web_client import make_services, web_client
-
-
-@pytest.fixture
-def services(tmp_path: Path, finished: Path) -> Services:
-    services = make_services(tmp_path / "work")
-    shutil.copytree(finished, services.workspace.runs_dir / "tiny")
-    return services
-
-
-@pytest.fixture
-def client(services: Services):  # type: ignore[no-untyped-def]
-    with web_client(services) as client:
-        yield client
 
 
 def folder(services: Services) -> Path:

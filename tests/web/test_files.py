@@ -30,7 +30,7 @@ from lorascope.web.files_page import _number
 from lorascope.web.inspection_view import look_into, view_of, was_looked_into
 from lorascope.web.services import Services
 from lorascope.web.workspace import MissingError, OutsideError
-from web_client import make_services, web_client
+from web_client import make_services
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m"
 
@@ -38,12 +38,6 @@ HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m"
 @pytest.fixture
 def services(tmp_path: Path) -> Services:
     return make_services(tmp_path / "work")
-
-
-@pytest.fixture
-def client(services: Services):  # type: ignore[no-untyped-def]
-    with web_client(services) as client:
-        yield client
 
 
 def write_adapter(path: Path, metadata: dict[str, str] | None = None, rank: int = 4) -> Path:

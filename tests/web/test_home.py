@@ -1,6 +1,5 @@
 """The home page: runs and queue, pictures of runs, and deleting with care."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,6 @@ from lorascope.web.home import delete, inside
 from lorascope.web.services import Services
 from lorascope.web.workspace import MissingError, OutsideError
 from web_client import make_services, web_client
-
-
-@pytest.fixture
-def services(tmp_path: Path, finished: Path) -> Services:
-    services = make_services(tmp_path / "work")
-    shutil.copytree(finished, services.workspace.runs_dir / "tiny")
-    return services
-
-
-@pytest.fixture
-def client(services: Services):  # type: ignore[no-untyped-def]
-    with web_client(services) as client:
-        yield client
 
 
 def test_a_finished_run_shows_with_verdict_picture_and_links(client: TestClient) -> None:

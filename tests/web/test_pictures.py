@@ -4,7 +4,6 @@ import io
 import re
 import time
 import zipfile
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -18,18 +17,12 @@ from lorascope.web.picture_set import PictureSet
 from lorascope.web.pictures import View, _model, start_captions
 from lorascope.web.services import Services
 from lorascope.web.workspace import OutsideError
-from web_client import make_services, web_client
+from web_client import make_services
 
 
 @pytest.fixture
 def services(tmp_path: Path) -> Services:
     return make_services(tmp_path / "work")
-
-
-@pytest.fixture
-def client(services: Services) -> Iterator[TestClient]:
-    with web_client(services) as client:
-        yield client
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +30,6 @@ def services(tmp_path: Path) -> Services:
         (folder / f"{index}.png").write_bytes(content)
         (folder / f"{index}.txt").write_text(text)
     return services
-
-
-@pytest.fixture
-def client(services: Services) -> Iterator[TestClient]:
-    with web_client(services) as client:
-        yield client
 
 
 def text_of(services: Services, name: str) -> str:

@@ -5,7 +5,6 @@ import json
 import shutil
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -17,20 +16,6 @@ from lorascope.web.adapter_files import plain_stem
 from lorascope.web.commands import CommandError, as_argument, how_made, in_shell, make_file, run_command
 from lorascope.web.results import Export, read_result
 from lorascope.web.services import Services
-from web_client import make_services, web_client
-
-
-@pytest.fixture
-def services(tmp_path: Path, finished: Path) -> Services:
-    services = make_services(tmp_path / "work")
-    shutil.copytree(finished, services.workspace.runs_dir / "tiny")
-    return services
-
-
-@pytest.fixture
-def client(services: Services):  # type: ignore[no-untyped-def]
-    with web_client(services) as client:
-        yield client
 
 
 def test_the_page_says_what_the_report_says(services: Services, client: TestClient) -> None:

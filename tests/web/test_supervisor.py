@@ -187,7 +187,11 @@ def test_another_server_takes_up_what_runs(services: Services) -> None:
     queue.close()
 
 
-@pytest.mark.parametrize("number", [2**22 + 1, os.getpid(), 1, "x", None])
+@pytest.mark.parametrize(
+    "number",
+    [2**22 + 1, os.getpid(), 1, "x", None],
+    ids=["none-of-this-number", "our-own", "the-first", "no-number", "nothing"],
+)
 def test_after_the_machine_went_down_it_is_paused_and_nobody_else_is_signalled(
     services: Services, number: object
 ) -> None:
