@@ -418,7 +418,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(study_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; never write into it."""
     run = tmp_path_factory.mktemp("finished") / "run"

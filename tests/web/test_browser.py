@@ -1,4 +1,5 @@
-"""The way through the web app in a browser: a folder of pictures, a plan, a run, a comparison, a file.
+"""The way through the web app in a browser: a folder of pictures, a plan, a run, a comparison, a file. While
+the run goes on, server and browser are killed.
 
 A real server, a real Chromium, the pocket base. Skipped where there is no Chromium.
 """
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +98,7 @@ def pocket_pictures(folder: Path, count: int) -> None:
 def test_from_a_folder_of_pictures_to_a_file(browser: Browser, tmp_path: Path) -> None:
     work, pictures = tmp_path / "work", tmp_path / "work" / "drawings"
     pocket_pictures(pictures, NUM_PICTURES)
-    with server(work) as (_, address), window(browser, address) as page:
+    with server(work) as (process, address), window(browser, address) as page:
         assert "token" not in page.url
 
         # Pictures: the folder is found, a caption is changed, and stands beside its picture.
@@ -134,9 +134,16 @@ def test_from_a_folder_of_pictures_to_a_file(browser: Browser, tmp_path: Path) -
         expect(page.locator("#checked")).to_contain_text("would run here", timeout=SLOW_MS)
         page.get_by_role("button", name="Start", exact=True).click()
 
-        # Run: it goes to its end before the eyes.
-        expect(page.get_by_role("status").first).to_contain_text("Done", timeout=SLOW_MS)
+        # Run: the server is killed, and the browser goes.
+        expect(page.get_by_role("status").first).to_contain_text("Running", timeout=SLOW_MS)
         name = page.url.rpartition("/")[2]
+        process.kill()
+        process.wait()
+
+    with server(work) as (_, address), window(browser, address) as page:
+        # The run went on, and is found by its name.
+        page.get_by_role("link", name=name, exact=True).first.click()
+        expect(page.get_by_role("status").first).to_contain_text("Done", timeout=SLOW_MS)
         expect(page.locator("figure.live svg").first).to_be_visible()
 
         # Compare: the large view opens by keyboard and closes again.
@@ -159,24 +166,3 @@ def test_from_a_folder_of_pictures_to_a_file(browser: Browser, tmp_path: Path) -
         assert download.value.suggested_filename.endswith(".safetensors")
         assert len(load_adapter(tmp_path / "style.safetensors").modules) > 10
         assert (work / "runs" / name / "report.html").is_file()
-
-
-def test_server_and_browser_are_killed_while_it_trains(browser: Browser, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    (work / "studies").mkdir(parents=True)
-    with server(work) as (process, address), window(browser, address) as page:
-        page.get_by_role("link", name="Plan", exact=True).click()
-        page.locator("select[name=preset]").select_option("smoke")
-        page.get_by_role("button", name="Open it").click()
-        page.get_by_role("button", name="Start", exact=True).click()
-        # It was not tried before: that is asked about once.
-        page.get_by_role("button", name="Start all the same").click()
-        expect(page.get_by_role("status").first).to_contain_text("Running", timeout=SLOW_MS)
-        run = work / "runs" / page.url.rpartition("/")[2]
-        process.kill()
-        process.wait()
-    with server(work) as (_, address), window(browser, address) as page:
-        page.get_by_role("link", name=run.name).first.click()
-        expect(page.get_by_role("status").first).to_contain_text("Done", timeout=SLOW_MS)
-        assert (run / "report.html").is_file()
-        time.sleep(0.1)

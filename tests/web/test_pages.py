@@ -26,7 +26,7 @@ def test_static_files_are_loaded_by_addresses_that_change_with_them(client: Test
         assert re.fullmatch(r"/static/[\w.]+\?v=[0-9a-f]{12}", address)
         answer = client.get(address)
         assert answer.status_code == 200 and answer.content
-        assert answer.headers["content-type"].startswith(("text/css", "text/javascript"))
+        assert answer.headers["content-type"].startswith(("text/css", "text/javascript", "image/svg+xml"))
     for name in ("none.js", "layout.html.j2", "web.css/", "%2e%2e%2fpages.py"):
         assert client.get(f"/static/{name}").status_code in (404, 307)
     assert static_file("../pages.py") is None
