@@ -13,7 +13,8 @@ from starlette.testclient import TestClient
 from lorascope.errors import ConfigError, StorageError
 from lorascope.web import results
 from lorascope.web.adapter_files import plain_stem
-from lorascope.web.commands import CommandError, as_argument, how_made, in_shell, make_file, run_command
+from lorascope.web.commands import CommandError, as_argument, how_made, make_file, run_command
+from lorascope.web.queue import in_shell
 from lorascope.web.results import Export, read_result
 from lorascope.web.services import Services
 

@@ -1,11 +1,9 @@
 """`lorascope next`: the study to run after a run that was diagnosed."""
 
-from contextlib import suppress
-
 from lorascope.cli.options import Run
 from lorascope.config import load_study
 from lorascope.console import say
-from lorascope.errors import EXIT_DONE, ConfigError, DataError
+from lorascope.errors import EXIT_DONE, ConfigError
 from lorascope.run_folder import RunDir
 
 
@@ -20,16 +18,12 @@ def next_study(run: Run, /) -> int:
 
     lorascope next runs/pocket > next.toml
     """
-    from lorascope.diagnosis.next_study import propose
+    from lorascope.diagnosis.next_study import propose_after
     from lorascope.diagnosis.record import read_diagnosis
-    from lorascope.evaluation.prompts import load_prompts
 
     folder = RunDir(run)
     if not folder.study_toml.exists():
         raise ConfigError(f"{run}: no study.toml here: name a run folder")
     config = load_study(folder.study_toml, environment={})
-    num_prompts = None
-    with suppress(DataError):  # a list of prompts that is gone is no fault of the next study's
-        num_prompts = len(load_prompts(config.sample.prompts, config.sample.num_prompts))
-    say(propose(config, read_diagnosis(folder), num_prompts).toml, end="")
+    say(propose_after(config, read_diagnosis(folder)).toml, end="")
     return EXIT_DONE

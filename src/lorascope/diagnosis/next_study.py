@@ -4,6 +4,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from lorascope.arms import Arm
 from lorascope.diagnosis.causes import Diagnosis
 from lorascope.diagnosis.record import Keep, Record
 from lorascope.diagnosis.words import WORDS
+from lorascope.errors import DataError
+from lorascope.evaluation.prompts import load_prompts
 from lorascope.evaluation.statistics import seeds_needed
 from lorascope.schema import StudyConfig
 
@@ -72,6 +75,14 @@ class _Plan:
         if key not in keys:
             keys[key] = value
             self.why.setdefault(section, []).append(f"{key} = {json.dumps(value)}: {reason}")
+
+
+def propose_after(config: StudyConfig, record: Record) -> Proposal:
+    """`propose` with as many prompts as the study's list holds, where that is still there."""
+    num_prompts = None
+    with suppress(DataError):  # a list that is gone is no fault of the next study's
+        num_prompts = len(load_prompts(config.sample.prompts, config.sample.num_prompts))
+    return propose(config, record, num_prompts)
 
 
 def propose(config: StudyConfig, record: Record, num_prompts: int | None = None) -> Proposal:

@@ -5,7 +5,6 @@ status of 400 or more.
 """
 
 import math
-import shlex
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Security
@@ -52,9 +51,7 @@ class JobInfo(BaseModel):
     @classmethod
     def of(cls, job: Job) -> "JobInfo":
         """What is told of a job."""
-        command = shlex.join(["lorascope", *job.arguments])
-        known = {name: getattr(job, name) for name in cls.model_fields if name != "command"}
-        return cls(command=command, **known)
+        return cls(**{name: getattr(job, name) for name in cls.model_fields})
 
 
 class StageInfo(BaseModel):

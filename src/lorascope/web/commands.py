@@ -7,7 +7,6 @@ can tell later how it was made.
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from lorascope.errors import EXIT_DONE, LorascopeError
 from lorascope.store import digest_json, write_json
+from lorascope.web.queue import in_shell
 from lorascope.web.workspace import Workspace
 
 _AT_ONCE = threading.BoundedSemaphore(2)  # each loads torch
@@ -52,11 +52,6 @@ class Made:
     summary: tuple[str, ...]
     notes: tuple[str, ...]
     ended: float
-
-
-def in_shell(arguments: Sequence[str]) -> str:
-    """Arguments of `lorascope` as the command that a shell takes."""
-    return shlex.join(["lorascope", *arguments])
 
 
 def as_argument(workspace: Workspace, path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import datetime
 import secrets
-import shlex
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -254,7 +253,7 @@ def _tries(request: Request, services: Services, name: str) -> tuple[str, str]:
         name=name,
         csrf=request.app.state.access.csrf,
         stamp=stamp,
-        jobs=[(job, shlex.join(["lorascope", *job.arguments])) for job in shown],
+        jobs=[(job, job.command) for job in shown],
         waits=waits,
         tries=found[:MAX_TRIES],
         num_more=max(0, len(found) - MAX_TRIES),

@@ -29,9 +29,10 @@ from lorascope.web.adapter_files import (
     stored_files,
     zipped,
 )
-from lorascope.web.commands import as_argument, forget_made, how_made, in_shell, make_file
+from lorascope.web.commands import as_argument, forget_made, how_made, make_file
 from lorascope.web.inspection_view import inspect_arguments, look_into, was_looked_into
 from lorascope.web.pages import page, render
+from lorascope.web.queue import in_shell
 from lorascope.web.services import Services, services_of
 from lorascope.web.workspace import OutsideError
 

@@ -19,13 +19,12 @@ from lorascope.errors import ConfigError, StorageError
 from lorascope.store import storage_errors
 from lorascope.web import uploads
 from lorascope.web.chooser import list_folder
-from lorascope.web.commands import in_shell
 from lorascope.web.crops import RESOLUTIONS, Crop, buckets_of, crop_of
 from lorascope.web.live import event_stream
 from lorascope.web.pages import page, render
 from lorascope.web.picture_check import Check, command, last_check, run_check
 from lorascope.web.picture_set import Caption, Change, Conflict, PictureSet, note_recent, recent_sets
-from lorascope.web.queue import Job
+from lorascope.web.queue import Job, in_shell
 from lorascope.web.services import Services, services_of
 from lorascope.web.thumbnails import thumbnail
 
@@ -421,7 +420,7 @@ def _blip_state(services: Services, found: PictureSet, view: View, csrf: str) ->
     job = _blip_job(services, found)
     line = services.supervisor.last_line(job.id) if job and job.state == "running" else ""
     said = services.supervisor.output(job.id).splitlines() if job and job.state in ("done", "failed") else []
-    shown = in_shell(job.arguments) if job else ""
+    shown = job.command if job else ""
     values = {"line": line, "said": said[:30], "command": shown}
     return render("_blip_state.html.j2", job=job, view=view, csrf=csrf, **values)
 

@@ -11,11 +11,13 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response, Streamin
 
 from lorascope.config import preset_names
 from lorascope.data.sources import count_repeats
+from lorascope.diagnosis.next_study import propose_after
+from lorascope.diagnosis.record import read_diagnosis
 from lorascope.errors import ConfigError, LorascopeError
+from lorascope.run_folder import RunDir
 from lorascope.schema import StudyConfig
 from lorascope.sections import DataSection
 from lorascope.web import questions
-from lorascope.web.commands import in_shell, run_command
 from lorascope.web.drafts import (
     Draft,
     Reason,
@@ -31,6 +33,7 @@ from lorascope.web.drafts import (
 from lorascope.web.live import event_stream
 from lorascope.web.pages import page, render
 from lorascope.web.plans import find_trial, kept_plan, plan_of, preflight_arguments, start_trial
+from lorascope.web.queue import in_shell
 from lorascope.web.services import Services, services_of
 from lorascope.web.starting import TakenError, start_study, study_arguments
 from lorascope.web.study_form import (
@@ -74,9 +77,9 @@ def ask(request: Request) -> Response:
     """The questions, and what was planned before; `?next=RUN` and `?from=RUN` make a study at once."""
     services, asked = services_of(request), request.query_params
     if run := asked.get("next"):
-        services.workspace.run_dir(run)
-        ran = run_command(services.workspace, ["next", f"runs/{run}"])
-        return _go(request, f"/plan/{new_draft(services.workspace, f'{run[:58]}-next', ran.output).name}")
+        record = read_diagnosis(RunDir(services.workspace.run_dir(run)))
+        text = propose_after(services.runs.config(run), record).toml
+        return _go(request, f"/plan/{new_draft(services.workspace, f'{run[:58]}-next', text).name}")
     if run := asked.get("from"):
         text = (services.workspace.run_dir(run) / "study.toml").read_text(encoding="utf-8")
         return _go(request, f"/plan/{new_draft(services.workspace, run, text).name}")

@@ -1,6 +1,7 @@
 """The queue on disk: what is to be run, in which order, and how it ended."""
 
 import json
+import shlex
 import sqlite3
 import threading
 import time
@@ -36,6 +37,11 @@ CREATE TABLE IF NOT EXISTS jobs (
 )"""
 
 
+def in_shell(arguments: Sequence[str]) -> str:
+    """Arguments of `lorascope` as the command that a shell takes."""
+    return shlex.join(["lorascope", *arguments])
+
+
 @dataclass(frozen=True)
 class Job:
     """One command in the queue. `arguments` are those of `lorascope`; `run` is the name of its run folder, or
@@ -57,6 +63,11 @@ class Job:
     ended: float | None
     exit_code: int | None
     message: str
+
+    @property
+    def command(self) -> str:
+        """The command as a shell takes it, in the working folder."""
+        return in_shell(self.arguments)
 
     @property
     def is_open(self) -> bool:

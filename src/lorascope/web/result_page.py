@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from lorascope.errors import LorascopeError
 from lorascope.run_folder import RunDir
 from lorascope.web.adapter_files import size_of
-from lorascope.web.commands import Made, how_made, in_shell, keep_made, make_file
+from lorascope.web.commands import Made, how_made, keep_made, make_file
 from lorascope.web.pages import page, render
 from lorascope.web.queue import Job
 from lorascope.web.results import FORMAT_WORDS, MERGED, Export, Result, read_result
@@ -186,7 +186,7 @@ def _exports(request: Request, services: Services, name: str) -> str:
                 job,
                 out.name,
                 services.workspace.shown_path(out),
-                in_shell(job.arguments),
+                job.command,
                 size_of(out) if is_done else 0,
                 out.is_dir(),
                 made.notes if made else (),

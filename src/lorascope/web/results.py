@@ -1,13 +1,11 @@
 """What a finished run comes to: the verdict with its pictures, why, and which files can be made of an arm."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lorascope.diagnosis.next_study import propose
-from lorascope.errors import ConfigError, DataError, LorascopeError, shown
-from lorascope.evaluation.prompts import load_prompts
+from lorascope.diagnosis.next_study import propose_after
+from lorascope.errors import ConfigError, LorascopeError, shown
 from lorascope.report.evidence import Facts, answer_of
 from lorascope.report.page import verdict_content, why_content
 from lorascope.run_folder import RunDir
@@ -163,10 +161,7 @@ def _next_study(facts: Facts) -> tuple[str, str]:
     """What `lorascope next` prints, or why it cannot."""
     if facts.diagnosis is None:
         return "", "A next study is proposed once the run is diagnosed."
-    config, num_prompts = facts.config, None
-    with suppress(DataError):  # a list of prompts that is gone is no fault of the next study's
-        num_prompts = len(load_prompts(config.sample.prompts, config.sample.num_prompts))
     try:
-        return propose(config, facts.diagnosis, num_prompts).toml, ""
+        return propose_after(facts.config, facts.diagnosis).toml, ""
     except LorascopeError as error:
         return "", str(error)
